@@ -1,0 +1,232 @@
+// Passes over logits whose log-sum-exp is known: softmax tiles, histograms, gradients. Compiled once per ISA level.
+#include <cstring>
+
+#include "categorical.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace dlcore::DLCORE_ISA {
+namespace {
+
+constexpr float kNone = -std::numeric_limits<float>::infinity();
+
+// Calls f(at, count, x) for every group of a row: transformed entries [at, at + count) in x, -inf past the end.
+template <class F>
+void each_group(const View& logits, int64_t first_token, const RowSoftmax& row, int64_t r, F f) {
+  with_dtype(logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* data = logits.row<const T>(r);
+    alignas(64) float x[kGroup];
+    for (int64_t at = 0; at < logits.columns; at += kGroup) {
+      const int64_t count = std::min(kGroup, logits.columns - at);
+      read_transformed(data + at, count, first_token + at, row, x);
+      f(at, count, x);
+    }
+  });
+}
+
+void write(const View& out, int64_t r, int64_t at, int64_t count, const float* values) {
+  with_dtype(out.dtype, [&](auto type) {
+    using T = decltype(type);
+    write_group(out.row<T>(r) + at, count, values);
+  });
+}
+
+// exp((x - reference)·scale) where scale is log2 e / temperature; -inf and far below give 2^-125, set to 0.
+inline Floats probability(const Floats& x, float reference, float scale) {
+  const Floats d = (x - reference) * scale;
+  return select(less(d, kExponentFloor), 0.0f, exp2(max(kExponentFloor, d)));
+}
+
+uint32_t ordered(float x) {
+  uint32_t b;
+  std::memcpy(&b, &x, sizeof b);
+  return b & 0x80000000u ? ~b : b | 0x80000000u;
+}
+
+}  // namespace
+
+void softmax_tile(const SoftmaxTileArguments& a) {
+  parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
+    const RowSoftmax row(a.softmax, r);
+    const float reference = a.logsumexp[r] / row.inverse_temperature;
+    each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {
+      for (int64_t i = 0; i < kGroup; i += kLanes)
+        store(x + i, probability(load(x + i), reference, row.inverse_temperature * kLog2E));
+      write(a.out, r, at, count, x);
+    });
+  });
+}
+
+void histogram(const HistogramArguments& a) {
+  const int shift = kLevelShift[a.level];
+  const uint32_t digit = (1u << kLevelBits[a.level]) - 1;
+  // The digits above this level, as a mask.
+  const uint32_t above = a.level == 0 ? 0 : ~0u << kLevelShift[a.level - 1];
+  parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
+    const Selection& selection = a.selections[r];
+    if (selection.everything || a.state[r].empty()) return;
+    const RowSoftmax row(a.softmax, r);
+    const auto top = static_cast<float>(a.state[r].top / row.inverse_temperature);
+    Bin* bins = a.bins + r * kBins;
+    each_group(a.logits, a.first_token, row, r, [&](int64_t, int64_t count, const float* x) {
+      alignas(64) float mass[kGroup];
+      for (int64_t i = 0; i < kGroup; i += kLanes)
+        store(mass + i, probability(load(x + i), top, row.inverse_temperature * kLog2E));
+      for (int64_t i = 0; i < count; ++i) {
+        const uint32_t key = ordered(x[i]);
+        if ((key & above) != selection.prefix || x[i] == kNone) continue;
+        Bin& bin = bins[key >> shift & digit];
+        bin.mass += mass[i];
+        ++bin.count;
+      }
+    });
+  });
+}
+
+void log_probs_backward(const LogProbsBackwardArguments& a) {
+  const int64_t rows = a.logits.rows;
+  parallel_for(rows, a.threads, [&](int64_t r) {
+    const RowSoftmax row(a.softmax, r);
+    const int64_t target = a.target[r];
+    const bool read = target >= 0;
+    const float at_target = read ? a.grad[r] : 0, at_index = read ? a.grad[rows + r] : 0;
+    const float spread = read ? a.grad[2 * rows + r] - at_target - at_index : 0;
+    const float lse = a.numbers[2 * rows + r];
+    const float cap = row.softcap;
+    each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {
+      alignas(64) float grad[kGroup];
+      for (int64_t i = 0; i < kGroup; i += kLanes)
+        store(grad + i, read ? probability(load(x + i), lse, kLog2E) * spread : broadcast(0.0f));
+      const int64_t token = a.first_token + at;
+      const auto inside = [&](int64_t id) { return id >= token && id < token + count && id != row.exclude; };
+      if (inside(target)) grad[target - token] += at_target;
+      if (inside(row.index)) grad[row.index - token] += at_index;
+      if (cap > 0) {
+        // d softcap / dx = 1 - tanh^2, of the entry before its shift.
+        if (inside(row.index)) x[row.index - token] -= row.shift;
+        for (int64_t i = 0; i < kGroup; i += kLanes) {
+          const Floats t = load(x + i) * (1.0f / cap);
+          store(grad + i, load(grad + i) * select(equal(load(x + i), kNone), 0.0f, 1.0f - t * t));
+        }
+      }
+      write(a.out, r, at, count, grad);
+    });
+  });
+}
+
+namespace {
+
+struct KLRow {
+  alignas(64) float p[kGroup];
+  alignas(64) float q[kGroup];
+};
+
+// Calls f(at, count, groups) for every group of both rows.
+template <class F>
+void each_pair(const View& p, const View& q, int64_t r, int64_t begin, int64_t end, F f) {
+  KLRow x;
+  const auto read = [r](const View& v, int64_t at, int64_t count, float* out) {
+    with_dtype(v.dtype, [&](auto type) { read_group(v.row<const decltype(type)>(r) + at, count, out); });
+  };
+  for (int64_t at = begin; at < end; at += kGroup) {
+    const int64_t count = std::min(kGroup, end - at);
+    read(p, at, count, x.p);
+    read(q, at, count, x.q);
+    f(at, count, x);
+  }
+}
+
+KLSummary kl_segment(const KLArguments& a, int64_t r, int64_t begin, float scale) {
+  const int64_t end = std::min(begin + kSegment, a.p.columns);
+  Floats p_most = broadcast(kNone), q_most = p_most, check = broadcast(0.0f);
+  bool invalid = false;
+  each_pair(a.p, a.q, r, begin, end, [&](int64_t, int64_t count, const KLRow& x) {
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      p_most = max(load(x.p + i), p_most);
+      q_most = max(load(x.q + i), q_most);
+      check = check + load(x.p + i) * 0.0f + load(x.q + i) * 0.0f;
+    }
+    if (sum(check) == 0) return;
+    // NaN by now, by right where there is a -inf: look closer at this group.
+    check = broadcast(0.0f);
+    for (int64_t i = 0; i < count; ++i) {
+      const float infinity = std::numeric_limits<float>::infinity();
+      invalid |= !(x.p[i] < infinity) || !(x.q[i] < infinity);
+    }
+  });
+  KLSummary s;
+  s.invalid = invalid;
+  const float p_top = largest(p_most), q_top = largest(q_most);
+  const float p_reference = p_top > kNone ? p_top : 0, q_reference = q_top > kNone ? q_top : 0;
+  s.p_top = static_cast<double>(p_top) * scale;
+  s.q_top = static_cast<double>(q_top) * scale;
+  each_pair(a.p, a.q, r, begin, end, [&](int64_t, int64_t, const KLRow& x) {
+    Floats p_sum = broadcast(0.0f), q_sum = p_sum, gap = p_sum;
+    for (int64_t i = 0; i < kGroup; i += kLanes) {
+      const Floats p = load(x.p + i), dp = (p - p_reference) * (scale * kLog2E);
+      const Floats dq = (load(x.q + i) - q_reference) * (scale * kLog2E);
+      const Mask gone = equal(p, kNone);
+      const Floats e = select(gone, 0.0f, exp2(max(kExponentFloor, dp)));
+      p_sum = p_sum + e;
+      q_sum = q_sum + probability(load(x.q + i), q_reference, scale * kLog2E);
+      // 0 · (-inf - log q) is 0: what p excludes costs nothing.
+      gap = gap + select(gone, 0.0f, e * (dp - dq));
+    }
+    s.p_sum += sum(p_sum);
+    s.q_sum += sum(q_sum);
+    s.gap += static_cast<double>(sum(gap)) * kLn2;
+  });
+  return s;
+}
+
+KLSummary merge(const KLSummary& a, const KLSummary& b) {
+  KLSummary r;
+  r.invalid = a.invalid || b.invalid;
+  r.p_top = std::max(a.p_top, b.p_top);
+  r.q_top = std::max(a.q_top, b.q_top);
+  const auto add = [&r](const KLSummary& s) {
+    const double q_drop = s.q_top > -kInfinity ? s.q_top - r.q_top : 0;
+    if (s.q_top > -kInfinity) r.q_sum += std::exp(q_drop) * s.q_sum;
+    if (!(s.p_top > -kInfinity)) return;
+    const double p_drop = s.p_top - r.p_top, factor = std::exp(p_drop);
+    r.p_sum += factor * s.p_sum;
+    r.gap += factor * (s.gap + s.p_sum * (p_drop - q_drop));
+  };
+  add(a);
+  add(b);
+  return r;
+}
+
+}  // namespace
+
+void kl(const KLArguments& a) {
+  parallel_for(a.p.rows, a.threads, [&](int64_t r) {
+    const float scale = a.temperature ? 1.0f / a.temperature[r] : 1.0f;
+    for (int64_t at = 0; at < a.p.columns; at += kSegment)
+      a.state[r] = merge(a.state[r], kl_segment(a, r, at, scale));
+  });
+}
+
+void kl_backward(const KLBackwardArguments& a) {
+  const int64_t rows = a.p.rows;
+  parallel_for(rows, a.threads, [&](int64_t r) {
+    const float scale = a.temperature ? 1.0f / a.temperature[r] : 1.0f;
+    const float divergence = a.numbers[r], p_lse = a.numbers[rows + r], q_lse = a.numbers[2 * rows + r];
+    const float weight = a.grad[r] * scale;
+    each_pair(a.p, a.q, r, 0, a.p.columns, [&](int64_t at, int64_t count, KLRow& x) {
+      for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Floats log_p = load(x.p + i) * scale - p_lse, log_q = load(x.q + i) * scale - q_lse;
+        const Floats p = probability(log_p, 0, kLog2E), q = probability(log_q, 0, kLog2E);
+        const Floats pull = select(equal(load(x.p + i), kNone), 0.0f, p * (log_p - log_q - divergence));
+        store(x.p + i, pull * weight);
+        store(x.q + i, (q - p) * weight);
+      }
+      write(a.p_out, r, at, count, x.p);
+      write(a.q_out, r, at, count, x.q);
+    });
+  });
+}
+
+}  // namespace dlcore::DLCORE_ISA

@@ -1,0 +1,53 @@
+// The kernels of one ISA level, and the choice between levels.
+#pragma once
+
+#include "categorical.h"
+#include "uniform.h"
+
+namespace dlcore {
+
+struct Kernels {
+  const char* name;
+  void (*scan)(const ScanArguments&);
+  void (*softmax_tile)(const SoftmaxTileArguments&);
+  void (*histogram)(const HistogramArguments&);
+  void (*log_probs_backward)(const LogProbsBackwardArguments&);
+  void (*kl)(const KLArguments&);
+  void (*kl_backward)(const KLBackwardArguments&);
+  void (*nelbo)(const NelboArguments&);
+  void (*nelbo_backward)(const NelboBackwardArguments&);
+  float (*read)(const float*, int64_t count, int threads);
+};
+
+// Each level's sources are the same, compiled with other flags into a namespace of its own.
+#if defined(DLCORE_ISA)
+namespace DLCORE_ISA {
+void scan(const ScanArguments&);
+void softmax_tile(const SoftmaxTileArguments&);
+void histogram(const HistogramArguments&);
+void log_probs_backward(const LogProbsBackwardArguments&);
+void kl(const KLArguments&);
+void kl_backward(const KLBackwardArguments&);
+void nelbo(const NelboArguments&);
+void nelbo_backward(const NelboBackwardArguments&);
+float read(const float*, int64_t count, int threads);
+}  // namespace DLCORE_ISA
+#endif
+
+namespace baseline {
+const Kernels& level();
+}
+namespace avx2 {
+const Kernels& level();
+}
+namespace avx512 {
+const Kernels& level();
+}
+
+// The level in use: the best one, unless chosen. Never null.
+const Kernels& kernels();
+
+// Use a level ("avx512", "avx2", "baseline") from now on; false if this machine or build lacks it.
+bool choose_kernels(const char* name);
+
+}  // namespace dlcore

@@ -1,0 +1,17 @@
+// The table of one ISA level. Compiled once per level.
+#include "kernels.h"
+
+#define DLCORE_TEXT(x) #x
+#define DLCORE_NAME(x) DLCORE_TEXT(x)
+
+namespace dlcore::DLCORE_ISA {
+
+const Kernels& level() {
+  static const Kernels table = {
+      DLCORE_NAME(DLCORE_ISA), scan, softmax_tile, histogram, log_probs_backward, kl, kl_backward, nelbo,
+      nelbo_backward,          read,
+  };
+  return table;
+}
+
+}  // namespace dlcore::DLCORE_ISA

@@ -1,0 +1,297 @@
+// Sixteen lanes of float or uint32, whatever the machine's vectors hold: one, two or four registers.
+//
+// No operation here is fused or reordered by the compiler (-ffp-contract=off), so every ISA level computes the
+// same bits. Everything lives in the ISA's own namespace: a function compiled for AVX-512 must never be picked
+// by the linker for a machine without it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace dlcore::DLCORE_ISA {
+
+constexpr int kLanes = 16;
+#if defined(__AVX512F__)
+constexpr int kPartBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kPartBytes = 32;
+#else
+constexpr int kPartBytes = 16;
+#endif
+constexpr int kPartLanes = kPartBytes / 4;
+constexpr int kParts = kLanes / kPartLanes;
+
+typedef float FloatPart __attribute__((vector_size(kPartBytes)));
+typedef uint32_t WordPart __attribute__((vector_size(kPartBytes)));
+typedef int32_t IntPart __attribute__((vector_size(kPartBytes)));
+typedef uint64_t WidePart __attribute__((vector_size(kPartBytes)));
+typedef uint16_t HalfPart __attribute__((vector_size(kPartBytes / 2)));
+
+template <class P, int N = kParts>
+struct Lanes {
+  P part[N];
+};
+using Floats = Lanes<FloatPart>;
+using Words = Lanes<WordPart>;
+using Mask = Lanes<IntPart>;
+
+// Several Floats that go through an expression side by side, where registers allow: latencies overlap.
+constexpr int kAbreast = kParts == 1 ? 4 : 1;
+using WideFloats = Lanes<FloatPart, kAbreast * kParts>;
+
+// Applies f to the parts of its arguments.
+template <class F, class P, int N, class... Q>
+inline auto each(F f, const Lanes<P, N>& first, const Lanes<Q, N>&... rest) {
+  Lanes<decltype(f(first.part[0], rest.part[0]...)), N> result;
+  for (int i = 0; i < N; ++i) result.part[i] = f(first.part[i], rest.part[i]...);
+  return result;
+}
+
+template <class P, int N>
+inline Lanes<P, N> operator+(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x + y; }, a, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator-(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x - y; }, a, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator*(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x * y; }, a, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator/(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x / y; }, a, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator^(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x ^ y; }, a, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator|(const Lanes<P, N>& a, const Lanes<P, N>& b) {
+  return each([](P x, P y) { return x | y; }, a, b);
+}
+
+// A scalar on either side stands for all lanes.
+template <class P, int N>
+using Scalar = std::remove_reference_t<decltype(P{}[0])>;
+
+template <class P, int N>
+inline Lanes<P, N> operator+(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x + b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator-(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x - b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator-(Scalar<P, N> a, const Lanes<P, N>& b) {
+  return each([a](P x) { return a - x; }, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator*(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x * b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator/(Scalar<P, N> a, const Lanes<P, N>& b) {
+  return each([a](P x) { return a / x; }, b);
+}
+template <class P, int N>
+inline Lanes<P, N> operator&(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x & b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator|(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x | b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator^(const Lanes<P, N>& a, Scalar<P, N> b) {
+  return each([b](P x) { return x ^ b; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator<<(const Lanes<P, N>& a, int n) {
+  return each([n](P x) { return x << n; }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> operator>>(const Lanes<P, N>& a, int n) {
+  return each([n](P x) { return x >> n; }, a);
+}
+
+inline Floats broadcast(float x) {
+  return each([x](FloatPart) { return FloatPart{} + x; }, Floats{});
+}
+inline Words broadcast(uint32_t x) {
+  return each([x](WordPart) { return WordPart{} + x; }, Words{});
+}
+
+// 0, 1, ..., 15.
+inline Words lane_ids() {
+  Words r;
+  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = static_cast<uint32_t>(i);
+  return r;
+}
+
+// Part by part: a copy of the whole would go through the stack.
+template <class L>
+inline L load_lanes(const void* p) {
+  L r;
+  for (auto& part : r.part) {
+    std::memcpy(&part, p, sizeof part);
+    p = static_cast<const char*>(p) + sizeof part;
+  }
+  return r;
+}
+template <class P, int N>
+inline void store(void* p, const Lanes<P, N>& x) {
+  for (const auto& part : x.part) {
+    std::memcpy(p, &part, sizeof part);
+    p = static_cast<char*>(p) + sizeof part;
+  }
+}
+template <class L = Floats>
+inline L load(const float* p) {
+  return load_lanes<L>(p);
+}
+
+// The k-th sixteen lanes of several.
+inline Floats slice(const WideFloats& x, int k) {
+  Floats r;
+  for (int i = 0; i < kParts; ++i) r.part[i] = x.part[k * kParts + i];
+  return r;
+}
+
+template <int N>
+inline Lanes<WordPart, N> words_of(const Lanes<FloatPart, N>& x) {
+  return each([](FloatPart v) { return (WordPart)v; }, x);
+}
+template <int N>
+inline Lanes<FloatPart, N> floats_of(const Lanes<WordPart, N>& x) {
+  return each([](WordPart v) { return (FloatPart)v; }, x);
+}
+
+template <int N>
+inline Lanes<IntPart, N> less(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b) {
+  return each([](FloatPart x, FloatPart y) { return (IntPart)(x < y); }, a, b);
+}
+template <int N>
+inline Lanes<IntPart, N> less(const Lanes<FloatPart, N>& a, float b) {
+  return each([b](FloatPart x) { return (IntPart)(x < b); }, a);
+}
+template <int N>
+inline Lanes<IntPart, N> equal(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b) {
+  return each([](FloatPart x, FloatPart y) { return (IntPart)(x == y); }, a, b);
+}
+template <int N>
+inline Lanes<IntPart, N> equal(const Lanes<FloatPart, N>& a, float b) {
+  return each([b](FloatPart x) { return (IntPart)(x == b); }, a);
+}
+template <class P, int N>
+inline Lanes<P, N> select(const Lanes<IntPart, N>& mask, const Lanes<P, N>& yes, const Lanes<P, N>& no) {
+  return each([](IntPart m, P y, P n) { return m ? y : n; }, mask, yes, no);
+}
+template <class P, int N>
+inline Lanes<P, N> select(const Lanes<IntPart, N>& mask, const Lanes<P, N>& yes, Scalar<P, N> no) {
+  return each([no](IntPart m, P y) { return m ? y : P{} + no; }, mask, yes);
+}
+template <class P, int N>
+inline Lanes<P, N> select(const Lanes<IntPart, N>& mask, Scalar<P, N> yes, const Lanes<P, N>& no) {
+  return each([yes](IntPart m, P n) { return m ? P{} + yes : n; }, mask, no);
+}
+
+// a > b ? a : b, so b where either is NaN.
+// (Masked intrinsics stand for plain ones that GCC 12 warns about in its own header.)
+inline FloatPart max(FloatPart a, FloatPart b) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_max_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_max_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_max_ps((__m128)a, (__m128)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+template <int N>
+inline Lanes<FloatPart, N> max(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b) {
+  return each([](FloatPart x, FloatPart y) { return max(x, y); }, a, b);
+}
+template <int N>
+inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
+  return each([a](FloatPart y) { return max(FloatPart{} + a, y); }, b);
+}
+
+// The 64-bit products of the even 32-bit lanes with a word.
+inline WidePart multiply_even(WidePart x, uint32_t word) {
+#if defined(__AVX512F__)
+  return (WidePart)_mm512_maskz_mul_epu32(0xFF, (__m512i)x, _mm512_set1_epi32(static_cast<int>(word)));
+#elif defined(__AVX2__)
+  return (WidePart)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi32(static_cast<int>(word)));
+#elif defined(__SSE2__)
+  return (WidePart)_mm_mul_epu32((__m128i)x, _mm_set1_epi32(static_cast<int>(word)));
+#else
+  return (x & 0xFFFFFFFFull) * word;
+#endif
+}
+
+struct Product {
+  Words high, low;
+};
+
+inline Product multiply(const Words& a, uint32_t word) {
+  Product r;
+  for (int i = 0; i < kParts; ++i) {
+    const auto x = (WidePart)a.part[i];
+    const WidePart even = multiply_even(x, word), odd = multiply_even(x >> 32, word);
+    r.high.part[i] = (WordPart)(even >> 32 | (odd & 0xFFFFFFFF00000000ull));
+    r.low.part[i] = (WordPart)((even & 0xFFFFFFFFull) | odd << 32);
+  }
+  return r;
+}
+
+// x[(i + by) % lanes] in lane i.
+template <int by>
+inline FloatPart rotate(FloatPart x) {
+  IntPart from;
+  for (int i = 0; i < kPartLanes; ++i) from[i] = (i + by) % kPartLanes;
+  return __builtin_shuffle(x, from);
+}
+
+// Reductions in one fixed order, whatever the width: lanes 8 apart, 4 apart, 2 apart, neighbours.
+template <class F>
+inline float reduce(Floats x, F f) {
+  for (int n = kParts / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x.part[i] = f(x.part[i], x.part[i + n]);
+  FloatPart v = x.part[0];
+  if constexpr (kPartLanes > 8) v = f(v, rotate<8>(v));
+  if constexpr (kPartLanes > 4) v = f(v, rotate<4>(v));
+  v = f(v, rotate<2>(v));
+  v = f(v, rotate<1>(v));
+  return v[0];
+}
+inline float sum(const Floats& x) {
+  return reduce(x, [](FloatPart a, FloatPart b) { return a + b; });
+}
+inline float largest(const Floats& x) {
+  return reduce(x, [](FloatPart a, FloatPart b) { return max(a, b); });
+}
+
+// The largest of `count` floats, and the first place where it stands; `count` is a multiple of 16.
+struct Largest {
+  float value;
+  int64_t at;
+};
+inline Largest first_largest(const float* x, int64_t count) {
+  Floats m = load(x);
+  for (int64_t i = kLanes; i < count; i += kLanes) m = max(load(x + i), m);
+  const float value = largest(m);
+  int64_t at = 0;
+  while (at + 1 < count && x[at] != value) ++at;
+  return {value, at};
+}
+
+}  // namespace dlcore::DLCORE_ISA

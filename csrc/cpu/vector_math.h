@@ -1,0 +1,112 @@
+// exp, log and Gumbel noise on sixteen lanes, without fused operations: the same bits on every ISA level.
+#pragma once
+
+#include "../common/philox.h"
+#include "simd.h"
+
+namespace dlcore::DLCORE_ISA {
+
+constexpr float kLog2E = 1.44269504f;
+constexpr float kLn2 = 0.693147181f;
+constexpr float kExponentFloor = -125.0f;
+constexpr float kExponentCeiling = 126.0f;
+
+// 2^y for y in [-125, 126], relative error 2^-23; NaN stays NaN.
+template <int N>
+inline Lanes<FloatPart, N> exp2(const Lanes<FloatPart, N>& y) {
+  // Adding 1.5·2^23 rounds to an integer and leaves it in the low bits.
+  constexpr float magic = 12582912.0f;
+  const auto rounded = y + magic;
+  const auto f = y - (rounded - magic);
+  auto p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return floats_of(words_of(p) + (words_of(rounded) << 23));
+}
+
+// log(x) for positive normal x, relative error 2^-22 also next to 1.
+inline Floats log(const Floats& x) {
+  const Words bits = words_of(x);
+  // The exponent of x / sqrt(1/2), so that the mantissa falls in [sqrt(1/2), sqrt(2)).
+  const Mask exponent = each([](WordPart b) { return ((IntPart)(b - 0x3f3504f3u)) >> 23; }, bits);
+  const Floats e = each([](IntPart v) { return __builtin_convertvector(v, FloatPart); }, exponent);
+  const Words scaled = each([](WordPart b, IntPart v) { return b - ((WordPart)v << 23); }, bits, exponent);
+  const Floats f = floats_of(scaled) - 1.0f;
+  const Floats square = f * f;
+  Floats p = f * -0x1.38b5a6p-4f + 0x1.055b72p-3f;
+  p = p * f + -0x1.0d853ep-3f;
+  p = p * f + 0x1.22da1cp-3f;
+  p = p * f + -0x1.547244p-3f;
+  p = p * f + 0x1.99a008p-3f;
+  p = p * f + -0x1.000226p-2f;
+  p = p * f + 0x1.555554p-2f;
+  // ln 2 in two parts: the first has zeros enough for its product with e to be exact.
+  const Floats tail = p * f * square + e * -2.12194440e-4f - square * 0.5f;
+  return f + tail + e * 0.693359375f;
+}
+
+// log1p(x) for x >= 0: the rounding of 1 + x is given back to first order.
+inline Floats log1p(const Floats& x) {
+  const Floats w = x + 1.0f;
+  return log(w) + (x - (w - 1.0f)) / w;
+}
+
+// Unsigned words to float, rounded once: both halves convert exactly.
+inline Floats to_float(const Words& x) {
+  const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
+  return each(convert, x >> 16) * 65536.0f + each(convert, x & 0xFFFFu);
+}
+
+// The 64 bits high·2^32 + low as a number in (0, 1].
+inline Floats unit(const Words& high, const Words& low) {
+  return to_float(high) * 0x1p-32f + (to_float(low) + 0.5f) * 0x1p-64f;
+}
+
+// -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
+inline Floats gumbel(const Words& high, const Words& low) {
+  const Floats u = unit(high, low);
+  // 1 - u: from the complemented bits where u is large, else rounded, with its rounding given back below.
+  const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
+  const Floats w = select(small, 1.0f - u, unit(high ^ 0xFFFFFFFFu, low ^ 0xFFFFFFFFu));
+  const Floats residual = select(small, (1.0f - w) - u, 0.0f);
+  const Floats exponential = 0.0f - (log(w) + residual * (2.0f - w));
+  return 0.0f - log(exponential);
+}
+
+// The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.
+struct GumbelPair {
+  Floats even, odd;
+};
+
+inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
+  const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
+  Words c0 = lane_ids() + broadcast(low_word(static_cast<uint64_t>(first)));
+  Words c1 = broadcast(domain_word(domain, first));
+  Words c2 = broadcast(low_word(offset)), c3 = broadcast(high_word(offset));
+  uint32_t k0 = low_word(seed), k1 = high_word(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const Product p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
+    c0 = p1.high ^ c1 ^ broadcast(k0);
+    c1 = p1.low;
+    c2 = p0.high ^ c3 ^ broadcast(k1);
+    c3 = p0.low;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  return {gumbel(c1, c0), gumbel(c3, c2)};
+}
+
+// Draws [first, first + count) of a domain; first is a multiple of 32, `out` has room up to the next one.
+inline void fill_gumbel(Key key, Domain domain, int64_t first, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += 2 * kLanes) {
+    const GumbelPair pair = gumbel_blocks(key, domain, (first + i) / 2);
+    float halves[2 * kLanes];
+    store(halves, pair.even);
+    store(halves + kLanes, pair.odd);
+    for (int j = 0; j < 2 * kLanes; ++j) out[i + j] = halves[j / 2 + j % 2 * kLanes];
+  }
+}
+
+}  // namespace dlcore::DLCORE_ISA

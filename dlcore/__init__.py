@@ -1,0 +1,17 @@
+"""dlcore: the compute core of diffusion language models."""
+
+from dlcore import categorical, rng
+from dlcore._dispatch import backends, explain, last_backend, use_backend
+from dlcore.linear_logits import LinearLogits
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LinearLogits",
+    "backends",
+    "categorical",
+    "explain",
+    "last_backend",
+    "rng",
+    "use_backend",
+]

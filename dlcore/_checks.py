@@ -1,0 +1,117 @@
+"""Argument checks: ValueError for shapes and values, TypeError for dtypes; each names op, argument, got, accepted."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def describe(x: object) -> str:
+    """A tensor by dtype and shape, anything else by its repr."""
+    if isinstance(x, Tensor):
+        return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
+    return f"{type(x).__name__} {x!r}"
+
+
+def reads_data(x: Tensor) -> bool:
+    """Whether checks that read values run: always on the CPU, elsewhere under DLCORE_CHECK=1."""
+    return x.numel() > 0 and (x.device.type == "cpu" or os.environ.get("DLCORE_CHECK") == "1")
+
+
+def floating(op: str, name: str, x: object) -> None:
+    """A tensor (..., n) of a floating dtype with at least one dimension and a non-empty last one."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {describe(x)}")
+    if x.dtype not in FLOATING:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.dim() < 1 or x.shape[-1] < 1:
+        raise ValueError(f"{op}: {name} must be (..., n) with n >= 1, got {tuple(x.shape)}")
+
+
+def tokens(op: str, name: str, x: object, lead: torch.Size) -> None:
+    """int64 token ids of shape `lead`."""
+    if not isinstance(x, Tensor) or x.dtype != torch.int64:
+        raise TypeError(f"{op}: {name} must be an int64 Tensor, got {describe(x)}")
+    if x.shape != lead:
+        raise ValueError(f"{op}: {name} must have shape {tuple(lead)}, got {tuple(x.shape)}")
+
+
+def token_range(op: str, name: str, x: Tensor | None, vocab: int, low: int = 0) -> None:
+    """Every id in [low, vocab). Reads data."""
+    if x is None or not reads_data(x):
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(x))
+    if smallest < low or largest >= vocab:
+        got = smallest if smallest < low else largest
+        raise ValueError(f"{op}: {name} must lie in [{low}, {vocab}), got {got}")
+
+
+def value_range(
+    op: str, name: str, x: Tensor | None, low: float, high: float = torch.inf, *, open_low: bool = False
+) -> None:
+    """Every value in [low, high], or (low, high]; NaN never is. Reads data."""
+    if x is None or not reads_data(x):
+        return
+    ok = (x > low if open_low else x >= low) & (x <= high)
+    if not bool(ok.all()):
+        got = x[~ok].flatten()[0].item()
+        bracket = "(" if open_low else "["
+        raise ValueError(f"{op}: {name} must lie in {bracket}{low:g}, {high:g}], got {got:g}")
+
+
+def option(op: str, name: str, value: object, accepted: tuple[str, ...]) -> None:
+    """One of a fixed set of strings."""
+    if value not in accepted:
+        raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
+
+
+def token_id(op: str, name: str, value: int | None, vocab: int) -> None:
+    """One optional token id."""
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+    if not 0 <= value < vocab:
+        raise ValueError(f"{op}: {name} must lie in [0, {vocab}), got {value}")
+
+
+def per_row(
+    op: str,
+    name: str,
+    value: float | Tensor | None,
+    lead: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor | None:
+    """A number or a tensor that broadcasts to `lead`, as a tensor of `dtype` (not expanded)."""
+    if value is None:
+        return None
+    if not isinstance(value, Tensor):
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+            raise TypeError(f"{op}: {name} must be a number or a Tensor, got {describe(value)}")
+        return torch.full((), value, dtype=dtype, device=device)
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")
+    if value.dim() > len(lead) or any(
+        have not in (1, want) for have, want in zip(reversed(value.shape), reversed(lead), strict=False)
+    ):
+        raise ValueError(f"{op}: {name} must broadcast to {tuple(lead)}, got {tuple(value.shape)}")
+    return value.to(device=device, dtype=dtype)
+
+
+def key(op: str, value: Tensor | None, generator: torch.Generator | None, lead: torch.Size | None) -> Tensor:
+    """The key as given, or a fresh one from torch's generator."""
+    if value is None:
+        return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator)
+    if generator is not None:
+        raise ValueError(f"{op}: give key or generator, not both")
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        raise TypeError(f"{op}: key must be an int64 Tensor, got {describe(value)}")
+    if value.shape[-1:] != (2,) or (lead is not None and value.dim() > 1 and value.shape[:-1] != lead):
+        wanted = "(..., 2)" if lead is None else f"(2,) or {(*lead, 2)}"
+        raise ValueError(f"{op}: key must have shape {wanted}, got {tuple(value.shape)}")
+    return value

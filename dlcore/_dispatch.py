@@ -1,0 +1,155 @@
+"""Which backend runs an op: use_backend(...) > DLCORE_BACKEND > priority."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+from torch import Tensor
+
+Implementation = Callable[..., Any]
+Reasons = Callable[..., list[str]]
+
+logger = logging.getLogger("dlcore")
+
+#: Every backend, the preferred first.
+PRIORITY = ("cpu", "reference")
+
+_implementations: dict[str, dict[str, tuple[Implementation, Reasons]]] = {}
+_chosen: ContextVar[str | None] = ContextVar("dlcore_backend", default=None)
+_last: dict[str, str] = {}
+_logged: set[tuple[str, str]] = set()
+
+
+def implement(op: str, backend: str, function: Implementation, reasons: Reasons) -> None:
+    """Stand `function` behind `op`; `reasons(*args)` lists why it cannot take these arguments."""
+    _implementations.setdefault(op, {})[backend] = (function, reasons)
+
+
+def ops() -> list[str]:
+    """The names of all ops."""
+    return sorted(_implementations)
+
+
+def _known(backend: str, source: str) -> str:
+    if backend not in PRIORITY:
+        raise ValueError(f"{source}: backend must be one of {', '.join(PRIORITY)}, got {backend!r}")
+    return backend
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Run every op on backend `name` inside the block; an op that cannot raises NotImplementedError.
+
+    Example:
+        >>> import torch, dlcore
+        >>> with dlcore.use_backend("reference"):
+        ...     _ = dlcore.categorical.stats(torch.zeros(2, 5))
+        >>> dlcore.last_backend("categorical.stats")
+        'reference'
+    """
+    token = _chosen.set(_known(name, "dlcore.use_backend"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def _requested() -> str | None:
+    chosen = _chosen.get()
+    if chosen is not None:
+        return chosen
+    variable = os.environ.get("DLCORE_BACKEND")
+    return _known(variable, "DLCORE_BACKEND") if variable else None
+
+
+def _refusals(op: str, args: tuple[Any, ...]) -> dict[str, list[str]]:
+    table = _implementations[op]
+    return {b: table[b][1](*args) if b in table else ["not written for this op"] for b in PRIORITY}
+
+
+def _summary(args: tuple[Any, ...]) -> str:
+    shown = (f"{a.dtype} {tuple(a.shape)} on {a.device}" for a in args if isinstance(a, Tensor))
+    return "; ".join(shown)
+
+
+def _report(op: str, args: tuple[Any, ...]) -> str:
+    lines = [f"{op}({_summary(args)})"]
+    for backend, reasons in _refusals(op, args).items():
+        lines.append(f"  {backend}: " + ("can run" if not reasons else "; ".join(reasons)))
+    return "\n".join(lines)
+
+
+def choose(op: str, args: tuple[Any, ...]) -> str:
+    """The backend that takes these arguments; raises NotImplementedError with every backend's reasons."""
+    table, requested = _implementations[op], _requested()
+    candidates = PRIORITY if requested is None else (requested,)
+    for backend in candidates:
+        entry = table.get(backend)
+        if entry is None:
+            continue
+        reasons = entry[1](*args)
+        if not reasons:
+            return backend
+        if requested is None and (op, backend) not in _logged:
+            _logged.add((op, backend))
+            logger.info("%s: %s cannot run (%s); falling back", op, backend, "; ".join(reasons))
+    wanted = "no backend" if requested is None else f"backend {requested!r} was asked for and"
+    raise NotImplementedError(f"{wanted} can run\n{_report(op, args)}")
+
+
+def run(op: str, *args: Any) -> Any:
+    """Call the chosen backend's implementation."""
+    backend = choose(op, args)
+    _last[op] = backend
+    return _implementations[op][backend][0](*args)
+
+
+def last_backend(op: str) -> str | None:
+    """The backend that last ran `op` ("categorical.sample"), or None. ValueError for an unknown op."""
+    return _last.get(known_op(op))
+
+
+def known_op(op: str) -> str:
+    """`op` itself if it exists, else ValueError with the known names."""
+    if op not in _implementations:
+        raise ValueError(f"dlcore: op must be one of {', '.join(ops())}, got {op!r}")
+    return op
+
+
+def backends(op: str | None = None) -> dict[str, list[str]] | list[str]:
+    """The backends that exist, or, for one op, each backend with the reasons why it can run nothing here.
+
+    Example:
+        >>> import dlcore
+        >>> dlcore.backends()
+        ['cpu', 'reference']
+    """
+    if op is None:
+        return list(PRIORITY)
+    return _refusals(known_op(op), ())
+
+
+def explain(op: str, *args: Any, **kwargs: Any) -> str:
+    """Which backend would run `op` on these arguments, and why the others would not.
+
+    Example:
+        >>> import torch, dlcore
+        >>> print(dlcore.explain("categorical.stats", torch.zeros(2, 5, dtype=torch.float64)))
+        categorical.stats(torch.float64 (2, 5) on cpu)
+          cpu: takes float32, bfloat16, float16, got float64
+          reference: can run
+          chosen: reference
+    """
+    values = [*args, *kwargs.values()]
+    tensors = tuple(t for v in values for t in (v, getattr(v, "hidden", None), getattr(v, "weight", None)))
+    tensors = tuple(t for t in tensors if isinstance(t, Tensor))
+    report = _report(known_op(op), tensors)
+    try:
+        return f"{report}\n  chosen: {choose(op, tensors)}"
+    except NotImplementedError:
+        return f"{report}\n  chosen: none, the call would raise NotImplementedError"

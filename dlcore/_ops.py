@@ -1,0 +1,289 @@
+"""Every op, declared once: schema, value checks, dispatch, fake and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import _dispatch
+
+_library = torch.library.Library("dlcore", "DEF")
+
+HEAD = "Tensor logits, Tensor? weight, Tensor? bias"
+ROW = "Tensor? temperature, float? softcap, int? exclude"
+
+
+def _define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> None:
+    """Declare dlcore::family_name; eager calls check their values, then run the chosen backend."""
+    name = op.replace(".", "_")
+    _library.define(f"{name}{schema}")
+
+    def run(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        return _dispatch.run(op, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"dlcore::{name}", fake, lib=_library)
+
+
+def _autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    name = "dlcore::" + op.replace(".", "_")
+    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """float32, or the input's dtype if wider."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _vocab(logits: Tensor, weight: Tensor | None) -> int:
+    return logits.shape[-1] if weight is None else weight.shape[0]
+
+
+def _numbers(logits: Tensor, count: int) -> Tensor:
+    return logits.new_empty((count, *logits.shape[:-1]), dtype=result_dtype(logits))
+
+
+# --- rng ---------------------------------------------------------------------------------------------------
+
+
+def _noise_fake(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    return key.new_empty((*key.shape[:-1], *shape), dtype=dtype)
+
+
+_define("rng.fold_in", "(Tensor key, Tensor data) -> Tensor", lambda key, data: data.new_empty((*data.shape, 2)))
+for _name in ("uniform", "normal", "gumbel"):
+    _define(f"rng.{_name}", "(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor", _noise_fake)
+
+# --- categorical -------------------------------------------------------------------------------------------
+
+
+def _check_row(
+    op: str,
+    logits: Tensor,
+    weight: Tensor | None,
+    index: Tensor | None,
+    temperature: Tensor | None,
+    *,
+    greedy: bool,
+) -> None:
+    checks.token_range(op, "z" if "mixture" in op else "index", index, _vocab(logits, weight))
+    checks.value_range(op, "temperature", temperature, 0, open_low=not greedy)
+
+
+def _check_stats(logits, weight, bias, index, shift, temperature, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
+    _check_row("categorical.stats", logits, weight, index, temperature, greedy=False)
+
+
+def _check_sample(  # type: ignore[no-untyped-def]
+    logits, weight, bias, index, shift, temperature, softcap, exclude, top_k, top_p, min_p, key
+) -> None:
+    op = "categorical.sample"
+    _check_row(op, logits, weight, index, temperature, greedy=True)
+    checks.value_range(op, "top_k", top_k, 1)
+    checks.value_range(op, "top_p", top_p, 0, 1)
+    checks.value_range(op, "min_p", min_p, 0, 1)
+
+
+def _check_mixture(  # type: ignore[no-untyped-def]
+    logits, weight, bias, z, coefficients, prior, shift, temperature, softcap, exclude, key
+) -> None:
+    op = "categorical.sample_mixture"
+    _check_row(op, logits, weight, z, temperature, greedy=True)
+    if checks.reads_data(coefficients) and not bool(torch.isfinite(coefficients).all()):
+        raise ValueError(f"{op}: coefficients must be finite")
+
+
+_define(
+    "categorical.stats",
+    f"({HEAD}, Tensor? index, Tensor? shift, {ROW}) -> (Tensor, Tensor)",
+    lambda logits, *_: (logits.new_empty(logits.shape[:-1], dtype=torch.int64), _numbers(logits, 6)),
+    _check_stats,
+)
+_define(
+    "categorical.sample",
+    f"({HEAD}, Tensor? index, Tensor? shift, {ROW}, "
+    "Tensor? top_k, Tensor? top_p, Tensor? min_p, Tensor key) -> (Tensor, Tensor)",
+    lambda logits, *_: (logits.new_empty((2, *logits.shape[:-1]), dtype=torch.int64), _numbers(logits, 7)),
+    _check_sample,
+)
+_define(
+    "categorical.sample_mixture",
+    f"({HEAD}, Tensor z, Tensor coefficients, int prior, Tensor? shift, {ROW}, Tensor key) -> Tensor",
+    lambda logits, weight, bias, z, *_: torch.empty_like(z, memory_format=torch.contiguous_format),
+    _check_mixture,
+)
+
+# Differentiable ops come in pairs: the forward returns what its backward needs beside the inputs.
+
+
+def _head_grads(logits: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a head; for dense logits the last two are empty."""
+    empty = logits.new_empty(0)
+    like = torch.contiguous_format
+    return (
+        torch.empty_like(logits, memory_format=like),
+        empty if weight is None else torch.empty_like(weight, memory_format=like),
+        empty.clone() if bias is None else torch.empty_like(bias, memory_format=like),
+    )
+
+
+def _given(head: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(None if h is None else g for h, g in zip(head, grads, strict=True))
+
+
+def _check_log_probs(logits, weight, bias, target, index, shift, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
+    vocab = _vocab(logits, weight)
+    checks.token_range("categorical.cross_entropy", "target", target, vocab, low=-1)
+    checks.token_range("categorical.cross_entropy", "index", index, vocab)
+
+
+_LOG_PROBS = f"{HEAD}, Tensor target, Tensor? index, Tensor? shift, float? softcap, int? exclude"
+_define(
+    "categorical.log_probs",
+    f"({_LOG_PROBS}) -> Tensor",
+    lambda logits, *_: _numbers(logits, 3),
+    _check_log_probs,
+)
+_define(
+    "categorical.log_probs_backward",
+    f"(Tensor grad, Tensor numbers, {_LOG_PROBS}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, numbers, logits, weight, bias, *_: _head_grads(logits, weight, bias),
+)
+
+
+def _setup_log_probs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    logits, weight, bias, target, index, shift, ctx.softcap, ctx.exclude = inputs
+    ctx.save_for_backward(output, logits, weight, bias, target, index, shift)
+
+
+def _backward_log_probs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, logits, weight, bias, target, index, shift = ctx.saved_tensors
+    grads = torch.ops.dlcore.categorical_log_probs_backward(
+        grad, numbers, logits, weight, bias, target, index, shift, ctx.softcap, ctx.exclude
+    )
+    return (*_given((logits, weight, bias), grads), None, None, None, None, None)
+
+
+_autograd("categorical.log_probs", _setup_log_probs, _backward_log_probs)
+
+_KL = (
+    "Tensor p_logits, Tensor? p_weight, Tensor? p_bias, "
+    "Tensor q_logits, Tensor? q_weight, Tensor? q_bias, Tensor? temperature"
+)
+
+
+def _check_kl(p_logits, p_weight, p_bias, q_logits, q_weight, q_bias, temperature) -> None:  # type: ignore[no-untyped-def]
+    checks.value_range("categorical.kl", "temperature", temperature, 0, open_low=True)
+
+
+_define("categorical.kl", f"({_KL}) -> Tensor", lambda logits, *_: _numbers(logits, 3), _check_kl)
+_define(
+    "categorical.kl_backward",
+    f"(Tensor grad, Tensor numbers, {_KL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, numbers, p, p_weight, p_bias, q, q_weight, q_bias, temperature: (
+        *_head_grads(p, p_weight, p_bias),
+        *_head_grads(q, q_weight, q_bias),
+    ),
+)
+
+
+def _setup_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(output, *inputs)
+
+
+def _backward_kl(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, *inputs = ctx.saved_tensors
+    grads = torch.ops.dlcore.categorical_kl_backward(grad, numbers, *inputs)
+    return (*_given(tuple(inputs[:6]), grads), None)
+
+
+_autograd("categorical.kl", _setup_kl, _backward_kl)
+
+_EXPECTATION = f"{HEAD}, Tensor table, {ROW}"
+
+
+def _check_expectation(logits, weight, bias, table, temperature, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
+    checks.value_range("categorical.expectation", "temperature", temperature, 0, open_low=True)
+
+
+_define(
+    "categorical.expectation",
+    f"({_EXPECTATION}) -> (Tensor, Tensor)",
+    lambda logits, weight, bias, table, *_: (
+        logits.new_empty((*logits.shape[:-1], table.shape[1]), dtype=result_dtype(logits)),
+        logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits)),
+    ),
+    _check_expectation,
+)
+_define(
+    "categorical.expectation_backward",
+    f"(Tensor grad, Tensor output, Tensor logsumexp, {_EXPECTATION}) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda grad, output, lse, logits, weight, bias, table, *_: (
+        *_head_grads(logits, weight, bias),
+        torch.empty_like(table, memory_format=torch.contiguous_format),
+    ),
+)
+
+
+def _setup_expectation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.softcap, ctx.exclude = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*output, *tensors)
+
+
+def _backward_expectation(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    output, lse, logits, weight, bias, table, temperature = ctx.saved_tensors
+    grads = torch.ops.dlcore.categorical_expectation_backward(
+        grad, output, lse, logits, weight, bias, table, temperature, ctx.softcap, ctx.exclude
+    )
+    return (*_given((logits, weight, bias), grads[:3]), grads[3], None, None, None)
+
+
+_autograd("categorical.expectation", _setup_expectation, _backward_expectation)
+
+# --- uniform -----------------------------------------------------------------------------------------------
+
+_NELBO = f"{HEAD}, Tensor z, Tensor x, Tensor alpha, Tensor dalpha, Tensor? shift"
+
+
+def _check_nelbo(logits, weight, bias, z, x, alpha, dalpha, shift) -> None:  # type: ignore[no-untyped-def]
+    op, vocab = "uniform.nelbo", _vocab(logits, weight)
+    checks.token_range(op, "z", z, vocab)
+    checks.token_range(op, "x", x, vocab)
+    checks.value_range(op, "alpha", alpha, 0, 1)
+
+
+_define(
+    "uniform.nelbo",
+    f"({_NELBO}) -> (Tensor, Tensor)",
+    lambda logits, *_: (
+        logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits)),
+        logits.new_empty((2, *logits.shape[:-1]), dtype=torch.float64),
+    ),
+    _check_nelbo,
+)
+_define(
+    "uniform.nelbo_backward",
+    f"(Tensor grad, Tensor sums, {_NELBO}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, sums, logits, weight, bias, *_: _head_grads(logits, weight, bias),
+)
+
+
+def _setup_nelbo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *inputs)
+
+
+def _backward_nelbo(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    sums, *inputs = ctx.saved_tensors
+    grads = torch.ops.dlcore.uniform_nelbo_backward(grad, sums, *inputs)
+    return (*_given(tuple(inputs[:3]), grads), None, None, None, None, None)
+
+
+_autograd("uniform.nelbo", _setup_nelbo, _backward_nelbo)

@@ -1,0 +1,51 @@
+"""Stands every backend's implementation behind its op."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from dlcore import _ops  # noqa: F401  (declares the ops)
+from dlcore._dispatch import implement
+from dlcore.reference import categorical, rng, uniform
+from dlcore.reference.backward import gradients
+
+
+def _always(*_: Any) -> list[str]:
+    return []
+
+
+
+def _backward(function: Callable[..., Tensor], wanted: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
+    def backward(grad: Tensor, _: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+        return gradients(function, inputs, wanted, grad)
+
+    return backward
+
+
+def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    return gradients(lambda *a: categorical.expectation(*a)[0], inputs, (0, 1, 2, 3), grad)
+
+
+REFERENCE: dict[str, Callable[..., Any]] = {
+    "rng.fold_in": rng.fold_in,
+    "rng.uniform": rng.uniform,
+    "rng.normal": rng.normal,
+    "rng.gumbel": rng.gumbel,
+    "categorical.stats": categorical.stats,
+    "categorical.sample": categorical.sample,
+    "categorical.sample_mixture": categorical.sample_mixture,
+    "categorical.log_probs": categorical.log_probs,
+    "categorical.log_probs_backward": _backward(categorical.log_probs, (0, 1, 2)),
+    "categorical.kl": categorical.kl,
+    "categorical.kl_backward": _backward(categorical.kl, (0, 1, 2, 3, 4, 5)),
+    "categorical.expectation": categorical.expectation,
+    "categorical.expectation_backward": _expectation_backward,
+    "uniform.nelbo": uniform.nelbo,
+    "uniform.nelbo_backward": _backward(lambda *a: uniform.nelbo(*a)[0], (0, 1, 2)),
+}
+
+for _op, _function in REFERENCE.items():
+    implement(_op, "reference", _function, _always)

@@ -1,0 +1,372 @@
+"""Row statistics, draws and losses of softmax over the last dimension: one read of the logits each.
+
+Throughout: logits is a Tensor (..., V) or a LinearLogits; ``float | Tensor`` parameters broadcast to the
+leading dimensions; logs are natural. A row with NaN, +inf or nothing but -inf gives token -1 and NaN numbers;
+ties go to the lowest id. Bad shapes and values raise ValueError, bad dtypes TypeError.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore.linear_logits import LinearLogits
+
+
+class Stats(NamedTuple):
+    """What one read of a row tells. argmax is int64, all else float32, each of the leading shape."""
+
+    logsumexp: Tensor
+    argmax: Tensor
+    argmax_logprob: Tensor
+    margin: Tensor
+    entropy: Tensor
+    index_logprob: Tensor | None
+
+
+class Draw(NamedTuple):
+    """A draw: tokens int64, their log-probability before truncation, and the row's statistics."""
+
+    tokens: Tensor
+    logprob: Tensor
+    stats: Stats
+
+
+class Head(NamedTuple):
+    """Logits as ops take them: dense (weight None) or a linear head's hidden, weight and bias."""
+
+    logits: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+    @property
+    def lead(self) -> torch.Size:
+        return self.logits.shape[:-1]
+
+    @property
+    def vocab(self) -> int:
+        return self.logits.shape[-1] if self.weight is None else self.weight.shape[0]
+
+
+def head(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Head:
+    """Check logits and split them into the tensors that ops take."""
+    if isinstance(logits, LinearLogits):
+        if logits.weight.shape[0] < 1:
+            raise ValueError(f"{op}: {name} must have a vocabulary of at least 1, got weight of 0 rows")
+        return Head(logits.hidden, logits.weight, logits.bias)
+    checks.floating(op, name, logits)
+    return Head(logits, None, None)
+
+
+def _softcap(op: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{op}: softcap must be positive, got {value}")
+
+
+def _exclude(op: str, value: int | None, vocab: int) -> None:
+    checks.token_id(op, "exclude", value, vocab)
+    if value is not None and vocab == 1:
+        raise ValueError(f"{op}: exclude leaves no token in a vocabulary of 1")
+
+
+def _index(op: str, name: str, index: Tensor | None, shift: float | Tensor | None, lead: torch.Size) -> None:
+    if index is not None:
+        checks.tokens(op, name, index, lead)
+    elif shift is not None:
+        raise ValueError(f"{op}: shift needs {name}, the token whose logit it is added to")
+
+
+def _stats(argmax: Tensor, numbers: Tensor, index: Tensor | None) -> Stats:
+    lse, top, margin, entropy, at = numbers.unbind(0)[:5]
+    return Stats(lse, argmax, top, margin, entropy, None if index is None else at)
+
+
+def row_numbers(
+    op: str,
+    logits: Tensor | LinearLogits,
+    index: Tensor | None,
+    shift: float | Tensor | None,
+    temperature: float | Tensor,
+    softcap: float | None,
+    exclude: int | None,
+) -> tuple[Tensor, Tensor]:
+    """argmax and the six numbers of `stats`, the runner-up's log-probability last."""
+    h = head(op, logits)
+    _index(op, "index", index, shift, h.lead)
+    _softcap(op, softcap)
+    _exclude(op, exclude, h.vocab)
+    device = h.logits.device
+    result: tuple[Tensor, Tensor] = torch.ops.dlcore.categorical_stats(
+        *h, index, checks.per_row(op, "shift", shift, h.lead, device), _temperature(op, temperature, h), softcap, exclude
+    )
+    return result
+
+
+def _temperature(op: str, temperature: float | Tensor, h: Head) -> Tensor | None:
+    if isinstance(temperature, float) and temperature == 1.0:
+        return None
+    return checks.per_row(op, "temperature", temperature, h.lead, h.logits.device)
+
+
+def stats(
+    logits: Tensor | LinearLogits,
+    index: Tensor | None = None,
+    *,
+    shift: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    exclude: int | None = None,
+) -> Stats:
+    """Log-sum-exp, argmax, its log-probability, margin p1 - p2, entropy (nats) and the entry at `index`.
+
+    All under softmax((softcap(logits) + shift·1[index]) / temperature), token `exclude` at probability 0,
+    with softcap(a) = softcap·tanh(a / softcap). Not differentiable.
+
+    Args:
+        logits: (..., V).
+        index: (...) int64 token ids to read the log-probability of.
+        shift: added to the one logit at `index`, before the temperature.
+        temperature: positive.
+        softcap: positive, or None.
+        exclude: a token id that has probability 0.
+
+    Example:
+        >>> import torch, dlcore
+        >>> s = dlcore.categorical.stats(torch.zeros(2, 4))
+        >>> s.entropy
+        tensor([1.3863, 1.3863])
+    """
+    argmax, numbers = row_numbers("categorical.stats", logits, index, shift, temperature, softcap, exclude)
+    return _stats(argmax, numbers, index)
+
+
+def sample(
+    logits: Tensor | LinearLogits,
+    index: Tensor | None = None,
+    *,
+    shift: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    exclude: int | None = None,
+    top_k: int | Tensor | None = None,
+    top_p: float | Tensor | None = None,
+    min_p: float | Tensor | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Draw:
+    """Draw one token per row, with the statistics of `stats` from the same read.
+
+    The draw is a two-level Gumbel-max whose winning tail is exact: an event of probability 1e-12 occurs as
+    often as it should. Truncation keeps the top_k largest, of these the fewest that reach probability
+    top_p (the token that crosses it is kept), of these the ones with at least min_p times the largest
+    probability. Statistics and logprob are those before truncation.
+
+    Args:
+        logits, index, shift, softcap, exclude: as in `stats`.
+        temperature: non-negative. At 0 the token is the argmax, and the statistics are those of
+            temperature 1, so that confidences do not saturate.
+        top_k: at least 1. top_p, min_p: in [0, 1].
+        key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
+
+    Example:
+        >>> import torch, dlcore
+        >>> draw = dlcore.categorical.sample(torch.randn(2, 3, 1000), temperature=0.8, key=dlcore.rng.key(7))
+        >>> draw.tokens.shape, draw.stats.entropy.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]))
+    """
+    op = "categorical.sample"
+    h = head(op, logits)
+    _index(op, "index", index, shift, h.lead)
+    _softcap(op, softcap)
+    _exclude(op, exclude, h.vocab)
+    device = h.logits.device
+    tokens, numbers = torch.ops.dlcore.categorical_sample(
+        *h,
+        index,
+        checks.per_row(op, "shift", shift, h.lead, device),
+        _temperature(op, temperature, h),
+        softcap,
+        exclude,
+        checks.per_row(op, "top_k", top_k, h.lead, device, torch.int64),
+        checks.per_row(op, "top_p", top_p, h.lead, device),
+        checks.per_row(op, "min_p", min_p, h.lead, device),
+        checks.key(op, key, generator, h.lead),
+    )
+    drawn, argmax = tokens.unbind(0)
+    return Draw(drawn, numbers[6], _stats(argmax, numbers, index))
+
+
+def sample_mixture(
+    logits: Tensor | LinearLogits,
+    z: Tensor,
+    coefficients: Tensor,
+    *,
+    prior: str | int = "uniform",
+    shift: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    exclude: int | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Keep z, take a draw from softmax, or take the prior: the reverse step of every discrete diffusion.
+
+    With p = softmax((softcap(logits) + shift·1[z]) / temperature) and den = d0 + d1·p(z): keep z with
+    probability (k0 + k1·p(z)) / den, take a draw from p with (p0 + p1·p(z)) / den, else the prior.
+    A row whose outcome does not depend on its logits is not read; where den is 0, z is kept.
+
+    Args:
+        logits: (..., V).
+        z: (...) int64 observed tokens.
+        coefficients: (..., 6) = (d0, d1, k0, k1, p0, p1), broadcast over the leading dimensions; float64
+            keeps the three probabilities summing to one exactly.
+        prior: "uniform" (over V, without `exclude`) or a token id.
+        shift: added to the logit at z. Others as in `sample`.
+
+    Example:
+        >>> import torch, dlcore
+        >>> z = torch.zeros(2, 3, dtype=torch.int64)
+        >>> half = torch.tensor([1.0, 0.0, 0.5, 0.0, 0.5, 0.0])
+        >>> dlcore.categorical.sample_mixture(torch.randn(2, 3, 1000), z, half).shape
+        torch.Size([2, 3])
+    """
+    op = "categorical.sample_mixture"
+    h = head(op, logits)
+    _index(op, "z", z, None, h.lead)
+    _softcap(op, softcap)
+    _exclude(op, exclude, h.vocab)
+    if prior != "uniform":
+        if isinstance(prior, str):
+            raise ValueError(f"{op}: prior must be 'uniform' or a token id, got {prior!r}")
+        checks.token_id(op, "prior", prior, h.vocab)
+    if not isinstance(coefficients, Tensor) or coefficients.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: coefficients must be float32 or float64, got {checks.describe(coefficients)}")
+    wanted = torch.Size((*h.lead, 6))
+    if coefficients.shape[-1:] != (6,):
+        raise ValueError(f"{op}: coefficients must have shape {tuple(wanted)}, got {tuple(coefficients.shape)}")
+    expanded = checks.per_row(op, "coefficients", coefficients, wanted, h.logits.device, torch.float64)
+    assert expanded is not None
+    result: Tensor = torch.ops.dlcore.categorical_sample_mixture(
+        *h,
+        z,
+        expanded,
+        -1 if isinstance(prior, str) else prior,
+        checks.per_row(op, "shift", shift, h.lead, h.logits.device),
+        _temperature(op, temperature, h),
+        softcap,
+        exclude,
+        checks.key(op, key, generator, h.lead),
+    )
+    return result
+
+
+def log_probs(
+    op: str,
+    logits: Tensor | LinearLogits,
+    target: Tensor,
+    *,
+    index: Tensor | None = None,
+    shift: Tensor | None = None,
+    softcap: float | None = None,
+    exclude: int | None = None,
+    target_name: str = "target",
+) -> Tensor:
+    """(3, ...): log p[target], log p[index] and logsumexp under a shift at `index`; rows with target < 0 give 0."""
+    h = head(op, logits)
+    checks.tokens(op, target_name, target, h.lead)
+    _index(op, "z", index, shift, h.lead)
+    _softcap(op, softcap)
+    _exclude(op, exclude, h.vocab)
+    result: Tensor = torch.ops.dlcore.categorical_log_probs(*h, target, index, shift, softcap, exclude)
+    return result
+
+
+def cross_entropy(
+    logits: Tensor | LinearLogits,
+    target: Tensor,
+    *,
+    softcap: float | None = None,
+    exclude: int | None = None,
+    ignore_index: int = -100,
+) -> Tensor:
+    """-log softmax(softcap(logits))[target] in nats, (...); 0 where target is `ignore_index`.
+
+    Differentiable in logits (or hidden, weight and bias); the softmax is recomputed, never kept. Rows that
+    are ignored are not read.
+
+    Args:
+        logits: (..., V).
+        target: (...) int64.
+        softcap, exclude: as in `stats`.
+
+    Example:
+        >>> import torch, dlcore
+        >>> dlcore.categorical.cross_entropy(torch.zeros(2, 4), torch.tensor([1, -100]))
+        tensor([1.3863, 0.0000])
+    """
+    op = "categorical.cross_entropy"
+    checks.tokens(op, "target", target, head(op, logits).lead)
+    read = torch.where(target == ignore_index, -1, target)
+    if not torch.compiler.is_compiling():
+        checks.token_range(op, "target", torch.where(target == ignore_index, 0, target), head(op, logits).vocab)
+    return -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
+
+
+def kl(
+    p_logits: Tensor | LinearLogits, q_logits: Tensor | LinearLogits, *, temperature: float | Tensor = 1.0
+) -> Tensor:
+    """KL(softmax(p/temperature) || softmax(q/temperature)) in nats, (...); differentiable in both.
+
+    Example:
+        >>> import torch, dlcore
+        >>> dlcore.categorical.kl(torch.zeros(2, 4), torch.zeros(2, 4))
+        tensor([0., 0.])
+    """
+    op = "categorical.kl"
+    p, q = head(op, p_logits, "p_logits"), head(op, q_logits, "q_logits")
+    if (p.lead, p.vocab) != (q.lead, q.vocab):
+        raise ValueError(
+            f"{op}: q_logits must have p_logits' shape {(*p.lead, p.vocab)}, got {(*q.lead, q.vocab)}"
+        )
+    result: Tensor = torch.ops.dlcore.categorical_kl(*p, *q, _temperature(op, temperature, p))[0]
+    return result
+
+
+def expectation(
+    logits: Tensor | LinearLogits,
+    table: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    exclude: int | None = None,
+) -> Tensor:
+    """Σ_k softmax_k · table[k]: the soft embedding, (..., E), without the softmax ever existing.
+
+    Differentiable in logits (or hidden, weight and bias) and in table.
+
+    Args:
+        logits: (..., V).
+        table: (V, E), floating.
+        temperature: positive. softcap, exclude: as in `stats`.
+
+    Example:
+        >>> import torch, dlcore
+        >>> dlcore.categorical.expectation(torch.zeros(2, 4), torch.eye(4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500],
+                [0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    op = "categorical.expectation"
+    h = head(op, logits)
+    checks.floating(op, "table", table)
+    if table.dim() != 2 or table.shape[0] != h.vocab:
+        raise ValueError(f"{op}: table must be ({h.vocab}, E), got {tuple(table.shape)}")
+    _softcap(op, softcap)
+    _exclude(op, exclude, h.vocab)
+    result: Tensor = torch.ops.dlcore.categorical_expectation(
+        *h, table, _temperature(op, temperature, h), softcap, exclude
+    )[0]
+    return result

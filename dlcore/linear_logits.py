@@ -1,0 +1,75 @@
+"""Logits that stay a product: a language-model head's input and its weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dlcore._checks import FLOATING, describe
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """The logits ``hidden @ weight.T + bias``, accepted wherever dlcore takes logits, never stored whole.
+
+    Args:
+        hidden: (..., D), float32, bfloat16 or float16.
+        weight: (V, D), of hidden's dtype.
+        bias: (V,), optional.
+
+    Products are accumulated in float32. Gradients reach hidden, weight and bias.
+
+    Raises:
+        ValueError: the shapes do not fit. TypeError: a dtype is not floating or the dtypes differ.
+
+    Example:
+        >>> import torch, dlcore
+        >>> logits = dlcore.LinearLogits(torch.randn(2, 3, 8), torch.randn(100, 8))
+        >>> logits.shape
+        torch.Size([2, 3, 100])
+        >>> dlcore.categorical.sample(logits).tokens.shape
+        torch.Size([2, 3])
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        hidden, weight, bias = self.hidden, self.weight, self.bias
+        if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                "LinearLogits: weight must be (V, D) for hidden (..., D), "
+                f"got hidden {describe(hidden)} and weight {describe(weight)}"
+            )
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"LinearLogits: bias must be ({weight.shape[0]},), got {describe(bias)}")
+        for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is not None and (tensor.dtype not in FLOATING or tensor.dtype != hidden.dtype):
+                raise TypeError(
+                    f"LinearLogits: {name} must be floating and of hidden's dtype {hidden.dtype}, "
+                    f"got {tensor.dtype}"
+                )
+
+    @property
+    def shape(self) -> torch.Size:
+        """(..., V)."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of hidden."""
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of hidden and weight."""
+        return self.hidden.dtype
+
+    def materialize(self) -> Tensor:
+        """The (..., V) logits as one tensor, in float32 or wider: for tests and small vocabularies."""
+        from dlcore.reference.categorical import materialize
+
+        return materialize(self.hidden, self.weight, self.bias)

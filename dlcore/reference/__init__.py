@@ -1,0 +1,1 @@
+"""Plain torch, any floating dtype, differentiable: the meaning of every op."""

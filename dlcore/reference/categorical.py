@@ -1,0 +1,264 @@
+"""The meaning of the categorical family, in plain torch over (..., V) logits."""
+
+from __future__ import annotations
+
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dlcore.reference import rng
+from dlcore.reference.rng import Domain
+
+GROUP = 256
+
+
+def wide(x: Tensor) -> Tensor:
+    """At least float32: the dtype that results are given in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def materialize(logits: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Dense logits as they are; a linear head's as hidden @ weight.T + bias in float32 or wider."""
+    if weight is None:
+        return logits
+    product = wide(logits) @ wide(weight).mT
+    return product if bias is None else product + wide(bias)
+
+
+def transform(
+    logits: Tensor,
+    index: Tensor | None = None,
+    shift: Tensor | None = None,
+    temperature: Tensor | None = None,
+    softcap: float | None = None,
+    exclude: int | None = None,
+) -> Tensor:
+    """(softcap(logits) + shift·1[index]) / temperature, with -inf at `exclude`; temperature 0 counts as 1."""
+    x = wide(logits)
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    if shift is not None and index is not None:
+        bonus = shift.to(x.dtype).expand(index.shape).unsqueeze(-1)
+        x = x.scatter_add(-1, index.unsqueeze(-1), bonus)
+    if exclude is not None:
+        x = x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
+    if temperature is not None:
+        t = temperature.to(x.dtype)
+        x = x / torch.where(t == 0, 1, t).unsqueeze(-1)
+    return x
+
+
+def _invalid(logits: Tensor, x: Tensor) -> Tensor:
+    """Rows with NaN or +inf before or after the transformation, or with nothing but -inf after it."""
+    broken = torch.isnan(logits) | torch.isposinf(logits) | torch.isnan(x) | torch.isposinf(x)
+    return broken.any(-1) | torch.isneginf(x).all(-1)
+
+
+def _gather(x: Tensor, index: Tensor) -> Tensor:
+    return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def _first_largest(x: Tensor) -> Tensor:
+    """The lowest index among the largest entries."""
+    return (x == x.amax(-1, keepdim=True)).int().argmax(-1)
+
+
+def _statistics(x: Tensor, index: Tensor | None, invalid: Tensor) -> tuple[Tensor, Tensor]:
+    """argmax (...,) and (logsumexp, argmax_logprob, margin, entropy, index_logprob, runner_up_logprob)."""
+    lse = torch.logsumexp(x, -1)
+    log_p = x - lse.unsqueeze(-1)
+    argmax = _first_largest(x)
+    top = _gather(log_p, argmax)
+    rest = log_p.scatter(-1, argmax.unsqueeze(-1), -torch.inf).amax(-1)
+    entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
+    at = torch.full_like(lse, torch.nan) if index is None else _gather(log_p, index)
+    numbers = torch.stack([lse, top, top.exp() - rest.exp(), entropy, at, rest])
+    return argmax.masked_fill(invalid, -1), numbers.masked_fill(invalid, torch.nan)
+
+
+def draw(x: Tensor, key: Tensor) -> Tensor:
+    """One token per row of softmax(x): a Gumbel-max over groups of 256, then within the winning group."""
+    lead, vocab = x.shape[:-1], x.shape[-1]
+    keys = rng.row_keys(key, lead)
+    groups = F.pad(x, (0, -vocab % GROUP), value=-torch.inf).unflatten(-1, (-1, GROUP))
+    count = groups.shape[-2]
+    ids = torch.arange(count, device=x.device)
+    group_noise = rng.gumbel_noise(keys, Domain.GROUP, ids.expand(*lead, -1))
+    winner = (torch.logsumexp(groups, -1) + group_noise).argmax(-1)
+    inside = groups.gather(-2, winner[..., None, None].expand(*lead, 1, GROUP)).squeeze(-2)
+    tokens = winner.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=x.device)
+    return _gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
+
+
+def truncate(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
+    """-inf outside the kept tokens: top_k first, then top_p of what is left, then min_p of the largest.
+
+    Tokens are ordered by descending logit, then ascending id. top_p removes a token where the
+    probability before it exceeds p, so the token that crosses p is kept.
+    """
+    ordered, order = torch.sort(x, dim=-1, descending=True, stable=True)
+    keep = torch.ones_like(ordered, dtype=torch.bool)
+    if top_k is not None:
+        keep &= torch.arange(x.shape[-1], device=x.device) < top_k.unsqueeze(-1)
+    p = torch.softmax(ordered.masked_fill(~keep, -torch.inf), -1)
+    if top_p is not None:
+        keep &= p.cumsum(-1) - p <= top_p.unsqueeze(-1)
+    if min_p is not None:
+        keep &= p >= min_p.unsqueeze(-1) * p[..., :1]
+    keep[..., 0] = True
+    return x.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), -torch.inf)
+
+
+def stats(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> tuple[Tensor, Tensor]:
+    dense = materialize(logits, weight, bias)
+    x = transform(dense, index, shift, temperature, softcap, exclude)
+    return _statistics(x, index, _invalid(dense, x))
+
+
+def sample(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    key: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """tokens (2, ...): drawn, argmax; numbers (7, ...): those of the statistics and the draw's log-probability."""
+    dense = materialize(logits, weight, bias)
+    x = transform(dense, index, shift, temperature, softcap, exclude)
+    invalid = _invalid(dense, x)
+    argmax, numbers = _statistics(x, index, invalid)
+    x = x.masked_fill(invalid.unsqueeze(-1), 0)
+    kept = x if top_k is None and top_p is None and min_p is None else truncate(x, top_k, top_p, min_p)
+    tokens = draw(kept, key)
+    if temperature is not None:
+        tokens = torch.where(temperature == 0, argmax.clamp(min=0), tokens)
+    logprob = _gather(x, tokens) - numbers[0]
+    return torch.stack([tokens.masked_fill(invalid, -1), argmax]), torch.cat([numbers, logprob.unsqueeze(0)])
+
+
+def sample_mixture(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor,
+    coefficients: Tensor,
+    prior: int,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    key: Tensor,
+) -> Tensor:
+    """keep z, take a draw, or take the prior (a token id, or -1 for uniform), by one uniform number per row.
+
+    A row whose outcome does not depend on its logits is settled without reading them.
+    """
+    dense = materialize(logits, weight, bias)
+    x = transform(dense, z, shift, temperature, softcap, exclude)
+    invalid = _invalid(dense, x)
+    x = x.masked_fill(invalid.unsqueeze(-1), 0)
+    log_p = torch.log_softmax(x, -1)
+    tokens, p_z = draw(x, key), _gather(log_p, z).double().exp()
+    if temperature is not None:
+        argmax = _first_largest(x)
+        tokens = torch.where(temperature == 0, argmax, tokens)
+        p_z = torch.where(temperature == 0, (argmax == z).double(), p_z)
+    d0, d1, k0, k1, p0, p1 = coefficients.double().unbind(-1)
+    needs_p = (d1 != 0) | (k1 != 0) | (p1 != 0)
+    p_z = torch.where(needs_p, p_z, 0)
+    total, keep, take = d0 + d1 * p_z, k0 + k1 * p_z, p0 + p1 * p_z
+    lead, vocab = z.shape, x.shape[-1]
+    keys = rng.row_keys(key, lead)
+    route = rng.uniform_noise(keys, Domain.ROUTE, torch.zeros(*lead, 1, dtype=torch.int64, device=z.device))
+    mark = route.squeeze(-1) * total
+    # A state without any mass (a clean position with p(z) = 0) stays what it is.
+    kept = (mark < keep) | ~(total > 0)
+    taken = ~kept & (mark < keep + take)
+    read = needs_p | taken
+    result = torch.where(kept, z, torch.where(taken, tokens, _prior(keys, prior, vocab, exclude)))
+    return result.masked_fill(invalid & read, -1)
+
+
+def _prior(keys: Tensor, prior: int, vocab: int, exclude: int | None) -> Tensor:
+    one = torch.ones(*keys.shape[:-1], 1, dtype=torch.int64, device=keys.device)
+    if prior >= 0:
+        return one.squeeze(-1) * prior
+    if exclude is None:
+        return rng.below(keys, Domain.ROUTE, one, vocab).squeeze(-1)
+    drawn = rng.below(keys, Domain.ROUTE, one, vocab - 1).squeeze(-1)
+    return drawn + (drawn >= exclude).long()
+
+
+def log_probs(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> Tensor:
+    """(3, ...): log p[target], log p[index], logsumexp, under a shift at `index`; 0 where target < 0."""
+    dense = materialize(logits, weight, bias)
+    x = transform(dense, index, shift, None, softcap, exclude)
+    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
+    at_target = _gather(x, target.clamp(min=0)) - lse
+    at_index = torch.zeros_like(lse) if index is None else _gather(x, index) - lse
+    return torch.stack([at_target, at_index, lse]).where(target >= 0, 0)
+
+
+def kl(
+    p_logits: Tensor,
+    p_weight: Tensor | None,
+    p_bias: Tensor | None,
+    q_logits: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """(3, ...): KL(p || q), and the two logsumexps."""
+    p_dense, q_dense = materialize(p_logits, p_weight, p_bias), materialize(q_logits, q_weight, q_bias)
+    p, q = transform(p_dense, temperature=temperature), transform(q_dense, temperature=temperature)
+    p_lse = torch.logsumexp(p, -1).masked_fill(_invalid(p_dense, p), torch.nan)
+    q_lse = torch.logsumexp(q, -1).masked_fill(_invalid(q_dense, q), torch.nan)
+    log_p, log_q = p - p_lse.unsqueeze(-1), q - q_lse.unsqueeze(-1)
+    # 0 · (-inf - log q) is 0: a token that p excludes costs nothing.
+    gap = torch.where(torch.isneginf(log_p), 0, log_p) - torch.where(torch.isneginf(log_p), 0, log_q)
+    return torch.stack([(log_p.exp() * gap).sum(-1), p_lse, q_lse])
+
+
+def expectation(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> tuple[Tensor, Tensor]:
+    """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
+    dense = materialize(logits, weight, bias)
+    x = transform(dense, None, None, temperature, softcap, exclude)
+    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
+    p = (x - lse.unsqueeze(-1)).exp()
+    return p @ wide(table).to(p.dtype), lse
+
+

@@ -1,0 +1,1 @@
+"""Exact oracles that tests, benchmarks and demonstrations measure dlcore against."""
