@@ -76,13 +76,13 @@ def _check_row(
     checks.value_range(op, "temperature", temperature, 0, open_low=not greedy)
 
 
-def _check_stats(logits, weight, bias, index, shift, temperature, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
+def _check_stats(*args: Any) -> None:
+    logits, weight, _, index, _, temperature, *_ = args
     _check_row("categorical.stats", logits, weight, index, temperature, greedy=False)
 
 
-def _check_sample(  # type: ignore[no-untyped-def]
-    logits, weight, bias, index, shift, temperature, softcap, exclude, top_k, top_p, min_p, key
-) -> None:
+def _check_sample(*args: Any) -> None:
+    logits, weight, _, index, _, temperature, _, _, top_k, top_p, min_p, _ = args
     op = "categorical.sample"
     _check_row(op, logits, weight, index, temperature, greedy=True)
     checks.value_range(op, "top_k", top_k, 1)
@@ -90,9 +90,8 @@ def _check_sample(  # type: ignore[no-untyped-def]
     checks.value_range(op, "min_p", min_p, 0, 1)
 
 
-def _check_mixture(  # type: ignore[no-untyped-def]
-    logits, weight, bias, z, coefficients, prior, shift, temperature, softcap, exclude, key
-) -> None:
+def _check_mixture(*args: Any) -> None:
+    logits, weight, _, z, coefficients, _, _, temperature, *_ = args
     op = "categorical.sample_mixture"
     _check_row(op, logits, weight, z, temperature, greedy=True)
     if checks.reads_data(coefficients) and not bool(torch.isfinite(coefficients).all()):
@@ -137,7 +136,8 @@ def _given(head: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[
     return tuple(None if h is None else g for h, g in zip(head, grads, strict=True))
 
 
-def _check_log_probs(logits, weight, bias, target, index, shift, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
+def _check_log_probs(*args: Any) -> None:
+    logits, weight, _, target, index, *_ = args
     vocab = _vocab(logits, weight)
     checks.token_range("categorical.cross_entropy", "target", target, vocab, low=-1)
     checks.token_range("categorical.cross_entropy", "index", index, vocab)
@@ -178,8 +178,8 @@ _KL = (
 )
 
 
-def _check_kl(p_logits, p_weight, p_bias, q_logits, q_weight, q_bias, temperature) -> None:  # type: ignore[no-untyped-def]
-    checks.value_range("categorical.kl", "temperature", temperature, 0, open_low=True)
+def _check_kl(*args: Any) -> None:
+    checks.value_range("categorical.kl", "temperature", args[-1], 0, open_low=True)
 
 
 _define("categorical.kl", f"({_KL}) -> Tensor", lambda logits, *_: _numbers(logits, 3), _check_kl)
@@ -208,8 +208,8 @@ _autograd("categorical.kl", _setup_kl, _backward_kl)
 _EXPECTATION = f"{HEAD}, Tensor table, {ROW}"
 
 
-def _check_expectation(logits, weight, bias, table, temperature, softcap, exclude) -> None:  # type: ignore[no-untyped-def]
-    checks.value_range("categorical.expectation", "temperature", temperature, 0, open_low=True)
+def _check_expectation(*args: Any) -> None:
+    checks.value_range("categorical.expectation", "temperature", args[4], 0, open_low=True)
 
 
 _define(
@@ -252,7 +252,8 @@ _autograd("categorical.expectation", _setup_expectation, _backward_expectation)
 _NELBO = f"{HEAD}, Tensor z, Tensor x, Tensor alpha, Tensor dalpha, Tensor? shift"
 
 
-def _check_nelbo(logits, weight, bias, z, x, alpha, dalpha, shift) -> None:  # type: ignore[no-untyped-def]
+def _check_nelbo(*args: Any) -> None:
+    logits, weight, _, z, x, alpha, *_ = args
     op, vocab = "uniform.nelbo", _vocab(logits, weight)
     checks.token_range(op, "z", z, vocab)
     checks.token_range(op, "x", x, vocab)
@@ -264,14 +265,14 @@ _define(
     f"({_NELBO}) -> (Tensor, Tensor)",
     lambda logits, *_: (
         logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits)),
-        logits.new_empty((2, *logits.shape[:-1]), dtype=torch.float64),
+        logits.new_empty((5, *logits.shape[:-1]), dtype=torch.float64),
     ),
     _check_nelbo,
 )
 _define(
     "uniform.nelbo_backward",
-    f"(Tensor grad, Tensor sums, {_NELBO}) -> (Tensor, Tensor, Tensor)",
-    lambda grad, sums, logits, weight, bias, *_: _head_grads(logits, weight, bias),
+    f"(Tensor grad, Tensor saved, {_NELBO}) -> (Tensor, Tensor, Tensor)",
+    lambda grad, saved, logits, weight, bias, *_: _head_grads(logits, weight, bias),
 )
 
 
@@ -281,8 +282,8 @@ def _setup_nelbo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _backward_nelbo(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    sums, *inputs = ctx.saved_tensors
-    grads = torch.ops.dlcore.uniform_nelbo_backward(grad, sums, *inputs)
+    saved, *inputs = ctx.saved_tensors
+    grads = torch.ops.dlcore.uniform_nelbo_backward(grad, saved, *inputs)
     return (*_given(tuple(inputs[:3]), grads), None, None, None, None, None)
 
 

@@ -49,3 +49,20 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 
 for _op, _function in REFERENCE.items():
     implement(_op, "reference", _function, _always)
+
+_missing: str | None = None
+try:
+    from dlcore.cpu import categorical as cpu_categorical
+    from dlcore.cpu import rng as cpu_rng
+    from dlcore.cpu import uniform as cpu_uniform
+    from dlcore.cpu.tensors import reasons as cpu_reasons
+except ImportError as error:
+    _missing = f"the compiled module dlcore._C can't be imported: {error}"
+
+for _op in REFERENCE:
+    _family, _name = _op.split(".")
+    if _missing is not None:
+        implement(_op, "cpu", _always, lambda *_: [str(_missing)])
+    else:
+        _module = {"rng": cpu_rng, "categorical": cpu_categorical, "uniform": cpu_uniform}[_family]
+        implement(_op, "cpu", getattr(_module, _name), cpu_reasons)

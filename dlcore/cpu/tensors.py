@@ -1,0 +1,130 @@
+"""Tensors as the compiled module takes them, and linear heads as tiles of logits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("dlcore")
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+#: Fewer elements than this are not worth waking another thread.
+_SERIAL = 1 << 15
+#: A head's tile of logits stays in the cache: 2^20 floats.
+_TILE = 1 << 20
+#: Tokens that share a Gumbel number; tiles start at its multiples.
+_GROUP = 256
+
+_workspaces = threading.local()
+
+
+def view(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+    """(address, dtype, shape, stride) of a tensor whose last dimension is contiguous."""
+    return x.data_ptr(), DTYPES[x.dtype], tuple(x.shape), x.stride()
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, whatever the other strides; else a copy, logged."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    logger.info("copied a %s tensor: its last dimension has stride %d", tuple(x.shape), x.stride(-1))
+    return x.contiguous()
+
+
+def per_row(x: Tensor | None, lead: torch.Size) -> Tensor | None:
+    """One element for all rows, or a contiguous one per row. The caller keeps it alive during the call."""
+    if x is None or x.numel() == 1:
+        return x
+    return x.expand(lead).contiguous()
+
+
+def address(x: Tensor | None) -> int:
+    """The address, 0 for None."""
+    return 0 if x is None else x.data_ptr()
+
+
+def strided(x: Tensor | None, step: int = 1) -> tuple[int, int] | None:
+    """(address, stride) of what `per_row` gave, with `step` elements a row."""
+    return None if x is None else (x.data_ptr(), 0 if x.numel() == step else step)
+
+
+def keyed(key: Tensor) -> tuple[int, bool]:
+    """(address, per_row) of a contiguous key."""
+    return key.data_ptr(), key.dim() > 1
+
+
+def threads(elements: int) -> int:
+    """How many threads to use for so many elements."""
+    return 1 if elements < _SERIAL else torch.get_num_threads()
+
+
+def workspace(name: str, elements: int) -> Tensor:
+    """A float32 buffer of this thread that is kept: fresh memory costs more than the pass that fills it."""
+    kept: dict[str, Tensor] = _workspaces.__dict__
+    buffer = kept.get(name)
+    if buffer is None or buffer.numel() < elements:
+        buffer = kept[name] = torch.empty(elements, dtype=torch.float32)
+    return buffer[:elements]
+
+
+def tiles(
+    logits: Tensor, weight: Tensor | None, bias: Tensor | None, *, width: int | None = None, buffer: str = "tile"
+) -> Iterator[tuple[int, Tensor]]:
+    """(first token, logits of the tokens from there on): a head's tile by tile, dense ones whole.
+
+    A tile of a head is (rows, n) float32 in a workspace that the next one overwrites. With a `width`, dense
+    logits come as (rows, width) pieces too.
+    """
+    if weight is None:
+        dense = rows_contiguous(logits)
+        if width is None:
+            yield 0, dense
+            return
+        flat = dense.reshape(-1, dense.shape[-1])
+        for first in range(0, flat.shape[1], width):
+            yield first, flat[:, first : first + width]
+        return
+    hidden = flat_hidden(logits)
+    width = width or tile_width(hidden.shape[0])
+    for first in range(0, weight.shape[0], width):
+        piece = weight[first : first + width].float()
+        tile = workspace(buffer, hidden.shape[0] * piece.shape[0]).view(hidden.shape[0], piece.shape[0])
+        torch.mm(hidden, piece.mT, out=tile)
+        if bias is not None:
+            tile += bias[first : first + width]
+        yield first, tile
+
+
+def flat_hidden(hidden: Tensor) -> Tensor:
+    """(rows, D) float32."""
+    return hidden.reshape(-1, hidden.shape[-1]).float()
+
+
+def tile_width(rows: int) -> int:
+    """How many tokens a tile of so many rows has: whole groups, at least one."""
+    return max(_GROUP, _TILE // max(rows, 1) // _GROUP * _GROUP)
+
+
+def vocab_size(logits: Tensor, weight: Tensor | None) -> int:
+    """V."""
+    return logits.shape[-1] if weight is None else weight.shape[0]
+
+
+def reasons(*args: Any) -> list[str]:
+    """Why the compiled kernels can't take these arguments."""
+    found = []
+    first = next((a for a in args if isinstance(a, Tensor)), None)
+    for x in args:
+        if isinstance(x, Tensor) and x.device.type != "cpu":
+            found.append(f"takes CPU tensors, got {x.device}")
+            break
+    if first is not None and first.is_floating_point() and first.dtype not in DTYPES:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        found.append(f"takes {accepted}, got {str(first.dtype).removeprefix('torch.')}")
+    return found

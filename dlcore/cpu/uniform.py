@@ -1,0 +1,88 @@
+"""The uniform-state NELBO on the compiled kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _C
+from dlcore.cpu.categorical import HeadGradient, Softmax, scan
+from dlcore.cpu.tensors import per_row, strided, threads, tiles, view, vocab_size
+
+
+def nelbo(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    dalpha: Tensor,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    lead, head, vocab = logits.shape[:-1], (logits, weight, bias), vocab_size(logits, weight)
+    z, x, rows = z.contiguous(), x.contiguous(), lead.numel()
+    alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
+    softmax = Softmax(lead, z, shift)
+    state = scan(head, softmax, target=x)
+    saved = torch.zeros((5, *lead), dtype=torch.float64)
+    _C.start_nelbo(state.data_ptr(), rows, saved.data_ptr())
+    for first, tile in tiles(*head):
+        _C.nelbo(
+            view(tile), first, vocab, softmax.packed, strided(alpha), saved.data_ptr(), threads(tile.numel())
+        )
+    loss = torch.empty(lead, dtype=torch.float32)
+    _C.finish_nelbo(
+        saved.data_ptr(),
+        rows,
+        vocab,
+        z.data_ptr(),
+        x.data_ptr(),
+        strided(alpha),
+        strided(dalpha),
+        loss.data_ptr(),
+    )
+    return loss, saved
+
+
+def nelbo_backward(
+    grad: Tensor,
+    saved: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    dalpha: Tensor,
+    shift: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    lead, vocab = logits.shape[:-1], vocab_size(logits, weight)
+    z, x, grad, saved = z.contiguous(), x.contiguous(), grad.contiguous(), saved.contiguous()
+    alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
+    softmax = Softmax(lead, z, shift)
+    result = HeadGradient(logits, weight, bias)
+    for first, tile in tiles(logits, weight, bias):
+        gradient = result.tile(first, tile)
+        _C.nelbo_backward(
+            view(tile),
+            first,
+            vocab,
+            softmax.packed,
+            z.data_ptr(),
+            x.data_ptr(),
+            strided(alpha),
+            strided(dalpha),
+            grad.data_ptr(),
+            saved.data_ptr(),
+            view(gradient),
+            threads(tile.numel()),
+        )
+        result.add(first, gradient)
+    return result.result()
+
+
+def _rows(x: Tensor, lead: torch.Size) -> Tensor:
+    rows = per_row(x, lead)
+    assert rows is not None
+    return rows
