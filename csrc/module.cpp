@@ -209,7 +209,6 @@ void bind_categorical(py::module_& m) {
   m.attr("BINS_BYTES") = sizeof(Bin) * kBins;
   m.attr("LEVELS") = kLevels;
 
-  m.def("clear", [](Address state, int64_t rows) { std::fill_n(at<Summary>(state), rows, Summary{}); });
   m.def("clear_kl", [](Address state, int64_t rows) { std::fill_n(at<KLSummary>(state), rows, KLSummary{}); });
   m.def("scan", scan_rows);
   m.def("finish_stats", [](Address state, int64_t rows, Address argmax, Address numbers) {

@@ -50,19 +50,19 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 for _op, _function in REFERENCE.items():
     implement(_op, "reference", _function, _always)
 
-_missing: str | None = None
-try:
-    from dlcore.cpu import categorical as cpu_categorical
-    from dlcore.cpu import rng as cpu_rng
-    from dlcore.cpu import uniform as cpu_uniform
-    from dlcore.cpu.tensors import reasons as cpu_reasons
-except ImportError as error:
-    _missing = f"the compiled module dlcore._C can't be imported: {error}"
 
+
+def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
+    """The compiled families, and why they can't take some arguments; empty if the module is not built."""
+    try:
+        from dlcore.cpu import categorical, rng, tensors, uniform
+    except ImportError as error:
+        reason = f"the compiled module dlcore._C can't be imported: {error}"
+        return {}, lambda *_: [reason]
+    return {"categorical": categorical, "rng": rng, "uniform": uniform}, tensors.reasons
+
+
+_families, _reasons = _compiled()
 for _op in REFERENCE:
     _family, _name = _op.split(".")
-    if _missing is not None:
-        implement(_op, "cpu", _always, lambda *_: [str(_missing)])
-    else:
-        _module = {"rng": cpu_rng, "categorical": cpu_categorical, "uniform": cpu_uniform}[_family]
-        implement(_op, "cpu", getattr(_module, _name), cpu_reasons)
+    implement(_op, "cpu", getattr(_families.get(_family), _name, _always), _reasons)

@@ -28,12 +28,34 @@ class Stats(NamedTuple):
     index_logprob: Tensor | None
 
 
-class Draw(NamedTuple):
-    """A draw: tokens int64, their log-probability before truncation, and the row's statistics."""
+class Draw:
+    """A draw: `tokens` int64, `logprob`, their log-probability before truncation, and the row's `stats`.
 
-    tokens: Tensor
-    logprob: Tensor
-    stats: Stats
+    All three are views of what one call returned, made when asked for.
+    """
+
+    __slots__ = ("_has_index", "_numbers", "_tokens")
+
+    def __init__(self, tokens: Tensor, numbers: Tensor, has_index: bool) -> None:
+        self._tokens, self._numbers, self._has_index = tokens, numbers, has_index
+
+    def __repr__(self) -> str:
+        return f"Draw(tokens={self.tokens}, logprob={self.logprob}, stats={self.stats})"
+
+    @property
+    def tokens(self) -> Tensor:
+        """(...) int64."""
+        return self._tokens[0]
+
+    @property
+    def logprob(self) -> Tensor:
+        """(...) float32, nats."""
+        return self._numbers[6]
+
+    @property
+    def stats(self) -> Stats:
+        """The statistics of the rows that were drawn from."""
+        return _stats(self._tokens[1], self._numbers, self._has_index)
 
 
 class Head(NamedTuple):
@@ -80,9 +102,9 @@ def _index(op: str, name: str, index: Tensor | None, shift: float | Tensor | Non
         raise ValueError(f"{op}: shift needs {name}, the token whose logit it is added to")
 
 
-def _stats(argmax: Tensor, numbers: Tensor, index: Tensor | None) -> Stats:
+def _stats(argmax: Tensor, numbers: Tensor, has_index: bool) -> Stats:
     lse, top, margin, entropy, at = numbers.unbind(0)[:5]
-    return Stats(lse, argmax, top, margin, entropy, None if index is None else at)
+    return Stats(lse, argmax, top, margin, entropy, at if has_index else None)
 
 
 def row_numbers(
@@ -141,7 +163,7 @@ def stats(
         tensor([1.3863, 1.3863])
     """
     argmax, numbers = row_numbers("categorical.stats", logits, index, shift, temperature, softcap, exclude)
-    return _stats(argmax, numbers, index)
+    return _stats(argmax, numbers, index is not None)
 
 
 def sample(
@@ -196,8 +218,7 @@ def sample(
         checks.per_row(op, "min_p", min_p, h.lead, device),
         checks.key(op, key, generator, h.lead),
     )
-    drawn, argmax = tokens.unbind(0)
-    return Draw(drawn, numbers[6], _stats(argmax, numbers, index))
+    return Draw(tokens, numbers, index is not None)
 
 
 def sample_mixture(

@@ -55,7 +55,7 @@ struct ScanArguments {
   Keys keys;                // null: no draw
   const uint8_t* skip = nullptr;  // rows not to read
   Cut* cuts = nullptr;      // null: no truncation; ties are used up as they are met
-  Summary* state = nullptr; // (rows), merged into
+  Summary* state = nullptr; // (rows), merged into; started anew at token 0
   int threads = 1;
 };
 

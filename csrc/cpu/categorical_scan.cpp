@@ -15,7 +15,9 @@ namespace dlcore::DLCORE_ISA {
 namespace {
 
 constexpr int kSegmentGroups = kSegment / kGroup;
-constexpr int64_t kCacheLine = 64;
+constexpr uintptr_t kCacheLine = 64;
+// How many bytes ahead of the first pass memory is asked for; found by trial.
+constexpr uintptr_t kAhead = 16384;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 // exp(-17.4) = 2^-25.1: a sum below it does not change a float32 result.
 constexpr float kResolution = 17.4f;
@@ -27,15 +29,27 @@ struct GroupSum {
   float sum, weighted;
 };
 
+// Asks for `count` entries that lie `ahead` bytes from p; past the row's end that does no harm.
+template <int64_t count, class T>
+inline void prefetch(const T* p, uintptr_t ahead) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + ahead;
+  for (uintptr_t i = 0; i < count * sizeof(T); i += kCacheLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+}
+
+// The largest entries by lane; `check` turns to NaN or infinity where an entry is NaN or +inf.
 template <class T>
 inline Floats group_largest(const T* p, Floats& check) {
-  Floats m = load(p), c = m;
-  for (int64_t i = kLanes; i < kGroup; i += kLanes) {
-    const Floats x = load(p + i);
-    m = max(x, m);
-    c = c + x;
+  Floats m = broadcast(kNone), total = broadcast(0.0f);
+  for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
+    prefetch<kAbreast * kLanes>(p + i, kAhead);
+    const WideFloats x = load_wide(p + i);
+    for (int k = 0; k < kAbreast; ++k) {
+      m = max(slice(x, k), m);
+      total = total + slice(x, k);
+    }
   }
-  check = check + c;
+  check = check + total;
   return m;
 }
 
@@ -44,20 +58,14 @@ template <class T>
 inline GroupSum group_sum(const T* p, float top, float scale) {
   Floats total = broadcast(0.0f), weighted = total;
   for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
-    const WideFloats d = max(kExponentFloor, (load<WideFloats>(p + i) - top) * scale);
+    const WideFloats d = max(kExponentFloor, (load_wide(p + i) - top) * scale);
     const WideFloats e = exp2(d);
-    const WideFloats ed = e * d;
     for (int k = 0; k < kAbreast; ++k) {
       total = total + slice(e, k);
-      weighted = weighted + slice(ed, k);
+      weighted = fused(slice(e, k), slice(d, k), weighted);
     }
   }
   return {sum(total), sum(weighted)};
-}
-
-template <class T>
-inline void prefetch_group(const T* p) {
-  for (int64_t i = 0; i < kGroup; i += kCacheLine / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
 
 template <class T>
@@ -144,8 +152,8 @@ class Segment {
     const float scale = row_.inverse_temperature * kLog2E;
     std::fill(sums_, sums_ + padded_groups(), 0.0f);
     for (int64_t g = 0; g < groups_; ++g) {
-      if (next_) prefetch_group(next_ + g * kGroup);
       if (!(live_[g] >= 0) || largest_[g] == kNone) continue;
+      if (next_) prefetch<kGroup>(next_ + g * kGroup, 0);
       const GroupSum part =
           plain(g) ? group_sum(data_ + g * kGroup, top_, scale) : group_sum(buffered(g), top_, scale);
       sums_[g] = part.sum;
@@ -191,7 +199,7 @@ class Segment {
     alignas(64) float noise[kGroup];
     fill_gumbel(key, Domain::kToken, first_ + g * kGroup, kGroup, noise);
     for (int64_t i = 0; i < kGroup; i += kLanes)
-      store(noise + i, (load(x + i) - top_) * row_.inverse_temperature + load(noise + i));
+      store(noise + i, fused(load(x + i) - top_, row_.inverse_temperature, load(noise + i)));
     const int64_t best = first_largest(noise, kGroup).at;
     s.token = first_ + g * kGroup + best;
     s.token_logit = static_cast<double>(x[best]) * row_.inverse_temperature;
@@ -302,6 +310,7 @@ void scan(const ScanArguments& a) {
   // Ties are used up in order, and whole rows merge without a workspace; few long rows are shared by segment.
   if (a.cuts || segments == 1 || a.logits.rows >= 4 * a.threads) {
     parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
+      if (a.first_token == 0) a.state[r] = {};
       if (unread(a, r)) return;
       for (int64_t segment = 0; segment < segments; ++segment)
         a.state[r] = merge(a.state[r], scan_at(r, segment));
@@ -314,6 +323,7 @@ void scan(const ScanArguments& a) {
   });
   for (int64_t i = 0; i < a.logits.rows * segments; ++i) {
     Summary& s = a.state[i / segments];
+    if (a.first_token == 0 && i % segments == 0) s = {};
     if (!unread(a, i / segments)) s = merge(s, parts[static_cast<size_t>(i)]);
   }
 }

@@ -18,7 +18,10 @@ const Level levels[] = {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
-    {avx2::level, [] { return __builtin_cpu_supports("avx2") != 0; }},
+    {avx2::level,
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+     }},
 #endif
     {baseline::level, [] { return true; }},
 };

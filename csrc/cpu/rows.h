@@ -16,9 +16,9 @@ struct Float16 {
   uint16_t bits;
 };
 
-template <class L>
+template <int N>
 inline auto load_halves(const void* p) {
-  Lanes<WordPart, sizeof(L) / kPartBytes> r;
+  Lanes<WordPart, N> r;
   for (auto& part : r.part) {
     HalfPart halves;
     std::memcpy(&halves, p, sizeof halves);
@@ -28,20 +28,56 @@ inline auto load_halves(const void* p) {
   return r;
 }
 
-template <class L = Floats>
-inline L load(const BFloat16* p) {
-  return floats_of(load_halves<L>(p) << 16);
+inline Floats load(const BFloat16* p) { return floats_of(load_halves<kParts>(p) << 16); }
+
+inline FloatPart widen(HalfPart half) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_cvtph_ps(0xFFFF, (__m256i)half);
+#elif defined(__F16C__)
+  return (FloatPart)_mm256_cvtph_ps((__m128i)half);
+#else
+  const WordPart h = __builtin_convertvector(half, WordPart);
+  const WordPart magnitude = (h & 0x7FFFu) << 13;
+  // 2^112 moves the exponent's bias, and makes subnormals right; infinities and NaN want the top exponent.
+  const auto finite = (WordPart)((FloatPart)magnitude * 0x1p112f);
+  const WordPart special = magnitude | 0x7F800000u;
+  return (FloatPart)(((FloatPart)magnitude < 0x1p-96f ? finite : special) | (h & 0x8000u) << 16);
+#endif
 }
 
-template <class L = Floats>
-inline L load(const Float16* p) {
-  const auto h = load_halves<L>(p);
-  const auto magnitude = (h & 0x7FFFu) << 13;
-  // 2^112 moves the exponent's bias, and makes subnormals right; infinities and NaN want the top exponent.
-  const L finite = floats_of(magnitude) * 0x1p112f;
-  const auto special = magnitude | 0x7F800000u;
-  const auto is_finite = less(floats_of(magnitude), 0x1p-96f);
-  return floats_of(select(is_finite, words_of(finite), special) | (h & 0x8000u) << 16);
+inline Floats load(const Float16* p) {
+  Floats r;
+  for (auto& part : r.part) {
+    HalfPart halves;
+    std::memcpy(&halves, p, sizeof halves);
+    part = widen(halves);
+    p += kPartLanes;
+  }
+  return r;
+}
+
+// Several sixteens at once, for sums over a group: in no particular order, but the same on every ISA level.
+template <class T>
+inline WideFloats load_wide(const T* p) {
+  WideFloats r;
+  for (int k = 0; k < kAbreast; ++k) {
+    const Floats x = load(p + k * kLanes);
+    for (int i = 0; i < kParts; ++i) r.part[k * kParts + i] = x.part[i];
+  }
+  return r;
+}
+
+// Even entries in one sixteen, odd ones in the next: two operations for two numbers, and no shuffle.
+inline WideFloats load_wide(const BFloat16* p) {
+  WideFloats r;
+  for (int k = 0; k < kAbreast; k += 2)
+    for (int i = 0; i < kParts; ++i) {
+      WordPart both;
+      std::memcpy(&both, p + k * kLanes + 2 * i * kPartLanes, sizeof both);
+      r.part[k * kParts + i] = (FloatPart)(both << 16);
+      r.part[(k + 1) * kParts + i] = (FloatPart)(both & 0xFFFF0000u);
+    }
+  return r;
 }
 
 inline float scalar(float x) { return x; }

@@ -1,7 +1,7 @@
 // Sixteen lanes of float or uint32, whatever the machine's vectors hold: one, two or four registers.
 //
-// No operation here is fused or reordered by the compiler (-ffp-contract=off), so every ISA level computes the
-// same bits. Everything lives in the ISA's own namespace: a function compiled for AVX-512 must never be picked
+// The compiler fuses and reorders nothing here (-ffp-contract=off), so all levels with fused multiply-add compute
+// the same bits; x86-64's baseline has none and rounds twice in `fused`. Everything lives in the ISA's own namespace: a function compiled for AVX-512 must never be picked
 // by the linker for a machine without it.
 #pragma once
 
@@ -11,6 +11,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace dlcore::DLCORE_ISA {
@@ -41,7 +43,7 @@ using Words = Lanes<WordPart>;
 using Mask = Lanes<IntPart>;
 
 // Several Floats that go through an expression side by side, where registers allow: latencies overlap.
-constexpr int kAbreast = kParts == 1 ? 4 : 1;
+constexpr int kAbreast = kParts == 1 ? 4 : 2;
 using WideFloats = Lanes<FloatPart, kAbreast * kParts>;
 
 // Applies f to the parts of its arguments.
@@ -153,10 +155,7 @@ inline void store(void* p, const Lanes<P, N>& x) {
     p = static_cast<char*>(p) + sizeof part;
   }
 }
-template <class L = Floats>
-inline L load(const float* p) {
-  return load_lanes<L>(p);
-}
+inline Floats load(const float* p) { return load_lanes<Floats>(p); }
 
 // The k-th sixteen lanes of several.
 inline Floats slice(const WideFloats& x, int k) {
@@ -223,6 +222,36 @@ inline Lanes<FloatPart, N> max(const Lanes<FloatPart, N>& a, const Lanes<FloatPa
 template <int N>
 inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return max(FloatPart{} + a, y); }, b);
+}
+
+// a·b + c, rounded once where the machine can.
+inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  return (FloatPart)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(__aarch64__)
+  return (FloatPart)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+#else
+  return a * b + c;
+#endif
+}
+template <int N>
+inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b,
+                                 const Lanes<FloatPart, N>& c) {
+  return each([](FloatPart x, FloatPart y, FloatPart z) { return fused(x, y, z); }, a, b, c);
+}
+template <int N>
+inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b, float c) {
+  return each([c](FloatPart x, FloatPart y) { return fused(x, y, FloatPart{} + c); }, a, b);
+}
+template <int N>
+inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, float b, const Lanes<FloatPart, N>& c) {
+  return each([b](FloatPart x, FloatPart z) { return fused(x, FloatPart{} + b, z); }, a, c);
+}
+template <int N>
+inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, float b, float c) {
+  return each([b, c](FloatPart x) { return fused(x, FloatPart{} + b, FloatPart{} + c); }, a);
 }
 
 // The 64-bit products of the even 32-bit lanes with a word.

@@ -1,4 +1,4 @@
-// exp, log and Gumbel noise on sixteen lanes, without fused operations: the same bits on every ISA level.
+// exp, log and Gumbel noise on sixteen lanes.
 #pragma once
 
 #include "../common/philox.h"
@@ -18,11 +18,11 @@ inline Lanes<FloatPart, N> exp2(const Lanes<FloatPart, N>& y) {
   constexpr float magic = 12582912.0f;
   const auto rounded = y + magic;
   const auto f = y - (rounded - magic);
-  auto p = f * 0x1.5bba14p-10f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
-  p = p * f + 1.0f;
+  auto p = fused(f, 0x1.5bba14p-10f, 0x1.3cea88p-7f);
+  p = fused(p, f, 0x1.c6b752p-5f);
+  p = fused(p, f, 0x1.ebf9bcp-3f);
+  p = fused(p, f, 0x1.62e42ap-1f);
+  p = fused(p, f, 1.0f);
   return floats_of(words_of(p) + (words_of(rounded) << 23));
 }
 
@@ -35,16 +35,16 @@ inline Floats log(const Floats& x) {
   const Words scaled = each([](WordPart b, IntPart v) { return b - ((WordPart)v << 23); }, bits, exponent);
   const Floats f = floats_of(scaled) - 1.0f;
   const Floats square = f * f;
-  Floats p = f * -0x1.38b5a6p-4f + 0x1.055b72p-3f;
-  p = p * f + -0x1.0d853ep-3f;
-  p = p * f + 0x1.22da1cp-3f;
-  p = p * f + -0x1.547244p-3f;
-  p = p * f + 0x1.99a008p-3f;
-  p = p * f + -0x1.000226p-2f;
-  p = p * f + 0x1.555554p-2f;
+  Floats p = fused(f, -0x1.38b5a6p-4f, 0x1.055b72p-3f);
+  p = fused(p, f, -0x1.0d853ep-3f);
+  p = fused(p, f, 0x1.22da1cp-3f);
+  p = fused(p, f, -0x1.547244p-3f);
+  p = fused(p, f, 0x1.99a008p-3f);
+  p = fused(p, f, -0x1.000226p-2f);
+  p = fused(p, f, 0x1.555554p-2f);
   // ln 2 in two parts: the first has zeros enough for its product with e to be exact.
-  const Floats tail = p * f * square + e * -2.12194440e-4f - square * 0.5f;
-  return f + tail + e * 0.693359375f;
+  const Floats tail = fused(p * f, square, fused(e, -2.12194440e-4f, square * -0.5f));
+  return fused(e, 0.693359375f, f + tail);
 }
 
 // log1p(x) for x >= 0: the rounding of 1 + x is given back to first order.
@@ -56,12 +56,12 @@ inline Floats log1p(const Floats& x) {
 // Unsigned words to float, rounded once: both halves convert exactly.
 inline Floats to_float(const Words& x) {
   const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
-  return each(convert, x >> 16) * 65536.0f + each(convert, x & 0xFFFFu);
+  return fused(each(convert, x >> 16), 65536.0f, each(convert, x & 0xFFFFu));
 }
 
 // The 64 bits high·2^32 + low as a number in (0, 1].
 inline Floats unit(const Words& high, const Words& low) {
-  return to_float(high) * 0x1p-32f + (to_float(low) + 0.5f) * 0x1p-64f;
+  return fused(to_float(high), 0x1p-32f, (to_float(low) + 0.5f) * 0x1p-64f);
 }
 
 // -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
@@ -71,7 +71,7 @@ inline Floats gumbel(const Words& high, const Words& low) {
   const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
   const Floats w = select(small, 1.0f - u, unit(high ^ 0xFFFFFFFFu, low ^ 0xFFFFFFFFu));
   const Floats residual = select(small, (1.0f - w) - u, 0.0f);
-  const Floats exponential = 0.0f - (log(w) + residual * (2.0f - w));
+  const Floats exponential = 0.0f - fused(residual, 2.0f - w, log(w));
   return 0.0f - log(exponential);
 }
 

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from dlcore import _C
 from dlcore.cpu.tensors import (
-    address,
     flat_hidden,
     keyed,
     per_row,
+    scratch,
     strided,
     threads,
     tile_width,
@@ -45,27 +45,17 @@ class Softmax:
         self.packed = (at_index, strided(self.shift), strided(self.temperature), softcap, exclude)
 
 
-def _bytes(rows: int, size: int) -> Tensor:
-    return torch.empty(rows * size, dtype=torch.uint8)
-
-
-def _summaries(rows: int) -> Tensor:
-    state = _bytes(rows, _C.SUMMARY_BYTES)
-    _C.clear(state.data_ptr(), rows)
-    return state
-
-
 def scan(
     head: Head,
     softmax: Softmax,
     target: Tensor | None = None,
     key: Tensor | None = None,
-    skip: Tensor | None = None,
-    cuts: Tensor | None = None,
-) -> Tensor:
-    """One read of the logits: a summary per row, as bytes."""
-    rows = head[0].shape[:-1].numel()
-    state = _summaries(rows)
+    skip: int = 0,
+    cuts: int = 0,
+    state: str = "summaries",
+) -> int:
+    """One read of the logits: the address of a summary per row, kept until the next scan of that name."""
+    summaries = scratch(state, head[0].shape[:-1].numel() * _C.SUMMARY_BYTES)
     at_target = None if target is None else (target.data_ptr(), 1)
     at_key = None if key is None else keyed(key)
     for first, tile in tiles(*head):
@@ -75,12 +65,12 @@ def scan(
             softmax.packed,
             at_target,
             at_key,
-            address(skip),
-            address(cuts),
-            state.data_ptr(),
+            skip,
+            cuts,
+            summaries,
             threads(tile.numel()),
         )
-    return state
+    return summaries
 
 
 def stats(
@@ -98,7 +88,7 @@ def stats(
     state = scan((logits, weight, bias), softmax)
     argmax = torch.empty(lead, dtype=torch.int64)
     numbers = torch.empty((6, *lead), dtype=torch.float32)
-    _C.finish_stats(state.data_ptr(), argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
+    _C.finish_stats(state, argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
     return argmax, numbers
 
 
@@ -123,52 +113,50 @@ def sample(
         state = drawn = scan(head, softmax, key=key)
     else:
         state = scan(head, softmax)
-        drawn = scan(head, softmax, key=key, cuts=_cuts(head, softmax, state, top_k, top_p, min_p))
+        cuts = _cuts(head, softmax, state, top_k, top_p, min_p)
+        drawn = scan(head, softmax, key=key, cuts=cuts, state="drawn summaries")
     tokens = torch.empty((2, *lead), dtype=torch.int64)
     numbers = torch.empty((7, *lead), dtype=torch.float32)
     rows = lead.numel()
-    _C.finish_sample(state.data_ptr(), drawn.data_ptr(), rows, tokens.data_ptr(), numbers.data_ptr())
+    _C.finish_sample(state, drawn, rows, tokens.data_ptr(), numbers.data_ptr())
     return tokens, numbers
 
 
 def _cuts(
     head: Head,
     softmax: Softmax,
-    state: Tensor,
+    state: int,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
-) -> Tensor:
+) -> int:
     """Per row the last entry that a truncated draw keeps. top_p counts within what top_k keeps."""
     lead = head[0].shape[:-1]
     top_k, top_p, min_p = per_row(top_k, lead), per_row(top_p, lead), per_row(min_p, lead)
-    selections = None
+    selections = 0
     if top_k is not None:
-        selections = _select(head, softmax, state, top_k, None, None)
+        selections = _select(head, softmax, state, top_k, None, 0, "selections")
     if top_p is not None:
-        selections = _select(head, softmax, state, top_k, top_p, selections)
+        selections = _select(head, softmax, state, top_k, top_p, selections, "inner selections")
     rows = lead.numel()
-    cuts = _bytes(rows, _C.CUT_BYTES)
-    _C.finish_selections(
-        state.data_ptr(), rows, strided(min_p), softmax.packed[2], address(selections), cuts.data_ptr()
-    )
+    cuts = scratch("cuts", rows * _C.CUT_BYTES)
+    _C.finish_selections(state, rows, strided(min_p), softmax.packed[2], selections, cuts)
     return cuts
 
 
 def _select(
     head: Head,
     softmax: Softmax,
-    state: Tensor,
+    state: int,
     top_k: Tensor | None,
     top_p: Tensor | None,
-    within: Tensor | None,
-) -> Tensor:
+    within: int,
+    name: str,
+) -> int:
     """The last kept entry of every row, by a radix search over the logits' ordered bits."""
     rows = head[0].shape[:-1].numel()
-    selections = _bytes(rows, _C.SELECTION_BYTES)
-    _C.start_selections(
-        state.data_ptr(), rows, strided(top_k), strided(top_p), address(within), selections.data_ptr()
-    )
+    selections = scratch(name, rows * _C.SELECTION_BYTES)
+    _C.start_selections(state, rows, strided(top_k), strided(top_p), within, selections)
     bins = workspace("bins", rows * _C.BINS_BYTES // 4)
     for level in range(_C.LEVELS):
         bins.zero_()
@@ -177,13 +165,13 @@ def _select(
                 view(tile),
                 first,
                 softmax.packed,
-                state.data_ptr(),
-                selections.data_ptr(),
+                state,
+                selections,
                 level,
                 bins.data_ptr(),
                 threads(tile.numel()),
             )
-        _C.narrow(bins.data_ptr(), rows, level, selections.data_ptr())
+        _C.narrow(bins.data_ptr(), rows, level, selections)
     return selections
 
 
@@ -215,11 +203,11 @@ def sample_mixture(
         softmax.packed[2],
         keyed(key),
     )
-    skip = _bytes(rows, 1)
-    _C.plan_mixture(mixture, rows, skip.data_ptr())
+    skip = scratch("skip", rows)
+    _C.plan_mixture(mixture, rows, skip)
     state = scan((logits, weight, bias), softmax, key=key, skip=skip)
     tokens = torch.empty(lead, dtype=torch.int64)
-    _C.finish_mixture(mixture, rows, state.data_ptr(), skip.data_ptr(), tokens.data_ptr())
+    _C.finish_mixture(mixture, rows, state, skip, tokens.data_ptr())
     return tokens
 
 
@@ -238,7 +226,7 @@ def log_probs(
     state = scan((logits, weight, bias), softmax, target=target)
     numbers = torch.empty((3, *lead), dtype=torch.float32)
     at_target = (target.data_ptr(), 1)
-    _C.finish_log_probs(state.data_ptr(), at_target, index is not None, lead.numel(), numbers.data_ptr())
+    _C.finish_log_probs(state, at_target, index is not None, lead.numel(), numbers.data_ptr())
     return numbers
 
 
@@ -335,12 +323,12 @@ def kl(
 ) -> Tensor:
     lead = p_logits.shape[:-1]
     temperature = per_row(temperature, lead)
-    state = _bytes(lead.numel(), _C.KL_SUMMARY_BYTES)
-    _C.clear_kl(state.data_ptr(), lead.numel())
+    state = scratch("kl summaries", lead.numel() * _C.KL_SUMMARY_BYTES)
+    _C.clear_kl(state, lead.numel())
     for _, p, q in _pairs((p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)):
-        _C.kl(view(p), view(q), strided(temperature), state.data_ptr(), threads(p.numel()))
+        _C.kl(view(p), view(q), strided(temperature), state, threads(p.numel()))
     numbers = torch.empty((3, *lead), dtype=torch.float32)
-    _C.finish_kl(state.data_ptr(), lead.numel(), numbers.data_ptr())
+    _C.finish_kl(state, lead.numel(), numbers.data_ptr())
     return numbers
 
 

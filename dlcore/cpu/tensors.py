@@ -44,11 +44,6 @@ def per_row(x: Tensor | None, lead: torch.Size) -> Tensor | None:
     return x.expand(lead).contiguous()
 
 
-def address(x: Tensor | None) -> int:
-    """The address, 0 for None."""
-    return 0 if x is None else x.data_ptr()
-
-
 def strided(x: Tensor | None, step: int = 1) -> tuple[int, int] | None:
     """(address, stride) of what `per_row` gave, with `step` elements a row."""
     return None if x is None else (x.data_ptr(), 0 if x.numel() == step else step)
@@ -66,11 +61,20 @@ def threads(elements: int) -> int:
 
 def workspace(name: str, elements: int) -> Tensor:
     """A float32 buffer of this thread that is kept: fresh memory costs more than the pass that fills it."""
+    return _kept(name, elements)[:elements]
+
+
+def scratch(name: str, size: int) -> int:
+    """The address of so many kept bytes."""
+    return _kept(name, (size + 3) // 4).data_ptr()
+
+
+def _kept(name: str, elements: int) -> Tensor:
     kept: dict[str, Tensor] = _workspaces.__dict__
     buffer = kept.get(name)
     if buffer is None or buffer.numel() < elements:
         buffer = kept[name] = torch.empty(elements, dtype=torch.float32)
-    return buffer[:elements]
+    return buffer
 
 
 def tiles(
@@ -117,14 +121,13 @@ def vocab_size(logits: Tensor, weight: Tensor | None) -> int:
 
 
 def reasons(*args: Any) -> list[str]:
-    """Why the compiled kernels can't take these arguments."""
+    """Why the compiled kernels can't take these arguments; the first one is logits or a key."""
     found = []
-    first = next((a for a in args if isinstance(a, Tensor)), None)
     for x in args:
-        if isinstance(x, Tensor) and x.device.type != "cpu":
+        if isinstance(x, Tensor) and not x.is_cpu:
             found.append(f"takes CPU tensors, got {x.device}")
             break
-    if first is not None and first.is_floating_point() and first.dtype not in DTYPES:
+    if args and args[0].dtype not in DTYPES and args[0].dtype != torch.int64:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
-        found.append(f"takes {accepted}, got {str(first.dtype).removeprefix('torch.')}")
+        found.append(f"takes {accepted}, got {str(args[0].dtype).removeprefix('torch.')}")
     return found

@@ -26,7 +26,7 @@ def nelbo(
     softmax = Softmax(lead, z, shift)
     state = scan(head, softmax, target=x)
     saved = torch.zeros((5, *lead), dtype=torch.float64)
-    _C.start_nelbo(state.data_ptr(), rows, saved.data_ptr())
+    _C.start_nelbo(state, rows, saved.data_ptr())
     for first, tile in tiles(*head):
         _C.nelbo(
             view(tile), first, vocab, softmax.packed, strided(alpha), saved.data_ptr(), threads(tile.numel())
