@@ -178,8 +178,9 @@ void finish_selections(const Summary* state, int64_t rows, PerRow<float> min_p, 
       cuts[r].ties = selections[r].max_count - selections[r].count;
     }
     if (!min_p || !(min_p[r] > 0)) continue;
-    const double t = temperature && temperature[r] > 0 ? temperature[r] : 1;
-    const auto bound = static_cast<float>((state[r].top + std::log(static_cast<double>(min_p[r]))) * t);
+    // The summary is scaled by the rounded 1/temperature; undone with the same number, the largest entry is exact.
+    const double inverse = temperature && temperature[r] > 0 ? 1.0f / temperature[r] : 1.0f;
+    const auto bound = static_cast<float>((state[r].top + std::log(static_cast<double>(min_p[r]))) / inverse);
     // Entries equal to the bound are kept, so the threshold lies just below it.
     const float under = std::nextafter(bound, -std::numeric_limits<float>::infinity());
     if (under > cuts[r].threshold || (under == cuts[r].threshold && cuts[r].ties > 0)) cuts[r] = {under, 0};

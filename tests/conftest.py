@@ -1,0 +1,50 @@
+"""Fixtures that every family uses: poisoned buffers, backends, ISA levels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import dlcore
+from dlcore import _C
+from dlcore.cpu import CAPABILITIES, choose_capability
+
+POISON = {True: float("nan"), False: -(2**31)}
+
+
+def _poison(x: torch.Tensor) -> torch.Tensor:
+    return x.fill_(POISON[x.is_floating_point()]) if x.dtype not in (torch.bool, torch.uint8) else x
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fresh buffers hold NaN, so that a kernel which reads or forgets one shows."""
+    for name in ("empty", "empty_like"):
+        plain = getattr(torch, name)
+        monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _poison(plain(*a, **k)))
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend in turn."""
+    with dlcore.use_backend(request.param):
+        yield request.param
+
+
+def levels() -> list[str]:
+    """The ISA levels that this machine runs."""
+    current = _C.capability()
+    found = [name for name in CAPABILITIES if _C.choose_capability(name)]
+    choose_capability(current)
+    return found
+
+
+@pytest.fixture(params=levels())
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each ISA level in turn."""
+    current = _C.capability()
+    choose_capability(request.param)
+    yield request.param
+    choose_capability(current)
