@@ -103,10 +103,18 @@ def per_row(
     return value.to(device=device, dtype=dtype)
 
 
-def key(op: str, value: Tensor | None, generator: torch.Generator | None, lead: torch.Size | None) -> Tensor:
-    """The key as given, or a fresh one from torch's generator."""
+def key(
+    op: str,
+    value: Tensor | None,
+    generator: torch.Generator | None,
+    lead: torch.Size | None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """The key as given, or a fresh one from torch's generator, on `device`."""
     if value is None:
-        return torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator)
+        source = torch.device("cpu") if generator is None else generator.device
+        fresh = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=source)
+        return fresh if device is None else fresh.to(device)
     if generator is not None:
         raise ValueError(f"{op}: give key or generator, not both")
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -114,4 +122,4 @@ def key(op: str, value: Tensor | None, generator: torch.Generator | None, lead: 
     if value.shape[-1:] != (2,) or (lead is not None and value.dim() > 1 and value.shape[:-1] != lead):
         wanted = "(..., 2)" if lead is None else f"(2,) or {(*lead, 2)}"
         raise ValueError(f"{op}: key must have shape {wanted}, got {tuple(value.shape)}")
-    return value
+    return value if device is None else value.to(device)

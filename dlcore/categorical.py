@@ -216,7 +216,7 @@ def sample(
         checks.per_row(op, "top_k", top_k, h.lead, device, torch.int64),
         checks.per_row(op, "top_p", top_p, h.lead, device),
         checks.per_row(op, "min_p", min_p, h.lead, device),
-        checks.key(op, key, generator, h.lead),
+        checks.key(op, key, generator, h.lead, device),
     )
     return Draw(tokens, numbers, index is not None)
 
@@ -269,18 +269,19 @@ def sample_mixture(
     wanted = torch.Size((*h.lead, 6))
     if coefficients.shape[-1:] != (6,):
         raise ValueError(f"{op}: coefficients must have shape {tuple(wanted)}, got {tuple(coefficients.shape)}")
-    expanded = checks.per_row(op, "coefficients", coefficients, wanted, h.logits.device, torch.float64)
+    device = h.logits.device
+    expanded = checks.per_row(op, "coefficients", coefficients, wanted, device, torch.float64)
     assert expanded is not None
     result: Tensor = torch.ops.dlcore.categorical_sample_mixture(
         *h,
         z,
         expanded,
         -1 if isinstance(prior, str) else prior,
-        checks.per_row(op, "shift", shift, h.lead, h.logits.device),
+        checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        checks.key(op, key, generator, h.lead),
+        checks.key(op, key, generator, h.lead, device),
     )
     return result
 
@@ -334,7 +335,8 @@ def cross_entropy(
     read = torch.where(target == ignore_index, -1, target)
     if not torch.compiler.is_compiling():
         checks.token_range(op, "target", torch.where(target == ignore_index, 0, target), head(op, logits).vocab)
-    return -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
+    loss = -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
+    return torch.where(read < 0, 0, loss)
 
 
 def kl(

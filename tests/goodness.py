@@ -11,15 +11,21 @@ from torch import Tensor
 
 
 def chi_square(tokens: Tensor, probabilities: Tensor, smallest: float = 5.0) -> float:
-    """The p-value of tokens (n,) under probabilities (V,); bins that expect fewer than `smallest` are pooled."""
-    expected = probabilities.double().numpy() * tokens.numel()
+    """The p-value of tokens (n,) under probabilities (V,); 0 if one of probability 0 was drawn.
+
+    Bins that expect fewer than `smallest` are pooled.
+    """
+    if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < probabilities.numel():
+        return 0.0
+    expected = (probabilities.double() / probabilities.sum()).numpy() * tokens.numel()
     observed = torch.bincount(tokens.flatten(), minlength=probabilities.numel()).double().numpy()
-    rare = expected < smallest
+    rare = (expected < smallest) & (expected > 0)
     if rare.any():
         expected = np.append(expected[~rare], expected[rare].sum())
         observed = np.append(observed[~rare], observed[rare].sum())
     keep = expected > 0
-    assert observed[~keep].sum() == 0, "a token of probability 0 was drawn"
+    if observed[~keep].sum() > 0:
+        return 0.0
     statistic = ((observed - expected)[keep] ** 2 / expected[keep]).sum()
     return float(stats.chi2.sf(statistic, max(int(keep.sum()) - 1, 1)))
 

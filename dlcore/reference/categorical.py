@@ -81,13 +81,15 @@ def draw(x: Tensor, key: Tensor) -> Tensor:
     """One token per row of softmax(x): a Gumbel-max over groups of 256, then within the winning group."""
     lead, vocab = x.shape[:-1], x.shape[-1]
     keys = rng.row_keys(key, lead)
-    groups = F.pad(x, (0, -vocab % GROUP), value=-torch.inf).unflatten(-1, (-1, GROUP))
+    # A vocabulary below one group needs no padding to it.
+    size = min(GROUP, vocab)
+    groups = F.pad(x, (0, -vocab % size), value=-torch.inf).unflatten(-1, (-1, size))
     count = groups.shape[-2]
     ids = torch.arange(count, device=x.device)
     group_noise = rng.gumbel_noise(keys, Domain.GROUP, ids.expand(*lead, -1))
     winner = (torch.logsumexp(groups, -1) + group_noise).argmax(-1)
-    inside = groups.gather(-2, winner[..., None, None].expand(*lead, 1, GROUP)).squeeze(-2)
-    tokens = winner.unsqueeze(-1) * GROUP + torch.arange(GROUP, device=x.device)
+    inside = groups.gather(-2, winner[..., None, None].expand(*lead, 1, size)).squeeze(-2)
+    tokens = winner.unsqueeze(-1) * GROUP + torch.arange(size, device=x.device)
     return _gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
 
 
@@ -218,6 +220,8 @@ def log_probs(
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp, under a shift at `index`; 0 where target < 0."""
     dense = materialize(logits, weight, bias)
+    # Rows without a target are not read: whatever they hold, even their gradient is 0.
+    dense = dense.where((target >= 0).unsqueeze(-1), 0)
     x = transform(dense, index, shift, None, softcap, exclude)
     lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
     at_target = _gather(x, target.clamp(min=0)) - lse

@@ -1,0 +1,153 @@
+"""What the processes share: noise levels per row, keyed draws per row, and the coefficients of a kept row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import rng
+from dlcore.categorical import head
+from dlcore.linear_logits import LinearLogits
+
+PARAMETERIZATIONS = ("loo", "denoiser")
+#: The coefficients of `categorical.sample_mixture` that keep z without a read of the logits.
+KEEP = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+
+
+def checkable(x: Tensor) -> bool:
+    """Whether values may be read here: a branch on data would break a compiled graph."""
+    return not torch.compiler.is_compiling() and checks.reads_data(x)
+
+
+def tokens(op: str, name: str, x: object, vocab: int, lead: torch.Size | None = None) -> Tensor:
+    """int64 ids in [0, vocab), of shape `lead` if given."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} must be an int64 Tensor, got {checks.describe(x)}")
+    checks.tokens(op, name, x, x.shape if lead is None else lead)
+    if checkable(x):
+        checks.token_range(op, name, x, vocab)
+    return x
+
+
+def number(op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    """A number per row as float64, broadcast over `lead` but not expanded."""
+    x = checks.per_row(op, name, value, lead, device, torch.float64)
+    if x is None:
+        raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
+    return x
+
+
+def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor:
+    """x itself, every value between low and high; `ends` says which of the two belong. Reads data."""
+    if checkable(x):
+        ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
+        if not bool(ok.all()):
+            got = first(x, ~ok)
+            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got:g}")
+    return x
+
+
+def first(x: Tensor, where: Tensor) -> float:
+    """The first value of x, broadcast, where `where` is true."""
+    return float(x.expand(where.shape)[where][0])
+
+
+def level(
+    op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device, ends: str = "[]"
+) -> Tensor:
+    """A probability per row: alpha, kappa."""
+    return within(op, name, number(op, name, value, lead, device), 0, 1, ends)
+
+
+def levels(
+    op: str, alpha_t: float | Tensor, alpha_s: float | Tensor, lead: torch.Size, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """alpha_t and alpha_s of a reverse step from t to the earlier s, so alpha_s >= alpha_t."""
+    t, s = level(op, "alpha_t", alpha_t, lead, device), level(op, "alpha_s", alpha_s, lead, device)
+    if checkable(t) and checkable(s):
+        wrong = s < t
+        if bool(wrong.any()):
+            got = f"alpha_s {first(s, wrong):g} below alpha_t {first(t, wrong):g}"
+            raise ValueError(f"{op}: alpha_s must be at least alpha_t, got {got}")
+    return t, s
+
+
+def slope(op: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    """dalpha = dα/dt <= 0 per row."""
+    return within(op, "dalpha", number(op, "dalpha", value, lead, device), -torch.inf, 0, "(]")
+
+
+def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+    """alpha_{t|s} = alpha_t / alpha_s, and 1 where both are 0: nothing changes between two pure noises."""
+    return torch.where(alpha_s > 0, alpha_t / torch.where(alpha_s > 0, alpha_s, 1), 1)
+
+
+def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor:
+    """Columns stacked last; rows in `keep` keep z and are not read."""
+    like = next(c for c in columns if isinstance(c, Tensor))
+    whole = (c if isinstance(c, Tensor) else like.new_full((), c) for c in columns)
+    stacked = torch.stack(torch.broadcast_tensors(*whole), -1)  # type: ignore[no-untyped-call]
+    if keep is None:
+        return stacked
+    kept = stacked.new_tensor((*KEEP, *(0.0 for _ in columns[len(KEEP) :])))
+    return torch.where(keep.unsqueeze(-1), kept, stacked)
+
+
+def vocabulary(op: str, vocab_size: int, exclude: int | None) -> int:
+    """The number of tokens that noise may take."""
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
+        raise TypeError(f"{op}: vocab_size must be an int, got {checks.describe(vocab_size)}")
+    if vocab_size < 1:
+        raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}")
+    checks.token_id(op, "exclude", exclude, vocab_size)
+    if exclude is not None and vocab_size == 1:
+        raise ValueError(f"{op}: exclude leaves no token in a vocabulary of 1")
+    return vocab_size - (exclude is not None)
+
+
+def row_keys(
+    op: str,
+    key: Tensor | None,
+    generator: torch.Generator | None,
+    lead: torch.Size,
+    device: torch.device,
+) -> Tensor:
+    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
+    key = checks.key(op, key, generator, lead).to(device)
+    if key.dim() > 1:
+        return key
+    return rng.fold_in(key, torch.arange(lead.numel(), device=device).view(lead))
+
+
+def uniforms(keys: Tensor, count: int) -> tuple[Tensor, ...]:
+    """`count` float64 uniform numbers in (0, 1) per row, each of the rows' shape."""
+    return rng.uniform(keys, (count,), dtype=torch.float64).unbind(-1)
+
+
+def uniform_tokens(u: Tensor, size: int, exclude: int | None) -> Tensor:
+    """Of `size` noise tokens, the one that u in [0, 1) falls to; biased by less than size / 2^53."""
+    return expand_ids((u * size).long(), exclude)
+
+
+def expand_ids(index: Tensor, exclude: int | None) -> Tensor:
+    """The index-th token that is not `exclude`."""
+    return index if exclude is None else index + (index >= exclude).long()
+
+
+def compact_ids(token: Tensor, exclude: int | None) -> Tensor:
+    """The inverse of `expand_ids`."""
+    return token if exclude is None else token - (token > exclude).long()
+
+
+def dense(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Tensor:
+    """Logits (..., V) in float32 or wider, a linear head's multiplied out."""
+    head(op, logits, name)
+    if isinstance(logits, LinearLogits):
+        return logits.materialize()
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def gather(x: Tensor, index: Tensor) -> Tensor:
+    """x (..., V) at index (...)."""
+    return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
