@@ -118,7 +118,7 @@ void softmax_rows(const py::tuple& logits, int64_t first_token, const py::tuple&
   a.logits = view(logits);
   a.first_token = first_token;
   a.softmax = softmax(parameters);
-  a.logsumexp = at<const float>(logsumexp);
+  a.logsumexp = at<const double>(logsumexp);
   a.out = view(out);
   run(kernels().softmax_tile, a, threads);
 }
@@ -237,6 +237,9 @@ void bind_categorical(py::module_& m) {
                                 Address selections, Address cuts) {
     finish_selections(at<Summary>(state), rows, per_row<float>(min_p), per_row<float>(temperature),
                       at<Selection>(selections), at<Cut>(cuts));
+  });
+  m.def("finish_logsumexp", [](Address state, int64_t rows, Address logsumexp) {
+    finish_logsumexp(at<Summary>(state), rows, at<double>(logsumexp));
   });
   m.def("softmax_tile", softmax_rows);
   m.def("finish_log_probs",

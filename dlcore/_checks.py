@@ -93,6 +93,9 @@ def per_row(
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be a number or a Tensor, got {describe(value)}")
+        if torch.compiler.is_compiling():
+            # Arithmetic keeps a float symbolic, where full() would compile once per value.
+            return (torch.ones((), dtype=torch.float64, device=device) * value).to(dtype)
         return torch.full((), value, dtype=dtype, device=device)
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")

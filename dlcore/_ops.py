@@ -32,8 +32,10 @@ def _define(op: str, schema: str, fake: Callable[..., Any], check: Callable[...,
 
 
 def _autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Make an op differentiable once: a second derivative raises."""
     name = "dlcore::" + op.replace(".", "_")
-    torch.library.register_autograd(name, backward, setup_context=setup, lib=_library)
+    once = torch.autograd.function.once_differentiable(backward)
+    torch.library.register_autograd(name, once, setup_context=setup, lib=_library)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:
@@ -217,7 +219,7 @@ _define(
     f"({_EXPECTATION}) -> (Tensor, Tensor)",
     lambda logits, weight, bias, table, *_: (
         logits.new_empty((*logits.shape[:-1], table.shape[1]), dtype=result_dtype(logits)),
-        logits.new_empty(logits.shape[:-1], dtype=result_dtype(logits)),
+        logits.new_empty(logits.shape[:-1], dtype=torch.float64),
     ),
     _check_expectation,
 )

@@ -129,7 +129,7 @@ def row_numbers(
 
 
 def _temperature(op: str, temperature: float | Tensor, h: Head) -> Tensor | None:
-    if isinstance(temperature, float) and temperature == 1.0:
+    if not torch.compiler.is_compiling() and isinstance(temperature, float) and temperature == 1.0:
         return None
     return checks.per_row(op, "temperature", temperature, h.lead, h.logits.device)
 

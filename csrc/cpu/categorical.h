@@ -94,8 +94,8 @@ struct SoftmaxTileArguments {
   View logits;
   int64_t first_token = 0;
   Softmax softmax;
-  const float* logsumexp = nullptr;  // (rows)
-  View out;                          // (rows, columns) float32
+  const double* logsumexp = nullptr;  // (rows)
+  View out;                           // (rows, columns) float32
   int threads = 1;
 };
 
@@ -144,6 +144,8 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
 
 // numbers (3, rows): log p[target], log p[index], logsumexp; 0 where target < 0.
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows, float* numbers);
+
+void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp);
 
 // numbers (3, rows): KL, and the two logsumexps.
 void finish_kl(const KLSummary* state, int64_t rows, float* numbers);

@@ -66,6 +66,10 @@ void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_in
   }
 }
 
+void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp) {
+  for (int64_t r = 0; r < rows; ++r) logsumexp[r] = state[r].logsumexp();
+}
+
 void finish_kl(const KLSummary* state, int64_t rows, float* numbers) {
   for (int64_t r = 0; r < rows; ++r) {
     const KLSummary& s = state[r];

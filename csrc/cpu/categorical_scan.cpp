@@ -89,7 +89,7 @@ class Segment {
     Summary s;
     find_largest(s);
     if (s.empty()) return s;
-    if (key) fill_gumbel(*key, Domain::kGroup, first_ / kGroup, groups_, noise_);
+    if (key) fill_group_noise(*key);
     mark_live(key != nullptr);
     sum_live(s);
     s.argmax = first_ + best_ * kGroup + find_best_in_group(s);
@@ -128,6 +128,13 @@ class Segment {
     best_ = best.at;
     top_ = best.value;
     s.top = static_cast<double>(top_) * row_.inverse_temperature;
+  }
+
+  // Draws come in pairs, so an odd first group is the second of its pair.
+  void fill_group_noise(const Key& key) {
+    const int64_t first = first_ / kGroup, odd = first % 2;
+    fill_gumbel(key, Domain::kGroup, first - odd, groups_ + odd, noise_buffer_);
+    noise_ = noise_buffer_ + odd;
   }
 
   // A group matters for the sum if it is above float32's resolution, for the draw if it could still win.
@@ -217,7 +224,8 @@ class Segment {
   const RowSoftmax row_;
   alignas(64) float buffer_[kGroup];
   alignas(64) float largest_[kSegmentGroups];
-  alignas(64) float noise_[kSegmentGroups];
+  alignas(64) float noise_buffer_[kSegmentGroups + 2 * kLanes];
+  const float* noise_ = noise_buffer_;
   alignas(64) float sums_[kSegmentGroups];
   alignas(64) float live_[kSegmentGroups];  // negative: the group can be skipped
 };

@@ -50,10 +50,10 @@ uint32_t ordered(float x) {
 void softmax_tile(const SoftmaxTileArguments& a) {
   parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
     const RowSoftmax row(a.softmax, r);
-    const float reference = a.logsumexp[r] / row.inverse_temperature;
+    const Probability probability(a.logsumexp[r]);
     each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {
       for (int64_t i = 0; i < kGroup; i += kLanes)
-        store(x + i, probability(load(x + i), reference, row.inverse_temperature * kLog2E));
+        store(x + i, probability(load(x + i) * row.inverse_temperature));
       write(a.out, r, at, count, x);
     });
   });

@@ -10,17 +10,6 @@
 namespace dlcore::DLCORE_ISA {
 namespace {
 
-// exp(x - logsumexp) with the logsumexp's rounding to float given back as a factor.
-struct Probability {
-  float reference, factor;
-  explicit Probability(double logsumexp, double scale = 1)
-      : reference(static_cast<float>(logsumexp)),
-        factor(static_cast<float>(scale * std::exp(static_cast<double>(reference) - logsumexp))) {}
-  Floats operator()(const Floats& x) const {
-    return exp2(max(kExponentFloor, (x - reference) * kLog2E)) * factor;
-  }
-};
-
 struct Sums {
   double logs = 0, ratios = 0;
 };

@@ -1,6 +1,8 @@
 // exp, log and Gumbel noise on sixteen lanes.
 #pragma once
 
+#include <cmath>
+
 #include "../common/philox.h"
 #include "simd.h"
 
@@ -75,6 +77,17 @@ inline Floats gumbel(const Words& high, const Words& low) {
   return 0.0f - log(exponential);
 }
 
+// exp(x - logsumexp), times a scale, with the rounding of the logsumexp to float given back as a factor.
+struct Probability {
+  float reference, factor;
+  explicit Probability(double logsumexp, double scale = 1)
+      : reference(static_cast<float>(logsumexp)),
+        factor(static_cast<float>(scale * std::exp(static_cast<double>(reference) - logsumexp))) {}
+  Floats operator()(const Floats& x) const {
+    return exp2(max(kExponentFloor, (x - reference) * kLog2E)) * factor;
+  }
+};
+
 // The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.
 struct GumbelPair {
   Floats even, odd;
@@ -98,7 +111,7 @@ inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
   return {gumbel(c1, c0), gumbel(c3, c2)};
 }
 
-// Draws [first, first + count) of a domain; first is a multiple of 32, `out` has room up to the next one.
+// Draws [first, first + count) of a domain; first is even, `out` has room for whole blocks of 32.
 inline void fill_gumbel(Key key, Domain domain, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     const GumbelPair pair = gumbel_blocks(key, domain, (first + i) / 2);

@@ -386,8 +386,8 @@ def expectation(
 ) -> tuple[Tensor, Tensor]:
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax = Softmax(lead, None, None, temperature, softcap, exclude)
-    _, numbers = stats(*head, None, None, temperature, softcap, exclude)
-    lse = numbers[0].contiguous()
+    lse = torch.empty(lead, dtype=torch.float64)
+    _C.finish_logsumexp(scan(head, softmax), lead.numel(), lse.data_ptr())
     out = torch.zeros((lead.numel(), table.shape[1]), dtype=torch.float32)
     for first, _, p in _probabilities(head, softmax, lse):
         out.addmm_(p, table[first : first + p.shape[1]].float())

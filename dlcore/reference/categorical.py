@@ -263,6 +263,6 @@ def expectation(
     x = transform(dense, None, None, temperature, softcap, exclude)
     lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
-    return p @ wide(table).to(p.dtype), lse
+    return p @ wide(table).to(p.dtype), lse.double()
 
 

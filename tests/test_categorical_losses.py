@@ -1,0 +1,197 @@
+"""Cross-entropy, KL and expectation: values, gradients, rows that are not read, bad input."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import dlcore
+from dlcore import LinearLogits, categorical
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+VOCABULARIES = [1, 17, 256, 1000, 65536 + 300]
+LEAD = (3, 4)
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 2.0) -> Tensor:
+    return (scale * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))).to(dtype)
+
+
+def targets(vocab: int) -> Tensor:
+    return torch.randint(0, vocab, LEAD, generator=torch.Generator().manual_seed(1))
+
+
+def with_gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    value = f(*leaves)
+    value.backward(torch.linspace(-1, 1, value.numel(), dtype=value.dtype).view(value.shape))
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+TEMPERATURE = torch.tensor([0.5, 1.0, 2.0, 0.8])
+
+
+def cases(vocab: int) -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]]:
+    """Losses of their tensors, and these tensors' shapes."""
+    x, row, head = targets(vocab), (*LEAD, vocab), (*LEAD, 6)
+    weight, table, last = (vocab, 6), (vocab, 5), vocab - 1
+    ce, kl, mean = categorical.cross_entropy, categorical.kl, categorical.expectation
+    return {
+        "cross_entropy": (lambda a: ce(a, x), (row,)),
+        "cross_entropy softcap": (lambda a: ce(a, x, softcap=3.0), (row,)),
+        "cross_entropy exclude": (lambda a: ce(a, (x - 1).clamp(min=0), exclude=last if last else None), (row,)),
+        "cross_entropy ignored": (lambda a: ce(a, torch.where(x % 2 == 0, -100, x)), (row,)),
+        "cross_entropy linear": (lambda h, w, b: ce(LinearLogits(h, w, b), x), (head, weight, (vocab,))),
+        "kl": (lambda a, b: kl(a, b), (row, row)),
+        "kl temperature": (lambda a, b: kl(a, b, temperature=TEMPERATURE), (row, row)),
+        "kl linear": (lambda h, w, b: kl(LinearLogits(h, w), b), (head, weight, row)),
+        "kl of linear": (lambda a, h, w: kl(a, LinearLogits(h, w)), (row, head, weight)),
+        "expectation": (lambda a, t: mean(a, t), (row, table)),
+        "expectation all": (
+            lambda a, t: mean(a, t, temperature=TEMPERATURE, softcap=3.0, exclude=last if last else None),
+            (row, table),
+        ),
+        "expectation linear": (lambda h, w, t: mean(LinearLogits(h, w), t), (head, weight, table)),
+    }
+
+
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", cases(1))
+def test_parity(vocab, dtype, case, poisoned):
+    """Values and gradients against float64, with at most twice the error of same-dtype torch."""
+    loss, shapes = cases(vocab)[case]
+    inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
+    mine = with_gradients(loss, *inputs)
+    assert dlcore.last_backend("categorical." + {"c": "log_probs", "k": "kl", "e": "expectation"}[case[0]]) == "cpu"
+    with dlcore.use_backend("reference"):
+        torch_own = with_gradients(loss, *inputs)
+        truth = with_gradients(loss, *(x.double() for x in inputs))
+    for i, (got, own, exact) in enumerate(zip(mine, torch_own, truth, strict=True)):
+        assert got.dtype == own.dtype
+        scale = exact.abs().max().item()
+        error, allowed = ((x.double() - exact).abs().max().item() for x in (got, own))
+        # Rounded to its dtype once, after float32 sums of terms up to 8 that may cancel.
+        ulp = torch.finfo(got.dtype).eps * scale + 8 * torch.finfo(torch.float32).eps
+        assert error <= max(2 * allowed, 2 * ulp), (i, error, allowed)
+
+
+@pytest.mark.parametrize("case", cases(1))
+def test_gradcheck(case):
+    """The registered backward, in float64."""
+    loss, shapes = cases(9)[case]
+    inputs = [normal(*shape, seed=i).double().requires_grad_() for i, shape in enumerate(shapes)]
+    assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_values_in_closed_form(backend):
+    logits = torch.tensor([[0.0, math.log(3.0)]])
+    assert categorical.cross_entropy(logits, torch.tensor([1])).item() == pytest.approx(math.log(4 / 3))
+    other = torch.tensor([[0.0, 0.0]])
+    expected = 0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    assert categorical.kl(logits, other).item() == pytest.approx(expected)
+    table = torch.tensor([[1.0, 0.0], [5.0, 2.0]])
+    assert categorical.expectation(logits, table).tolist()[0] == pytest.approx([4.0, 1.5])
+
+
+def test_cross_entropy_equals_torch(backend):
+    logits, x = normal(*LEAD, 500), targets(500)
+    x[0, 0] = -100
+    mine = categorical.cross_entropy(logits, x)
+    torch.testing.assert_close(mine, F.cross_entropy(logits.movedim(-1, 1), x, reduction="none"))
+    assert mine[0, 0].item() == 0
+    assert torch.equal(categorical.cross_entropy(logits, x + 0, ignore_index=-100), mine)
+
+
+def test_kl_of_excluded_tokens(backend):
+    """0·log 0 is 0; mass where q has none is infinitely far."""
+    p = torch.tensor([[0.0, -torch.inf, 1.0]])
+    q = torch.tensor([[0.0, 3.0, 1.0]])
+    assert torch.isfinite(categorical.kl(p, q)).all()
+    assert categorical.kl(q, p).item() == torch.inf
+    assert categorical.kl(p, p).item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("far", [50.0, 200.0, 2e4])
+def test_kl_of_far_laws(far):
+    """q below 2^-125 must not be clamped in log p - log q."""
+    p, q = torch.zeros(1, 300), torch.zeros(1, 300)
+    q[0, 10:] = far
+    with dlcore.use_backend("reference"):
+        exact = categorical.kl(p.double(), q.double())
+    torch.testing.assert_close(categorical.kl(p, q).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_ignored_rows_are_not_read(backend):
+    logits = torch.full((2, 300), torch.nan)
+    logits[1] = 0
+    leaf = logits.requires_grad_()
+    loss = categorical.cross_entropy(leaf, torch.tensor([-100, 4]))
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0, math.log(300)])
+    assert leaf.grad is not None
+    assert (leaf.grad[0] == 0).all()
+    assert leaf.grad[1].sum().item() == pytest.approx(0, abs=1e-6)
+
+
+@pytest.mark.parametrize("hostile", [float("nan"), float("inf")])
+def test_hostile_rows_give_nan(hostile, backend):
+    logits = normal(3, 400)
+    clean = categorical.cross_entropy(logits, torch.tensor([1, 2, 3]))
+    logits[1, 300] = hostile
+    loss = categorical.cross_entropy(logits, torch.tensor([1, 2, 3]))
+    assert loss[1].isnan()
+    assert torch.equal(loss[::2], clean[::2])
+    assert categorical.kl(logits, logits.nan_to_num(posinf=0))[1].isnan()
+    assert categorical.kl(logits.nan_to_num(posinf=0), logits)[1].isnan()
+    assert categorical.expectation(logits, normal(400, 3))[1].isnan().all()
+
+
+def test_a_gradient_of_a_shifted_capped_entry():
+    """The internal op behind the processes' losses: shift at an index, softcap, exclude, all at once."""
+    logits, x = normal(*LEAD, 700, scale=4.0), targets(700)
+    index = (x + 300) % 700
+
+    def loss(a: Tensor) -> Tensor:
+        shift = torch.full((), 1.5)
+        numbers = torch.ops.dlcore.categorical_log_probs(a, None, None, x, index, shift, 3.0, 5)
+        return numbers[0] + 0.5 * numbers[1] - 0.25 * numbers[2]
+
+    mine = with_gradients(loss, logits)
+    with dlcore.use_backend("reference"):
+        exact = with_gradients(loss, logits.double())
+    torch.testing.assert_close(mine[1].double(), exact[1], rtol=1e-4, atol=1e-6)
+
+
+def test_second_derivatives_raise():
+    leaf = normal(2, 50).requires_grad_()
+    loss = categorical.cross_entropy(leaf, torch.tensor([1, 2])).sum()
+    (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        torch.autograd.grad(first.square().sum(), leaf)
+
+
+X, T = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
+BAD = [
+    (lambda: categorical.cross_entropy(X, T[0]), ValueError, r"cross_entropy: target must have shape \(2, 3\)"),
+    (lambda: categorical.cross_entropy(X, T + 5), ValueError, r"cross_entropy: target must lie in \[0, 5\), got 5"),
+    (lambda: categorical.cross_entropy(X, T - 1), ValueError, r"cross_entropy: target must lie in \[0, 5\), got -1"),
+    (lambda: categorical.cross_entropy(X, T.float()), TypeError, r"cross_entropy: target must be an int64"),
+    (lambda: categorical.cross_entropy(X, T, softcap=-1), ValueError, r"cross_entropy: softcap must be positive"),
+    (lambda: categorical.kl(X, X[:1]), ValueError, r"kl: q_logits must have p_logits' shape \(2, 3, 5\), got \(1"),
+    (lambda: categorical.kl(X, X.long()), TypeError, r"kl: q_logits must be float32"),
+    (lambda: categorical.kl(X, X, temperature=0), ValueError, r"kl: temperature must lie in \(0, inf\], got 0"),
+    (lambda: categorical.expectation(X, X), ValueError, r"expectation: table must be \(5, E\), got \(2, 3, 5\)"),
+    (lambda: categorical.expectation(X, T), TypeError, r"expectation: table must be float32"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

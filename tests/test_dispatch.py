@@ -1,0 +1,131 @@
+"""Backends: which one runs, why the others do not, and what is said about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import dlcore
+from dlcore import _C, _dispatch, categorical, rng
+from dlcore.cpu import CAPABILITIES, choose_capability
+
+X = torch.zeros(2, 5)
+
+
+def test_priority_then_variable_then_context(monkeypatch):
+    categorical.stats(X)
+    assert dlcore.last_backend("categorical.stats") == "cpu"
+    monkeypatch.setenv("DLCORE_BACKEND", "reference")
+    categorical.stats(X)
+    assert dlcore.last_backend("categorical.stats") == "reference"
+    with dlcore.use_backend("cpu"):
+        categorical.stats(X)
+        assert dlcore.last_backend("categorical.stats") == "cpu"
+    categorical.stats(X)
+    assert dlcore.last_backend("categorical.stats") == "reference"
+
+
+def test_a_request_that_cannot_run_raises_with_every_reason():
+    with dlcore.use_backend("cpu"), pytest.raises(NotImplementedError) as error:
+        categorical.stats(X.double())
+    text = str(error.value)
+    assert "backend 'cpu' was asked for" in text
+    assert "cpu: takes float32, bfloat16, float16, got float64" in text
+    assert "reference: can run" in text
+
+
+def test_a_fallback_is_logged_once(caplog):
+    _dispatch._logged.clear()
+    with caplog.at_level("INFO", logger="dlcore"):
+        categorical.stats(X.double())
+        categorical.stats(X.double())
+    assert caplog.text.count("categorical.stats: cpu cannot run") == 1
+    assert dlcore.last_backend("categorical.stats") == "reference"
+
+
+def test_questions():
+    assert dlcore.backends() == ["cpu", "reference"]
+    assert dlcore.backends("categorical.kl") == {"cpu": [], "reference": []}
+    assert "chosen: cpu" in dlcore.explain("categorical.kl", X, X)
+    head = dlcore.LinearLogits(X.double(), X.double())
+    assert "chosen: reference" in dlcore.explain("categorical.sample", head, temperature=0.5)
+    with dlcore.use_backend("cpu"):
+        assert "would raise NotImplementedError" in dlcore.explain("categorical.stats", X.double())
+
+
+BAD = [
+    (lambda: dlcore.use_backend("gpu").__enter__(), r"dlcore.use_backend: backend must be one of cpu, reference"),
+    (lambda: dlcore.last_backend("stats"), r"dlcore: op must be one of categorical.expectation, .*, got 'stats'"),
+    (lambda: dlcore.backends("nothing"), r"dlcore: op must be one of"),
+    (lambda: dlcore.explain("nothing", X), r"dlcore: op must be one of"),
+    (lambda: choose_capability("sse9"), r"DLCORE_CPU_CAPABILITY: must be one of avx512, avx2, baseline"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), BAD)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_a_bad_variable_is_named(monkeypatch):
+    monkeypatch.setenv("DLCORE_BACKEND", "tpu")
+    with pytest.raises(ValueError, match=r"DLCORE_BACKEND: backend must be one of cpu, reference, got 'tpu'"):
+        categorical.stats(X)
+
+
+def run_python(code: str, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", CAPABILITIES)
+def test_the_capability_variable(name):
+    out = run_python("import dlcore; print(dlcore._C.capability())", DLCORE_CPU_CAPABILITY=name)
+    assert out.strip() == name or f"got '{name}'" in out
+
+
+def test_without_the_compiled_module_the_reference_runs():
+    code = (
+        "import sys; sys.modules['dlcore._C'] = None\n"
+        "import torch, dlcore\n"
+        "dlcore.categorical.stats(torch.zeros(2, 5))\n"
+        "print(dlcore.last_backend('categorical.stats'), dlcore.backends('categorical.stats')['cpu'])"
+    )
+    out = run_python(code)
+    assert out.startswith("reference")
+    assert "can't be imported" in out
+
+
+def test_kernels_run_in_torchs_own_pool():
+    """No second OpenMP pool competes with torch's for the cores."""
+    assert "omp" in _C.parallel_runtime()
+
+
+def test_kernels_release_the_gil():
+    """A Python thread goes on while a kernel runs."""
+    import threading
+
+    logits = torch.zeros(3000, 50_000, dtype=torch.bfloat16)
+    ticks, stop = [0], threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            ticks[0] += 1
+            time.sleep(0.0005)
+
+    counter = threading.Thread(target=count)
+    counter.start()
+    before = ticks[0]
+    categorical.sample(logits, key=rng.key(0))
+    during = ticks[0] - before
+    stop.set()
+    counter.join()
+    assert during >= 3

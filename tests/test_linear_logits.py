@@ -1,0 +1,147 @@
+"""LinearLogits: the same results as materialised logits, and never a tensor of their size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dlcore
+from dlcore import LinearLogits, categorical, rng
+from dlcore.cpu import categorical as compiled
+from dlcore.cpu import tensors, uniform
+from dlcore.process import masked
+from dlcore.process import uniform as uniform_process
+
+ROWS, VOCAB, WIDTH = (4, 75), 40_000, 24
+KEY = rng.key(3)
+
+
+def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> LinearLogits:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(*ROWS, WIDTH, generator=generator), torch.randn(VOCAB, WIDTH, generator=generator)
+    shift = torch.randn(VOCAB, generator=generator).to(dtype) if bias else None
+    return LinearLogits((hidden / 2).to(dtype), weight.to(dtype), shift)
+
+
+Z = torch.randint(0, VOCAB, ROWS, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_draws_equal_those_of_materialised_logits(dtype, bias):
+    """Tiles of 3,328 tokens: each row's scan is merged from several."""
+    head = make(dtype, bias)
+    assert tensors.tile_width(ROWS[0] * ROWS[1]) < VOCAB
+    dense = head.materialize()
+    calls: list[Callable[[Any], Tensor]] = [
+        lambda a: categorical.sample(a, Z, shift=2.0, temperature=0.9, softcap=20.0, exclude=3, key=KEY).tokens,
+        lambda a: categorical.sample(a, top_k=20, top_p=0.8, key=KEY).tokens,
+        lambda a: categorical.stats(a).argmax,
+        lambda a: categorical.sample_mixture(a, Z, torch.tensor([1.0, 3, 0.2, 3, 0.8, 0]), key=KEY),
+        lambda a: uniform_process.step(a, Z, 0.5, 0.7, key=KEY),
+        lambda a: masked.step(a, torch.full(ROWS, 7), 0.2, 0.9, 7, key=KEY),
+    ]
+    for call in calls:
+        assert (call(head) == call(dense)).double().mean() == 1
+    for a, b in zip(categorical.stats(head, Z), categorical.stats(dense, Z), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any torch operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, Tensor):
+                self.numel = max(self.numel, x.numel())
+        return result
+
+
+def test_logits_never_exist():
+    head = make()
+    triple = (head.hidden, head.weight, head.bias)
+    numbers, grad = torch.zeros(3, *ROWS), torch.ones(3, *ROWS)
+    table = torch.zeros(VOCAB, 8)
+    level, slope = torch.full((), 0.5, dtype=torch.float64), torch.full((), -1.0, dtype=torch.float64)
+    saved = torch.zeros(5, *ROWS, dtype=torch.float64)
+    none = (None,) * 3
+    one = torch.tensor(5)
+    calls = [
+        lambda: compiled.stats(*triple, None, None, None, None, None),
+        lambda: compiled.sample(*triple, *none, None, None, one, torch.tensor(0.9), None, KEY),
+        lambda: compiled.sample_mixture(*triple, Z, torch.tensor([1.0, 1, 0, 1, 1, 0]).double(), -1, *none, None, KEY),
+        lambda: compiled.log_probs(*triple, Z, *none, None),
+        lambda: compiled.log_probs_backward(grad, numbers, *triple, Z, *none, None),
+        lambda: compiled.kl(*triple, *triple, None),
+        lambda: compiled.kl_backward(grad, numbers, *triple, *triple, None),
+        lambda: compiled.expectation(*triple, table, *none),
+        lambda: compiled.expectation_backward(grad[0][..., None].expand(-1, -1, 8), saved[0][..., None].float().expand(-1, -1, 8), numbers[0], *triple, table, *none),
+        lambda: uniform.nelbo(*triple, Z, Z, level, slope, None),
+        lambda: uniform.nelbo_backward(grad[0], saved, *triple, Z, Z, level, slope, None),
+    ]  # fmt: skip
+    for call in calls:
+        with Largest() as seen:
+            call()
+        assert seen.numel < Z.numel() * VOCAB / 4
+    with Largest() as seen:
+        head.materialize()
+    assert seen.numel >= Z.numel() * VOCAB
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nelbo_gradients_equal_those_of_materialised_logits(dtype):
+    head = make(dtype)
+    x = torch.where(torch.rand(ROWS, generator=torch.Generator().manual_seed(2)) < 0.5, Z, (Z + 1) % VOCAB)
+    leaves = [t.detach().clone().requires_grad_() for t in (head.hidden, head.weight, head.bias)]
+    loss = uniform_process.nelbo(LinearLogits(*leaves), Z, x, 0.4, -1.0)
+    loss.sum().backward()
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    with dlcore.use_backend("reference"):
+        truth = uniform_process.nelbo(LinearLogits(*exact), Z, x, 0.4, -1.0)
+        truth.sum().backward()
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=1e-5)
+    for mine, own in zip(leaves, exact, strict=True):
+        assert mine.grad is not None
+        assert own.grad is not None
+        scale = own.grad.abs().max().item()
+        allowed = 2 * torch.finfo(dtype).eps if dtype != torch.float32 else 1e-5
+        assert (mine.grad.double() - own.grad).abs().max().item() <= allowed * scale
+
+
+def test_shape_device_dtype_and_gaps():
+    head = make(torch.bfloat16)
+    assert head.shape == (*ROWS, VOCAB)
+    assert head.dtype == torch.bfloat16
+    assert head.device.type == "cpu"
+    single = LinearLogits(torch.randn(WIDTH), torch.randn(300, WIDTH))
+    assert categorical.sample(single).tokens.shape == ()
+    none = LinearLogits(torch.zeros(0, WIDTH), torch.randn(300, WIDTH))
+    assert categorical.sample(none).tokens.shape == (0,)
+
+
+H, W = torch.zeros(2, 4), torch.zeros(5, 4)
+BAD = [
+    (lambda: LinearLogits(H, W[:, :3]), ValueError, r"LinearLogits: weight must be \(V, D\) for hidden"),
+    (lambda: LinearLogits(H, W[0]), ValueError, r"LinearLogits: weight must be"),
+    (lambda: LinearLogits(H, W, torch.zeros(4)), ValueError, r"LinearLogits: bias must be \(5,\), got float32 \(4,\)"),
+    (lambda: LinearLogits(H, W.bfloat16()), TypeError, r"LinearLogits: weight must be floating and of hidden's dtype"),
+    (lambda: LinearLogits(H.long(), W), TypeError, r"LinearLogits: hidden must be floating"),
+    (lambda: categorical.stats(LinearLogits(H, W[:0])), ValueError, r"categorical.stats: logits must have a voc"),
+    (lambda: categorical.stats(LinearLogits(H, W), torch.zeros(3, dtype=torch.int64)), ValueError, r"index must have"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
