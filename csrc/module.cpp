@@ -1,4 +1,5 @@
-// dlcore._C: the CPU kernels for Python. Tensors come as (address, dtype, shape, stride) tuples or as addresses.
+// dlcore._C: the CPU kernels for Python. Tensors come as (address, dtype, shape, stride) tuples or as
+// addresses.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -98,8 +99,9 @@ void run(void (*kernel)(const Arguments&), Arguments arguments, int threads) {
   kernel(arguments);
 }
 
-void scan_rows(const py::tuple& logits, int64_t first_token, const py::tuple& parameters, const py::object& target,
-               const py::object& key, Address skip, Address cuts, Address state, int threads) {
+void scan_rows(const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
+               const py::object& target, const py::object& key, Address skip, Address cuts, Address state,
+               int threads) {
   ScanArguments a;
   a.logits = view(logits);
   a.first_token = first_token;
@@ -112,8 +114,8 @@ void scan_rows(const py::tuple& logits, int64_t first_token, const py::tuple& pa
   run(kernels().scan, a, threads);
 }
 
-void softmax_rows(const py::tuple& logits, int64_t first_token, const py::tuple& parameters, Address logsumexp,
-                  const py::tuple& out, int threads) {
+void softmax_rows(const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
+                  Address logsumexp, const py::tuple& out, int threads) {
   SoftmaxTileArguments a;
   a.logits = view(logits);
   a.first_token = first_token;
@@ -137,7 +139,8 @@ void count_digits(const py::tuple& logits, int64_t first_token, const py::tuple&
 }
 
 void log_probs_gradient(const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
-                        const py::object& target, Address grad, Address numbers, const py::tuple& out, int threads) {
+                        const py::object& target, Address grad, Address numbers, const py::tuple& out,
+                        int threads) {
   LogProbsBackwardArguments a;
   a.logits = view(logits);
   a.first_token = first_token;
@@ -149,7 +152,8 @@ void log_probs_gradient(const py::tuple& logits, int64_t first_token, const py::
   run(kernels().log_probs_backward, a, threads);
 }
 
-void scan_kl(const py::tuple& p, const py::tuple& q, const py::object& temperature, Address state, int threads) {
+void scan_kl(const py::tuple& p, const py::tuple& q, const py::object& temperature, Address state,
+             int threads) {
   KLArguments a;
   a.p = view(p);
   a.q = view(q);
@@ -209,7 +213,8 @@ void bind_categorical(py::module_& m) {
   m.attr("BINS_BYTES") = sizeof(Bin) * kBins;
   m.attr("LEVELS") = kLevels;
 
-  m.def("clear_kl", [](Address state, int64_t rows) { std::fill_n(at<KLSummary>(state), rows, KLSummary{}); });
+  m.def("clear_kl",
+        [](Address state, int64_t rows) { std::fill_n(at<KLSummary>(state), rows, KLSummary{}); });
   m.def("scan", scan_rows);
   m.def("finish_stats", [](Address state, int64_t rows, Address argmax, Address numbers) {
     finish_stats(at<Summary>(state), rows, at<int64_t>(argmax), at<float>(numbers));
@@ -220,10 +225,10 @@ void bind_categorical(py::module_& m) {
   m.def("plan_mixture", [](const py::tuple& arguments, int64_t rows, Address skip) {
     plan_mixture(mixture(arguments, rows), at<uint8_t>(skip));
   });
-  m.def("finish_mixture",
-        [](const py::tuple& arguments, int64_t rows, Address state, Address skip, Address tokens) {
-          finish_mixture(mixture(arguments, rows), at<Summary>(state), at<uint8_t>(skip), at<int64_t>(tokens));
-        });
+  m.def("finish_mixture", [](const py::tuple& arguments, int64_t rows, Address state, Address skip,
+                             Address tokens) {
+    finish_mixture(mixture(arguments, rows), at<Summary>(state), at<uint8_t>(skip), at<int64_t>(tokens));
+  });
   m.def("histogram", count_digits);
   m.def("start_selections", [](Address state, int64_t rows, const py::object& top_k, const py::object& top_p,
                                Address within, Address selections) {
@@ -233,8 +238,8 @@ void bind_categorical(py::module_& m) {
   m.def("narrow", [](Address bins, int64_t rows, int level, Address selections) {
     narrow(at<Bin>(bins), rows, level, at<Selection>(selections));
   });
-  m.def("finish_selections", [](Address state, int64_t rows, const py::object& min_p, const py::object& temperature,
-                                Address selections, Address cuts) {
+  m.def("finish_selections", [](Address state, int64_t rows, const py::object& min_p,
+                                const py::object& temperature, Address selections, Address cuts) {
     finish_selections(at<Summary>(state), rows, per_row<float>(min_p), per_row<float>(temperature),
                       at<Selection>(selections), at<Cut>(cuts));
   });
@@ -242,10 +247,10 @@ void bind_categorical(py::module_& m) {
     finish_logsumexp(at<Summary>(state), rows, at<double>(logsumexp));
   });
   m.def("softmax_tile", softmax_rows);
-  m.def("finish_log_probs",
-        [](Address state, const py::object& target, bool with_index, int64_t rows, Address numbers) {
-          finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<float>(numbers));
-        });
+  m.def("finish_log_probs", [](Address state, const py::object& target, bool with_index, int64_t rows,
+                               Address numbers) {
+    finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<float>(numbers));
+  });
   m.def("log_probs_backward", log_probs_gradient);
   m.def("kl", scan_kl);
   m.def("finish_kl", [](Address state, int64_t rows, Address numbers) {
@@ -255,11 +260,12 @@ void bind_categorical(py::module_& m) {
 }
 
 void bind_uniform(py::module_& m) {
-  m.def("start_nelbo",
-        [](Address state, int64_t rows, Address saved) { start_nelbo(at<Summary>(state), rows, at<double>(saved)); });
+  m.def("start_nelbo", [](Address state, int64_t rows, Address saved) {
+    start_nelbo(at<Summary>(state), rows, at<double>(saved));
+  });
   m.def("nelbo", sum_nelbo);
-  m.def("finish_nelbo", [](Address saved, int64_t rows, int64_t vocab, Address z, Address x, const py::object& alpha,
-                           const py::object& dalpha, Address loss) {
+  m.def("finish_nelbo", [](Address saved, int64_t rows, int64_t vocab, Address z, Address x,
+                           const py::object& alpha, const py::object& dalpha, Address loss) {
     finish_nelbo(at<double>(saved), rows, vocab, at<int64_t>(z), at<int64_t>(x), per_row<double>(alpha),
                  per_row<double>(dalpha), at<float>(loss));
   });
@@ -267,19 +273,19 @@ void bind_uniform(py::module_& m) {
 }
 
 void bind_rng(py::module_& m) {
-  m.def("fill_noise", [](int noise, Address keys, int64_t key_count, int64_t count, bool wide, Address out,
-                         int threads) {
-    py::gil_scoped_release release;
-    const auto kind = static_cast<Noise>(noise);
-    if (wide)
-      fill_noise(kind, at<int64_t>(keys), key_count, count, at<double>(out), threads);
-    else
-      fill_noise(kind, at<int64_t>(keys), key_count, count, at<float>(out), threads);
-  });
-  m.def("fold_in", [](Address keys, int64_t key_stride, Address data, int64_t data_stride, int64_t count,
-                      Address out) {
-    fold_in_all(at<int64_t>(keys), key_stride, at<int64_t>(data), data_stride, count, at<int64_t>(out));
-  });
+  m.def("fill_noise",
+        [](int noise, Address keys, int64_t key_count, int64_t count, bool wide, Address out, int threads) {
+          py::gil_scoped_release release;
+          const auto kind = static_cast<Noise>(noise);
+          if (wide)
+            fill_noise(kind, at<int64_t>(keys), key_count, count, at<double>(out), threads);
+          else
+            fill_noise(kind, at<int64_t>(keys), key_count, count, at<float>(out), threads);
+        });
+  m.def("fold_in",
+        [](Address keys, int64_t key_stride, Address data, int64_t data_stride, int64_t count, Address out) {
+          fold_in_all(at<int64_t>(keys), key_stride, at<int64_t>(data), data_stride, count, at<int64_t>(out));
+        });
   m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
     const Block b = philox({{c[0], c[1], c[2], c[3]}}, k[0], k[1]);
     return std::array<uint32_t, 4>{b.word[0], b.word[1], b.word[2], b.word[3]};

@@ -1,4 +1,7 @@
-"""Argument checks: ValueError for shapes and values, TypeError for dtypes; each names op, argument, got, accepted."""
+"""Argument checks that name the op, the argument, what it got and what it accepts.
+
+ValueError for shapes and values, TypeError for dtypes.
+"""
 
 from __future__ import annotations
 

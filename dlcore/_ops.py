@@ -58,7 +58,9 @@ def _noise_fake(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     return key.new_empty((*key.shape[:-1], *shape), dtype=dtype)
 
 
-_define("rng.fold_in", "(Tensor key, Tensor data) -> Tensor", lambda key, data: data.new_empty((*data.shape, 2)))
+_define(
+    "rng.fold_in", "(Tensor key, Tensor data) -> Tensor", lambda key, data: data.new_empty((*data.shape, 2))
+)
 for _name in ("uniform", "normal", "gumbel"):
     _define(f"rng.{_name}", "(Tensor key, SymInt[] shape, ScalarType dtype) -> Tensor", _noise_fake)
 

@@ -17,7 +17,6 @@ def _always(*_: Any) -> list[str]:
     return []
 
 
-
 def _backward(function: Callable[..., Tensor], wanted: tuple[int, ...]) -> Callable[..., tuple[Tensor, ...]]:
     def backward(grad: Tensor, _: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
         return gradients(function, inputs, wanted, grad)
@@ -49,7 +48,6 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 
 for _op, _function in REFERENCE.items():
     implement(_op, "reference", _function, _always)
-
 
 
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:

@@ -123,7 +123,12 @@ def row_numbers(
     _exclude(op, exclude, h.vocab)
     device = h.logits.device
     result: tuple[Tensor, Tensor] = torch.ops.dlcore.categorical_stats(
-        *h, index, checks.per_row(op, "shift", shift, h.lead, device), _temperature(op, temperature, h), softcap, exclude
+        *h,
+        index,
+        checks.per_row(op, "shift", shift, h.lead, device),
+        _temperature(op, temperature, h),
+        softcap,
+        exclude,
     )
     return result
 
@@ -268,7 +273,9 @@ def sample_mixture(
         raise TypeError(f"{op}: coefficients must be float32 or float64, got {checks.describe(coefficients)}")
     wanted = torch.Size((*h.lead, 6))
     if coefficients.shape[-1:] != (6,):
-        raise ValueError(f"{op}: coefficients must have shape {tuple(wanted)}, got {tuple(coefficients.shape)}")
+        raise ValueError(
+            f"{op}: coefficients must have shape {tuple(wanted)}, got {tuple(coefficients.shape)}"
+        )
     device = h.logits.device
     expanded = checks.per_row(op, "coefficients", coefficients, wanted, device, torch.float64)
     assert expanded is not None
@@ -297,7 +304,7 @@ def log_probs(
     exclude: int | None = None,
     target_name: str = "target",
 ) -> Tensor:
-    """(3, ...): log p[target], log p[index] and logsumexp under a shift at `index`; rows with target < 0 give 0."""
+    """(3, ...): log p[target], log p[index], logsumexp, with a shift at `index`; 0 where target < 0."""
     h = head(op, logits)
     checks.tokens(op, target_name, target, h.lead)
     _index(op, "z", index, shift, h.lead)
@@ -334,7 +341,9 @@ def cross_entropy(
     checks.tokens(op, "target", target, head(op, logits).lead)
     read = torch.where(target == ignore_index, -1, target)
     if not torch.compiler.is_compiling():
-        checks.token_range(op, "target", torch.where(target == ignore_index, 0, target), head(op, logits).vocab)
+        checks.token_range(
+            op, "target", torch.where(target == ignore_index, 0, target), head(op, logits).vocab
+        )
     loss = -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
     return torch.where(read < 0, 0, loss)
 

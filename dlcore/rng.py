@@ -23,7 +23,7 @@ def key(seed: int, offset: int = 0, *, device: torch.device | str = "cpu") -> Te
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
-    """A new key from a key (2,) or (*lead, 2) and `data`, an int or an int64 tensor that broadcasts with lead.
+    """A new key from a key (2,) or (*lead, 2) and `data`, an int or int64 tensor that broadcasts with lead.
 
     (seed, offset, data) are hashed into the new offset, so keys with neighbouring offsets share nothing.
     Returns (*broadcast, 2). Raises TypeError for other dtypes, ValueError for shapes that do not broadcast.

@@ -20,7 +20,9 @@ VOCABULARIES = [1, 2, 15, 16, 17, 127, 255, 256, 257, 1000, 65536 + 5, 2 * 65536
 KEY = rng.key(20261121)
 
 
-def rows(vocab: int, dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (3, 5), seed: int = 0) -> torch.Tensor:
+def rows(
+    vocab: int, dtype: torch.dtype = torch.float32, lead: tuple[int, ...] = (3, 5), seed: int = 0
+) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed + vocab)
     return (3 * torch.randn(*lead, vocab, generator=generator)).to(dtype)
 
@@ -125,7 +127,7 @@ def tail_hits(gap: float, draws: int, vocab: int = 262_144) -> tuple[int, float]
 @pytest.mark.slow
 @pytest.mark.parametrize(("gap", "draws"), [(14.0, 4_000), (18.0, 40_000), (20.0, 200_000)])
 def test_tail_is_drawn_as_often_as_it_should_be(gap, draws):
-    """V = 262,144: float32 noise, whose largest Gumbel number is 16.6, would never return the tail at gap 20."""
+    """V = 262,144: float32 noise, whose largest Gumbel number is 16.6, never returns the tail at gap 20."""
     hits, expected = tail_hits(gap, draws)
     assert expected > 80
     assert abs(count_score(hits, expected)) < 4
@@ -237,13 +239,17 @@ def test_strides_past_two_to_the_31():
     buffer = torch.empty(2**31 + 5000, dtype=torch.bfloat16)
     view = buffer.as_strided((2, 1000), (2**31, 1))
     view.copy_(rows(1000, torch.bfloat16, lead=(2,)))
-    assert torch.equal(categorical.sample(view, key=KEY).tokens, categorical.sample(view.clone(), key=KEY).tokens)
+    assert torch.equal(
+        categorical.sample(view, key=KEY).tokens, categorical.sample(view.clone(), key=KEY).tokens
+    )
 
 
 def test_leading_strides_are_read_in_place(caplog):
     base = rows(300, lead=(4, 6, 3))
     for view in (base[:, ::2], base.transpose(0, 1), base[::3, 1:, 2], base.permute(2, 1, 0, 3)):
-        assert torch.equal(categorical.sample(view, key=KEY).tokens, categorical.sample(view.clone(), key=KEY).tokens)
+        assert torch.equal(
+            categorical.sample(view, key=KEY).tokens, categorical.sample(view.clone(), key=KEY).tokens
+        )
     assert not caplog.records
 
 
@@ -285,7 +291,11 @@ def test_hostile_rows(kind, at, dtype, softcap, backend):
     others = torch.tensor([0, 2, 3])
     assert torch.equal(draw.tokens[others], clean.tokens[others])
     mixed = categorical.sample_mixture(
-        logits, torch.zeros(4, dtype=torch.int64), torch.tensor([1.0, 0, 0, 0, 1, 0]), softcap=softcap, key=KEY
+        logits,
+        torch.zeros(4, dtype=torch.int64),
+        torch.tensor([1.0, 0, 0, 0, 1, 0]),
+        softcap=softcap,
+        key=KEY,
     )
     assert mixed[1] == -1
     assert torch.equal(mixed[others], clean.tokens[others])
@@ -326,7 +336,8 @@ def test_temperature_0_is_argmax_with_unsaturated_statistics(backend):
 def kept(logits: torch.Tensor, **truncation) -> torch.Tensor:
     """The law of a truncated draw, by sorting in float64."""
     pack = {
-        name: torch.tensor(truncation[name]) if name in truncation else None for name in ("top_k", "top_p", "min_p")
+        name: torch.tensor(truncation[name]) if name in truncation else None
+        for name in ("top_k", "top_p", "min_p")
     }
     return torch.softmax(reference.truncate(logits.double(), **pack), -1)
 
@@ -371,7 +382,13 @@ def test_truncation_parity(truncation, dtype):
 
 
 # d0, d1, k0, k1, p0, p1: with and without need of p(z).
-MIXTURES = [(1, 0, 0.3, 0, 0.5, 0), (2, 3, 0.5, 1, 0.5, 1), (1, 4, 0, 2, 0.7, 1), (1, 0, 0, 0, 1, 0), (1, 0, 1, 0, 0, 0)]
+MIXTURES = [
+    (1, 0, 0.3, 0, 0.5, 0),
+    (2, 3, 0.5, 1, 0.5, 1),
+    (1, 4, 0, 2, 0.7, 1),
+    (1, 0, 0, 0, 1, 0),
+    (1, 0, 1, 0, 0, 0),
+]
 
 
 @pytest.mark.parametrize("mixture", MIXTURES)
@@ -380,7 +397,11 @@ MIXTURES = [(1, 0, 0.3, 0, 0.5, 0), (2, 3, 0.5, 1, 0.5, 1), (1, 4, 0, 2, 0.7, 1)
 def test_mixture_law(mixture, prior, exclude, backend):
     count, vocab = (100_000 if backend == "cpu" else 2_000), 7
     logits, z = rows(vocab, lead=(), seed=5), 4
-    masked = logits.double() if exclude is None else logits.double().index_fill(0, torch.tensor([exclude]), -torch.inf)
+    masked = (
+        logits.double()
+        if exclude is None
+        else logits.double().index_fill(0, torch.tensor([exclude]), -torch.inf)
+    )
     p = torch.softmax(masked, -1)
     d0, d1, k0, k1, p0, p1 = mixture
     total = d0 + d1 * p[z]
@@ -416,7 +437,9 @@ def test_mixture_parity(dtype, vocab):
     coefficients[:3, :, 1::2] = 0
     temperature = torch.ones(50)
     temperature[::5] = 0
-    kw = dict(shift=torch.randn(50, generator=torch.Generator().manual_seed(1)), temperature=temperature, key=KEY)
+    kw = dict(
+        shift=torch.randn(50, generator=torch.Generator().manual_seed(1)), temperature=temperature, key=KEY
+    )
     tokens = categorical.sample_mixture(logits, z, coefficients, **kw)
     assert dlcore.last_backend("categorical.sample_mixture") == "cpu"
     with dlcore.use_backend("reference"):
@@ -440,9 +463,13 @@ def test_mixture_without_mass_keeps_z(backend):
 def test_every_parameter_matters():
     logits, index = rows(500, lead=(200,)), ids(500, (200,))
     base = categorical.sample(logits, index, key=KEY)
-    changes = dict(shift=3.0, temperature=2.0, softcap=1.0, exclude=int(base.tokens[0]), top_k=2, top_p=0.2, min_p=0.9)
+    changes = dict(
+        shift=3.0, temperature=2.0, softcap=1.0, exclude=int(base.tokens[0]), top_k=2, top_p=0.2, min_p=0.9
+    )
     for name, value in changes.items():
-        assert not torch.equal(base.tokens, categorical.sample(logits, index, key=KEY, **{name: value}).tokens), name
+        assert not torch.equal(
+            base.tokens, categorical.sample(logits, index, key=KEY, **{name: value}).tokens
+        ), name
     assert not torch.equal(base.tokens, categorical.sample(logits, index, key=rng.key(1)).tokens)
 
 
@@ -466,7 +493,11 @@ BAD = [
     (lambda: stats(X, Z + 5), ValueError, r"categorical.stats: index must lie in \[0, 5\), got 5"),
     (lambda: stats(X, Z - 1), ValueError, r"categorical.stats: index must lie in \[0, 5\), got -1"),
     (lambda: stats(X, shift=1.0), ValueError, r"categorical.stats: shift needs index"),
-    (lambda: stats(X, temperature=0.0), ValueError, r"categorical.stats: temperature must lie in \(0, inf\], got 0"),
+    (
+        lambda: stats(X, temperature=0.0),
+        ValueError,
+        r"categorical.stats: temperature must lie in \(0, inf\], got 0",
+    ),
     (lambda: stats(X, temperature=-1), ValueError, r"categorical.stats: temperature must lie in"),
     (lambda: stats(X, softcap=0.0), ValueError, r"categorical.stats: softcap must be positive, got 0"),
     (lambda: stats(X, exclude=5), ValueError, r"categorical.stats: exclude must lie in \[0, 5\), got 5"),
@@ -494,12 +525,24 @@ BAD = [
         r"categorical.sample: give key or generator, not both",
     ),
     (lambda: mixture(X, Z + 9, C), ValueError, r"categorical.sample_mixture: z must lie in \[0, 5\), got 9"),
-    (lambda: mixture(X, Z, C[:5]), ValueError, r"sample_mixture: coefficients must have shape \(2, 3, 6\), got \(5,\)"),
+    (
+        lambda: mixture(X, Z, C[:5]),
+        ValueError,
+        r"sample_mixture: coefficients must have shape \(2, 3, 6\), got \(5,\)",
+    ),
     (lambda: mixture(X, Z, C.long()), TypeError, r"sample_mixture: coefficients must be float32 or float64"),
     (lambda: mixture(X, Z, C * torch.inf), ValueError, r"sample_mixture: coefficients must be finite"),
-    (lambda: mixture(X, Z, C, prior="mask"), ValueError, r"sample_mixture: prior must be 'uniform' or a token id"),
+    (
+        lambda: mixture(X, Z, C, prior="mask"),
+        ValueError,
+        r"sample_mixture: prior must be 'uniform' or a token id",
+    ),
     (lambda: mixture(X, Z, C, prior=5), ValueError, r"sample_mixture: prior must lie in \[0, 5\), got 5"),
-    (lambda: mixture(X, Z, C.expand(4, 6)), ValueError, r"coefficients must broadcast to \(2, 3, 6\), got \(4, 6\)"),
+    (
+        lambda: mixture(X, Z, C.expand(4, 6)),
+        ValueError,
+        r"coefficients must broadcast to \(2, 3, 6\), got \(4, 6\)",
+    ),
 ]
 
 

@@ -44,7 +44,10 @@ def cases(vocab: int) -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int,
     return {
         "cross_entropy": (lambda a: ce(a, x), (row,)),
         "cross_entropy softcap": (lambda a: ce(a, x, softcap=3.0), (row,)),
-        "cross_entropy exclude": (lambda a: ce(a, (x - 1).clamp(min=0), exclude=last if last else None), (row,)),
+        "cross_entropy exclude": (
+            lambda a: ce(a, (x - 1).clamp(min=0), exclude=last if last else None),
+            (row,),
+        ),
         "cross_entropy ignored": (lambda a: ce(a, torch.where(x % 2 == 0, -100, x)), (row,)),
         "cross_entropy linear": (lambda h, w, b: ce(LinearLogits(h, w, b), x), (head, weight, (vocab,))),
         "kl": (lambda a, b: kl(a, b), (row, row)),
@@ -68,7 +71,10 @@ def test_parity(vocab, dtype, case, poisoned):
     loss, shapes = cases(vocab)[case]
     inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     mine = with_gradients(loss, *inputs)
-    assert dlcore.last_backend("categorical." + {"c": "log_probs", "k": "kl", "e": "expectation"}[case[0]]) == "cpu"
+    assert (
+        dlcore.last_backend("categorical." + {"c": "log_probs", "k": "kl", "e": "expectation"}[case[0]])
+        == "cpu"
+    )
     with dlcore.use_backend("reference"):
         torch_own = with_gradients(loss, *inputs)
         truth = with_gradients(loss, *(x.double() for x in inputs))
@@ -178,15 +184,43 @@ def test_second_derivatives_raise():
 
 X, T = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
 BAD = [
-    (lambda: categorical.cross_entropy(X, T[0]), ValueError, r"cross_entropy: target must have shape \(2, 3\)"),
-    (lambda: categorical.cross_entropy(X, T + 5), ValueError, r"cross_entropy: target must lie in \[0, 5\), got 5"),
-    (lambda: categorical.cross_entropy(X, T - 1), ValueError, r"cross_entropy: target must lie in \[0, 5\), got -1"),
+    (
+        lambda: categorical.cross_entropy(X, T[0]),
+        ValueError,
+        r"cross_entropy: target must have shape \(2, 3\)",
+    ),
+    (
+        lambda: categorical.cross_entropy(X, T + 5),
+        ValueError,
+        r"cross_entropy: target must lie in \[0, 5\), got 5",
+    ),
+    (
+        lambda: categorical.cross_entropy(X, T - 1),
+        ValueError,
+        r"cross_entropy: target must lie in \[0, 5\), got -1",
+    ),
     (lambda: categorical.cross_entropy(X, T.float()), TypeError, r"cross_entropy: target must be an int64"),
-    (lambda: categorical.cross_entropy(X, T, softcap=-1), ValueError, r"cross_entropy: softcap must be positive"),
-    (lambda: categorical.kl(X, X[:1]), ValueError, r"kl: q_logits must have p_logits' shape \(2, 3, 5\), got \(1"),
+    (
+        lambda: categorical.cross_entropy(X, T, softcap=-1),
+        ValueError,
+        r"cross_entropy: softcap must be positive",
+    ),
+    (
+        lambda: categorical.kl(X, X[:1]),
+        ValueError,
+        r"kl: q_logits must have p_logits' shape \(2, 3, 5\), got \(1",
+    ),
     (lambda: categorical.kl(X, X.long()), TypeError, r"kl: q_logits must be float32"),
-    (lambda: categorical.kl(X, X, temperature=0), ValueError, r"kl: temperature must lie in \(0, inf\], got 0"),
-    (lambda: categorical.expectation(X, X), ValueError, r"expectation: table must be \(5, E\), got \(2, 3, 5\)"),
+    (
+        lambda: categorical.kl(X, X, temperature=0),
+        ValueError,
+        r"kl: temperature must lie in \(0, inf\], got 0",
+    ),
+    (
+        lambda: categorical.expectation(X, X),
+        ValueError,
+        r"expectation: table must be \(5, E\), got \(2, 3, 5\)",
+    ),
     (lambda: categorical.expectation(X, T), TypeError, r"expectation: table must be float32"),
 ]
 

@@ -25,7 +25,11 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
         return torch.randn(*shape, generator=generator).to(dtype).requires_grad_(grad)
 
     def head() -> tuple[Tensor | None, ...]:
-        return (normal(*LEAD, 8), normal(VOCAB, 8), normal(VOCAB)) if linear else (normal(*LEAD, VOCAB), None, None)
+        return (
+            (normal(*LEAD, 8), normal(VOCAB, 8), normal(VOCAB))
+            if linear
+            else (normal(*LEAD, VOCAB), None, None)
+        )
 
     z = torch.randint(0, VOCAB, LEAD, generator=generator)
     shift, temperature = torch.tensor(0.5), torch.full(LEAD, 0.7)
@@ -83,6 +87,7 @@ def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
 
 
 X, Z = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1)), torch.arange(4)
+HEAD = LinearLogits(X[:, :4], X.T)
 MIX = torch.tensor([1.0, 1, 0.2, 1, 0.5, 0], dtype=torch.float64)
 CALLS: dict[str, Callable[[Tensor], Any]] = {
     "stats": lambda t: categorical.stats(X, Z, temperature=t).entropy,
@@ -92,9 +97,9 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "kl": lambda t: categorical.kl(X, X.flip(0), temperature=t),
     "expectation": lambda t: categorical.expectation(X, X.T, temperature=t),
     "cross_entropy": lambda t: categorical.cross_entropy(X * t, Z),
-    "linear": lambda t: categorical.sample(LinearLogits(X[:, :8], X.T[:, :4].repeat(1, 2)), temperature=t, key=KEY).tokens,
+    "linear": lambda t: categorical.sample(HEAD, temperature=t, key=KEY).tokens,
     "noise": lambda t: rng.normal(rng.fold_in(KEY, 3), (4,)) * t,
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", CALLS)

@@ -59,8 +59,14 @@ def test_questions():
 
 
 BAD = [
-    (lambda: dlcore.use_backend("gpu").__enter__(), r"dlcore.use_backend: backend must be one of cpu, reference"),
-    (lambda: dlcore.last_backend("stats"), r"dlcore: op must be one of categorical.expectation, .*, got 'stats'"),
+    (
+        lambda: dlcore.use_backend("gpu").__enter__(),
+        r"dlcore.use_backend: backend must be one of cpu, reference",
+    ),
+    (
+        lambda: dlcore.last_backend("stats"),
+        r"dlcore: op must be one of categorical.expectation, .*, got 'stats'",
+    ),
     (lambda: dlcore.backends("nothing"), r"dlcore: op must be one of"),
     (lambda: dlcore.explain("nothing", X), r"dlcore: op must be one of"),
     (lambda: choose_capability("sse9"), r"DLCORE_CPU_CAPABILITY: must be one of avx512, avx2, baseline"),
@@ -81,7 +87,11 @@ def test_a_bad_variable_is_named(monkeypatch):
 
 def run_python(code: str, **variables: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **variables}, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return done.stdout + done.stderr
 

@@ -23,7 +23,10 @@ KEY = rng.key(3)
 
 def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> LinearLogits:
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(*ROWS, WIDTH, generator=generator), torch.randn(VOCAB, WIDTH, generator=generator)
+    hidden, weight = (
+        torch.randn(*ROWS, WIDTH, generator=generator),
+        torch.randn(VOCAB, WIDTH, generator=generator),
+    )
     shift = torch.randn(VOCAB, generator=generator).to(dtype) if bias else None
     return LinearLogits((hidden / 2).to(dtype), weight.to(dtype), shift)
 
@@ -39,7 +42,9 @@ def test_draws_equal_those_of_materialised_logits(dtype, bias):
     assert tensors.tile_width(ROWS[0] * ROWS[1]) < VOCAB
     dense = head.materialize()
     calls: list[Callable[[Any], Tensor]] = [
-        lambda a: categorical.sample(a, Z, shift=2.0, temperature=0.9, softcap=20.0, exclude=3, key=KEY).tokens,
+        lambda a: (
+            categorical.sample(a, Z, shift=2.0, temperature=0.9, softcap=20.0, exclude=3, key=KEY).tokens
+        ),
         lambda a: categorical.sample(a, top_k=20, top_p=0.8, key=KEY).tokens,
         lambda a: categorical.stats(a).argmax,
         lambda a: categorical.sample_mixture(a, Z, torch.tensor([1.0, 3, 0.2, 3, 0.8, 0]), key=KEY),
@@ -75,20 +80,22 @@ def test_logits_never_exist():
     level, slope = torch.full((), 0.5, dtype=torch.float64), torch.full((), -1.0, dtype=torch.float64)
     saved = torch.zeros(5, *ROWS, dtype=torch.float64)
     none = (None,) * 3
-    one = torch.tensor(5)
+    five, most = torch.tensor(5), torch.tensor(0.9)
+    mixture = torch.tensor([1.0, 1, 0, 1, 1, 0]).double()
+    out, logsumexp = torch.ones(*ROWS, 8), torch.zeros(ROWS, dtype=torch.float64)
     calls = [
         lambda: compiled.stats(*triple, None, None, None, None, None),
-        lambda: compiled.sample(*triple, *none, None, None, one, torch.tensor(0.9), None, KEY),
-        lambda: compiled.sample_mixture(*triple, Z, torch.tensor([1.0, 1, 0, 1, 1, 0]).double(), -1, *none, None, KEY),
+        lambda: compiled.sample(*triple, *none, None, None, five, most, None, KEY),
+        lambda: compiled.sample_mixture(*triple, Z, mixture, -1, *none, None, KEY),
         lambda: compiled.log_probs(*triple, Z, *none, None),
         lambda: compiled.log_probs_backward(grad, numbers, *triple, Z, *none, None),
         lambda: compiled.kl(*triple, *triple, None),
         lambda: compiled.kl_backward(grad, numbers, *triple, *triple, None),
         lambda: compiled.expectation(*triple, table, *none),
-        lambda: compiled.expectation_backward(grad[0][..., None].expand(-1, -1, 8), saved[0][..., None].float().expand(-1, -1, 8), numbers[0], *triple, table, *none),
+        lambda: compiled.expectation_backward(out, out, logsumexp, *triple, table, *none),
         lambda: uniform.nelbo(*triple, Z, Z, level, slope, None),
         lambda: uniform.nelbo_backward(grad[0], saved, *triple, Z, Z, level, slope, None),
-    ]  # fmt: skip
+    ]
     for call in calls:
         with Largest() as seen:
             call()
@@ -133,11 +140,27 @@ H, W = torch.zeros(2, 4), torch.zeros(5, 4)
 BAD = [
     (lambda: LinearLogits(H, W[:, :3]), ValueError, r"LinearLogits: weight must be \(V, D\) for hidden"),
     (lambda: LinearLogits(H, W[0]), ValueError, r"LinearLogits: weight must be"),
-    (lambda: LinearLogits(H, W, torch.zeros(4)), ValueError, r"LinearLogits: bias must be \(5,\), got float32 \(4,\)"),
-    (lambda: LinearLogits(H, W.bfloat16()), TypeError, r"LinearLogits: weight must be floating and of hidden's dtype"),
+    (
+        lambda: LinearLogits(H, W, torch.zeros(4)),
+        ValueError,
+        r"LinearLogits: bias must be \(5,\), got float32 \(4,\)",
+    ),
+    (
+        lambda: LinearLogits(H, W.bfloat16()),
+        TypeError,
+        r"LinearLogits: weight must be floating and of hidden's dtype",
+    ),
     (lambda: LinearLogits(H.long(), W), TypeError, r"LinearLogits: hidden must be floating"),
-    (lambda: categorical.stats(LinearLogits(H, W[:0])), ValueError, r"categorical.stats: logits must have a voc"),
-    (lambda: categorical.stats(LinearLogits(H, W), torch.zeros(3, dtype=torch.int64)), ValueError, r"index must have"),
+    (
+        lambda: categorical.stats(LinearLogits(H, W[:0])),
+        ValueError,
+        r"categorical.stats: logits must have a voc",
+    ),
+    (
+        lambda: categorical.stats(LinearLogits(H, W), torch.zeros(3, dtype=torch.int64)),
+        ValueError,
+        r"index must have",
+    ),
 ]
 
 

@@ -300,7 +300,9 @@ def test_sampled_perplexity_meets_the_entropy_within_five_standard_errors(order:
 def test_sample_shape_and_seed(length: int) -> None:
     chain = random_chain(3)
     a, b = (chain.sample(5, length, generator=generator(8)) for _ in range(2))
-    assert a.shape == (5, length) and a.dtype == torch.int64 and torch.equal(a, b)
+    assert a.shape == (5, length)
+    assert a.dtype == torch.int64
+    assert torch.equal(a, b)
 
 
 def test_bigram_statistics() -> None:
@@ -431,4 +433,5 @@ def test_two_closed_classes_are_noticed_by_the_iteration_too(monkeypatch: pytest
 
 def test_examples() -> None:
     result = doctest.testmod(markov)
-    assert result.attempted > 0 and result.failed == 0
+    assert result.attempted > 0
+    assert result.failed == 0

@@ -31,11 +31,13 @@ def test_philox_known_answers(counter, key, answer):
     assert tuple(int(w) for w in words) == answer
 
 
-FROZEN = {'fold_in': -1874779377919916822,
- 'gumbel': [2.023882908644399, 0.08801801922147866, 0.4845894714137472],
- 'normal': [-0.4163176450328285, -0.30159968161119155, -1.0991332748234017],
- 'sample': [999, 702, 844, 936, 961, 299],
- 'uniform': [0.1237828886584798, 0.5997813977679967, 0.459872475030691]}
+FROZEN = {
+    "fold_in": -1874779377919916822,
+    "gumbel": [2.023882908644399, 0.08801801922147866, 0.4845894714137472],
+    "normal": [-0.4163176450328285, -0.30159968161119155, -1.0991332748234017],
+    "sample": [999, 702, 844, 936, 961, 299],
+    "uniform": [0.1237828886584798, 0.5997813977679967, 0.459872475030691],
+}
 
 
 def test_stream_v1_is_frozen(backend):
@@ -119,8 +121,16 @@ def test_split_and_fold_in_broadcast():
 
 
 BAD = [
-    (lambda: rng.fold_in(torch.zeros(3, dtype=torch.int64), 1), ValueError, r"rng.fold_in: key must have shape"),
-    (lambda: rng.fold_in(torch.zeros(2), 1), TypeError, r"rng.fold_in: key must be an int64 Tensor, got float32"),
+    (
+        lambda: rng.fold_in(torch.zeros(3, dtype=torch.int64), 1),
+        ValueError,
+        r"rng.fold_in: key must have shape",
+    ),
+    (
+        lambda: rng.fold_in(torch.zeros(2), 1),
+        TypeError,
+        r"rng.fold_in: key must be an int64 Tensor, got float32",
+    ),
     (lambda: rng.fold_in(rng.key(0), torch.zeros(3)), TypeError, r"rng.fold_in: data must be"),
     (
         lambda: rng.fold_in(rng.split(rng.key(0), 2), torch.arange(3)),

@@ -76,9 +76,7 @@ DLCORE_HD inline uint64_t bits(const Block& b, int half) {
 }
 
 // 53 bits -> (0, 1).
-DLCORE_HD inline double uniform(uint64_t bits) {
-  return static_cast<double>(bits >> 11) * 0x1p-53 + 0x1p-54;
-}
+DLCORE_HD inline double uniform(uint64_t bits) { return static_cast<double>(bits >> 11) * 0x1p-53 + 0x1p-54; }
 
 // An integer in [0, n) for n < 2^31.
 DLCORE_HD inline int64_t below(uint64_t bits, int64_t n) {

@@ -9,8 +9,8 @@
 
 namespace dlcore {
 
-constexpr int64_t kGroup = 256;                // tokens that share one Gumbel number of the first level
-constexpr int64_t kSegment = 256 * kGroup;     // tokens that are scanned at once: they stay in the cache
+constexpr int64_t kGroup = 256;             // tokens that share one Gumbel number of the first level
+constexpr int64_t kSegment = 256 * kGroup;  // tokens that are scanned at once: they stay in the cache
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
@@ -25,17 +25,17 @@ struct Softmax {
 
 // All that one read of (part of) a row tells. Logits are scaled by 1/temperature here.
 struct Summary {
-  double top = -kInfinity;       // largest logit
-  double second = -kInfinity;    // largest other logit
-  double sum = 0;                // Σ exp(logit - top)
-  double weighted = 0;           // Σ exp(logit - top)·(logit - top)
-  double score = -kInfinity;     // the draw's group score
+  double top = -kInfinity;     // largest logit
+  double second = -kInfinity;  // largest other logit
+  double sum = 0;              // Σ exp(logit - top)
+  double weighted = 0;         // Σ exp(logit - top)·(logit - top)
+  double score = -kInfinity;   // the draw's group score
   double token_logit = -kInfinity;
   double index_logit = kNaN;
   double target_logit = kNaN;
   int64_t argmax = -1;
   int64_t token = -1;
-  bool invalid = false;          // NaN or +inf seen
+  bool invalid = false;  // NaN or +inf seen
 
   bool empty() const { return invalid || !(top > -kInfinity); }
   double logsumexp() const { return empty() ? kNaN : top + std::log(sum); }
@@ -51,11 +51,11 @@ struct ScanArguments {
   View logits;              // (rows, columns): tokens [first_token, first_token + columns)
   int64_t first_token = 0;  // a multiple of kGroup
   Softmax softmax;
-  PerRow<int64_t> target;   // a second token to read; rows with target < 0 are not read at all
-  Keys keys;                // null: no draw
+  PerRow<int64_t> target;         // a second token to read; rows with target < 0 are not read at all
+  Keys keys;                      // null: no draw
   const uint8_t* skip = nullptr;  // rows not to read
-  Cut* cuts = nullptr;      // null: no truncation; ties are used up as they are met
-  Summary* state = nullptr; // (rows), merged into; started anew at token 0
+  Cut* cuts = nullptr;            // null: no truncation; ties are used up as they are met
+  Summary* state = nullptr;       // (rows), merged into; started anew at token 0
   int threads = 1;
 };
 
@@ -71,11 +71,11 @@ constexpr int64_t kBins = 1 << 11;
 
 // The search for the last kept entry of one row, digit by digit, the largest first.
 struct Selection {
-  int64_t max_count;     // keep at most so many
-  double max_mass;       // keep while the mass before does not exceed it
-  int64_t count = 0;     // entries above the digits found so far
+  int64_t max_count;  // keep at most so many
+  double max_mass;    // keep while the mass before does not exceed it
+  int64_t count = 0;  // entries above the digits found so far
   double mass = 0;
-  uint32_t prefix = 0;   // the digits found so far, in place
+  uint32_t prefix = 0;  // the digits found so far, in place
   bool everything = false;
 };
 
@@ -143,7 +143,8 @@ void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* nu
 void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, float* numbers);
 
 // numbers (3, rows): log p[target], log p[index], logsumexp; 0 where target < 0.
-void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows, float* numbers);
+void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
+                      float* numbers);
 
 void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp);
 

@@ -46,7 +46,8 @@ void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* nu
   }
 }
 
-void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, float* numbers) {
+void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens,
+                   float* numbers) {
   finish_stats(state, rows, tokens + rows, numbers);
   for (int64_t r = 0; r < rows; ++r) {
     const bool empty = state[r].empty();
@@ -55,7 +56,8 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
   }
 }
 
-void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows, float* numbers) {
+void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
+                      float* numbers) {
   for (int64_t r = 0; r < rows; ++r) {
     const Summary& s = state[r];
     const double lse = s.logsumexp();
@@ -182,7 +184,8 @@ void finish_selections(const Summary* state, int64_t rows, PerRow<float> min_p, 
       cuts[r].ties = selections[r].max_count - selections[r].count;
     }
     if (!min_p || !(min_p[r] > 0)) continue;
-    // The summary is scaled by the rounded 1/temperature; undone with the same number, the largest entry is exact.
+    // The summary is scaled by the rounded 1/temperature; undone with the same number, the largest entry is
+    // exact.
     const double inverse = temperature && temperature[r] > 0 ? 1.0f / temperature[r] : 1.0f;
     const auto bound = static_cast<float>((state[r].top + std::log(static_cast<double>(min_p[r]))) / inverse);
     // Entries equal to the bound are kept, so the threshold lies just below it.

@@ -1,12 +1,11 @@
 // One read of the logits: statistics and an exact draw. Compiled once per ISA level.
 //
-// A segment of 65,536 tokens is scanned twice, the second time from the cache: first the largest entry of every
-// group of 256, then Σ exp of the groups that can still matter. What may be skipped is thus known before any
-// exponential is taken, and the same whatever the order, the threads or the ISA.
-#include "categorical.h"
-
+// A segment of 65,536 tokens is scanned twice, the second time from the cache: first the largest entry of
+// every group of 256, then Σ exp of the groups that can still matter. What may be skipped is thus known
+// before any exponential is taken, and the same whatever the order, the threads or the ISA.
 #include <vector>
 
+#include "categorical.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
@@ -83,7 +82,12 @@ class Segment {
  public:
   // `next`: what is read after this segment, or null; it is fetched while this one is computed.
   Segment(const T* data, int64_t first, int64_t count, const RowSoftmax& row, const T* next)
-      : data_(data), next_(next), first_(first), count_(count), groups_((count + kGroup - 1) / kGroup), row_(row) {}
+      : data_(data),
+        next_(next),
+        first_(first),
+        count_(count),
+        groups_((count + kGroup - 1) / kGroup),
+        row_(row) {}
 
   Summary scan(const Key* key, int64_t target) {
     Summary s;
@@ -100,9 +104,7 @@ class Segment {
   }
 
  private:
-  bool plain(int64_t g) const {
-    return (g + 1) * kGroup <= count_ && !row_.special(first_ + g * kGroup);
-  }
+  bool plain(int64_t g) const { return (g + 1) * kGroup <= count_ && !row_.special(first_ + g * kGroup); }
 
   int64_t padded_groups() const { return (groups_ + kLanes - 1) / kLanes * kLanes; }
 
@@ -116,13 +118,15 @@ class Segment {
     Floats check = broadcast(0.0f);
     for (int64_t g = 0; g < groups_; ++g) {
       Floats padded = check;
-      const Floats m = plain(g) ? group_largest(data_ + g * kGroup, check) : group_largest(buffered(g), padded);
+      const Floats m =
+          plain(g) ? group_largest(data_ + g * kGroup, check) : group_largest(buffered(g), padded);
       largest_[g] = largest(m);
       // A group of its own may hold -inf by right (past the end, excluded): it is looked at by itself.
       if (!plain(g)) s.invalid |= holds_invalid(buffer_, std::min(kGroup, count_ - g * kGroup));
     }
     // Finite sums and -inf are fine; anything else may also be an overflow, so look closer.
-    if (!(sum(check) < std::numeric_limits<float>::infinity()) && holds_invalid(data_, count_)) s.invalid = true;
+    if (!(sum(check) < std::numeric_limits<float>::infinity()) && holds_invalid(data_, count_))
+      s.invalid = true;
     std::fill(largest_ + groups_, largest_ + padded_groups(), kNone);
     const Largest best = first_largest(largest_, padded_groups());
     best_ = best.at;
@@ -214,7 +218,8 @@ class Segment {
 
   double logit(int64_t token) const {
     if (token < first_ || token >= first_ + count_) return kNaN;
-    return static_cast<double>(row_.transform(scalar(data_[token - first_]), token)) * row_.inverse_temperature;
+    return static_cast<double>(row_.transform(scalar(data_[token - first_]), token)) *
+           row_.inverse_temperature;
   }
 
   const T* data_;

@@ -1,4 +1,5 @@
-// Passes over logits whose log-sum-exp is known: softmax tiles, histograms, gradients. Compiled once per ISA level.
+// Passes over logits whose log-sum-exp is known: softmax tiles, histograms, gradients. Compiled once per ISA
+// level.
 #include <cstring>
 
 #include "categorical.h"
@@ -11,7 +12,8 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 
-// Calls f(at, count, x) for every group of a row: transformed entries [at, at + count) in x, -inf past the end.
+// Calls f(at, count, x) for every group of a row: transformed entries [at, at + count) in x, -inf past the
+// end.
 template <class F>
 void each_group(const View& logits, int64_t first_token, const RowSoftmax& row, int64_t r, F f) {
   with_dtype(logits.dtype, [&](auto type) {

@@ -20,7 +20,8 @@ const Level levels[] = {
      }},
     {avx2::level,
      [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
      }},
 #endif
     {baseline::level, [] { return true; }},

@@ -27,7 +27,8 @@ struct Runtime {
 int find_openmp(dl_phdr_info* info, size_t, void* result) {
   const char* slash = std::strrchr(info->dlpi_name, '/');
   const char* file = slash ? slash + 1 : info->dlpi_name;
-  if (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") && !std::strstr(file, "libiomp")) return 0;
+  if (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") && !std::strstr(file, "libiomp"))
+    return 0;
   void* library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY);
   if (!library) return 0;
   auto* runtime = static_cast<Runtime*>(result);

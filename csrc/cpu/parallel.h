@@ -1,5 +1,5 @@
-// Parallel loops in the OpenMP pool that the process already has (torch's), so that no second pool competes for
-// the cores; plain threads where none is loaded.
+// Parallel loops in the OpenMP pool that the process already has (torch's), so that no second pool competes
+// for the cores; plain threads where none is loaded.
 #pragma once
 
 #include <cstdint>

@@ -63,8 +63,8 @@ void fill_noise(Noise noise, const int64_t* keys, int64_t key_count, int64_t cou
 template void fill_noise(Noise, const int64_t*, int64_t, int64_t, float*, int);
 template void fill_noise(Noise, const int64_t*, int64_t, int64_t, double*, int);
 
-void fold_in_all(const int64_t* keys, int64_t key_stride, const int64_t* data, int64_t data_stride, int64_t count,
-                 int64_t* out) {
+void fold_in_all(const int64_t* keys, int64_t key_stride, const int64_t* data, int64_t data_stride,
+                 int64_t count, int64_t* out) {
   for (int64_t i = 0; i < count; ++i) {
     const int64_t* key = keys + i * key_stride;
     const Key folded = fold_in({key[0], key[1]}, data[i * data_stride]);

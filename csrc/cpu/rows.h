@@ -153,7 +153,8 @@ inline Floats softcapped(const Floats& x, float cap) {
   p = square * p + 1.0f / 3;
   const Floats tanh = select(less(size, 0.3f), size - size * square * p, far);
   const Floats capped = floats_of(words_of(tanh) | (words_of(a) & 0x80000000u)) * cap;
-  return select(equal(x, std::numeric_limits<float>::infinity()), std::numeric_limits<float>::quiet_NaN(), capped);
+  return select(equal(x, std::numeric_limits<float>::infinity()), std::numeric_limits<float>::quiet_NaN(),
+                capped);
 }
 
 // Softmax's parameters for one row.
@@ -199,7 +200,9 @@ inline void read_transformed(const T* p, int64_t count, int64_t token, const Row
     for (int64_t i = 0; i < kGroup; i += kLanes) store(out + i, softcapped(load(out + i), row.softcap));
     std::fill(out + count, out + kGroup, -std::numeric_limits<float>::infinity());
   }
-  const auto at = [&](int64_t id) { return id >= token && id < token + count ? out + (id - token) : nullptr; };
+  const auto at = [&](int64_t id) {
+    return id >= token && id < token + count ? out + (id - token) : nullptr;
+  };
   if (float* x = at(row.index)) *x += row.shift;
   if (float* x = at(row.exclude)) *x = -std::numeric_limits<float>::infinity();
 }

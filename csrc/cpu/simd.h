@@ -1,8 +1,9 @@
 // Sixteen lanes of float or uint32, whatever the machine's vectors hold: one, two or four registers.
 //
-// The compiler fuses and reorders nothing here (-ffp-contract=off), so all levels with fused multiply-add compute
-// the same bits; x86-64's baseline has none and rounds twice in `fused`. Everything lives in the ISA's own namespace: a function compiled for AVX-512 must never be picked
-// by the linker for a machine without it.
+// The compiler fuses and reorders nothing here (-ffp-contract=off), so all levels with fused multiply-add
+// compute the same bits; x86-64's baseline has none and rounds twice in `fused`. Everything lives in the
+// ISA's own namespace: a function compiled for AVX-512 must never be picked by the linker for a machine
+// without it.
 #pragma once
 
 #include <cstdint>

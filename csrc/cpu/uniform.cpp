@@ -63,8 +63,8 @@ void nelbo(const NelboArguments& a) {
   });
 }
 
-// dL/da_k = p_k (G_k - Σ p G) with G_k = w·{-A c r_k + [k=z]·(c r_z (AV + c n) - V/(1-α) c r_z^2) - [k=x] n c^2 r_x},
-// r = 1 / (1 + c p), A = 1/(1+c) and n = 0 where z = x, else 1 and 1.
+// dL/da_k = p_k (G_k - Σ p G) with G_k = w·{-A c r_k + [k=z]·(c r_z (AV + c n) - V/(1-α) c r_z^2) - [k=x] n
+// c^2 r_x}, r = 1 / (1 + c p), A = 1/(1+c) and n = 0 where z = x, else 1 and 1.
 void nelbo_backward(const NelboBackwardArguments& a) {
   const int64_t rows = a.logits.rows;
   const auto v = static_cast<double>(a.vocab);
@@ -98,8 +98,7 @@ void nelbo_backward(const NelboBackwardArguments& a) {
         };
         add(a.z[r], at_z);
         add(a.x[r], at_x);
-        with_dtype(a.out.dtype,
-                   [&](auto out) { write_group(a.out.row<decltype(out)>(r) + at, count, x); });
+        with_dtype(a.out.dtype, [&](auto out) { write_group(a.out.row<decltype(out)>(r) + at, count, x); });
       }
     });
   });

@@ -8,9 +8,9 @@ namespace dlcore {
 struct NelboArguments {
   View logits;
   int64_t first_token = 0, vocab = 0;
-  Softmax softmax;               // index: z, shift: from a denoiser to leave-one-out
+  Softmax softmax;  // index: z, shift: from a denoiser to leave-one-out
   PerRow<double> alpha;
-  double* saved = nullptr;       // (5, rows): logsumexp, log p(z), log p(x), Σ log1p(c p), Σ c p / (1 + c p)
+  double* saved = nullptr;  // (5, rows): logsumexp, log p(z), log p(x), Σ log1p(c p), Σ c p / (1 + c p)
   int threads = 1;
 };
 
@@ -21,7 +21,7 @@ struct NelboBackwardArguments {
   const int64_t* z = nullptr;
   const int64_t* x = nullptr;
   PerRow<double> alpha, dalpha;
-  const float* grad = nullptr;   // (rows)
+  const float* grad = nullptr;  // (rows)
   const double* saved = nullptr;
   View out;
   int threads = 1;
@@ -31,7 +31,9 @@ struct NelboBackwardArguments {
 struct NelboRow {
   double alpha, c, w;
   NelboRow(double alpha, double dalpha, int64_t vocab)
-      : alpha(alpha), c(static_cast<double>(vocab) * alpha / (1 - alpha)), w(-dalpha / (static_cast<double>(vocab) * alpha)) {}
+      : alpha(alpha),
+        c(static_cast<double>(vocab) * alpha / (1 - alpha)),
+        w(-dalpha / (static_cast<double>(vocab) * alpha)) {}
 };
 
 // The first three rows of `saved`, from the scan.

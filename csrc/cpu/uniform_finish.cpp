@@ -23,7 +23,8 @@ void finish_nelbo(const double* saved, int64_t rows, int64_t vocab, const int64_
   for (int64_t r = 0; r < rows; ++r) {
     const NelboRow row(alpha[r], dalpha[r], vocab);
     const double c = row.c, n = v / (1 - row.alpha), lambda = std::log1p(c), s = saved[3 * rows + r];
-    const double at_z = std::log1p(c * std::exp(saved[rows + r])), at_x = std::log1p(c * std::exp(saved[2 * rows + r]));
+    const double at_z = std::log1p(c * std::exp(saved[rows + r])),
+                 at_x = std::log1p(c * std::exp(saved[2 * rows + r]));
     const double same = (v * at_z - s - (v - 1) * lambda) / (1 + c) - n * (1 / (1 + c) - std::exp(-at_z));
     const double other = (1 + c) * lambda + c * (at_z - at_x) + v * at_z - s + n * std::expm1(-at_z);
     loss[r] = static_cast<float>(row.w * (z[r] == x[r] ? same : other));

@@ -14,7 +14,8 @@ def choose_capability(name: str) -> None:
     """Use one ISA level from now on; ValueError if it is unknown or this machine lacks it."""
     if not _C.choose_capability(name):
         raise ValueError(
-            f"DLCORE_CPU_CAPABILITY: must be one of {', '.join(CAPABILITIES)} and supported here, got {name!r}"
+            f"DLCORE_CPU_CAPABILITY: must be one of {', '.join(CAPABILITIES)} "
+            f"and supported by this machine, got {name!r}"
         )
 
 

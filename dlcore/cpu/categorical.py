@@ -22,7 +22,6 @@ from dlcore.cpu.tensors import (
     workspace,
 )
 
-
 Head = tuple[Tensor, Tensor | None, Tensor | None]
 
 
@@ -346,7 +345,10 @@ def kl_backward(
     p_head, q_head = (p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)
     temperature = per_row(temperature, p_logits.shape[:-1])
     grad, numbers = grad.contiguous(), numbers.contiguous()
-    p_result, q_result = HeadGradient(*p_head, buffer="gradient p"), HeadGradient(*q_head, buffer="gradient q")
+    p_result, q_result = (
+        HeadGradient(*p_head, buffer="gradient p"),
+        HeadGradient(*q_head, buffer="gradient q"),
+    )
     for first, p, q in _pairs(p_head, q_head):
         p_grad, q_grad = p_result.tile(first, p), q_result.tile(first, q)
         _C.kl_backward(
@@ -369,9 +371,7 @@ def _probabilities(head: Head, softmax: Softmax, lse: Tensor) -> Iterator[tuple[
     rows = head[0].shape[:-1].numel()
     for first, tile in tiles(*head, width=tile_width(rows)):
         p = workspace("probabilities", tile.numel()).view(tile.shape)
-        _C.softmax_tile(
-            view(tile), first, softmax.packed, lse.data_ptr(), view(p), threads(tile.numel())
-        )
+        _C.softmax_tile(view(tile), first, softmax.packed, lse.data_ptr(), view(p), threads(tile.numel()))
         yield first, tile, p
 
 

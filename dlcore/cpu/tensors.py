@@ -78,7 +78,12 @@ def _kept(name: str, elements: int) -> Tensor:
 
 
 def tiles(
-    logits: Tensor, weight: Tensor | None, bias: Tensor | None, *, width: int | None = None, buffer: str = "tile"
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    width: int | None = None,
+    buffer: str = "tile",
 ) -> Iterator[tuple[int, Tensor]]:
     """(first token, logits of the tokens from there on): a head's tile by tile, dense ones whole.
 

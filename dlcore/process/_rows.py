@@ -87,7 +87,7 @@ def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor
     """Columns stacked last; rows in `keep` keep z and are not read."""
     like = next(c for c in columns if isinstance(c, Tensor))
     whole = (c if isinstance(c, Tensor) else like.new_full((), c) for c in columns)
-    stacked = torch.stack(torch.broadcast_tensors(*whole), -1)  # type: ignore[no-untyped-call]
+    stacked = torch.stack(torch.broadcast_tensors(*whole), -1)
     if keep is None:
         return stacked
     kept = stacked.new_tensor((*KEEP, *(0.0 for _ in columns[len(KEEP) :])))

@@ -215,7 +215,7 @@ def _together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, tor
     device = next((v.device for v in tensors.values()), torch.device("cpu"))
     try:
         shapes = (v.shape for v in tensors.values())
-        return torch.broadcast_shapes(*shapes), device  # type: ignore[no-untyped-call]
+        return torch.broadcast_shapes(*shapes), device
     except RuntimeError as error:
         got = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
         raise ValueError(f"{op}: {', '.join(tensors)} must broadcast together, got {got}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -141,7 +140,7 @@ def sample(
     min_p: Tensor | None,
     key: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """tokens (2, ...): drawn, argmax; numbers (7, ...): those of the statistics and the draw's log-probability."""
+    """tokens (2, ...): drawn, argmax; numbers (7, ...): the statistics' and the draw's log-probability."""
     dense = materialize(logits, weight, bias)
     x = transform(dense, index, shift, temperature, softcap, exclude)
     invalid = _invalid(dense, x)
@@ -264,5 +263,3 @@ def expectation(
     lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
-
-

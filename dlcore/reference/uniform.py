@@ -21,7 +21,9 @@ def nelbo(
     dalpha: Tensor,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """NELBO per token (...) and (5, ...) float64: logsumexp, log p(z), log p(x), Σ log1p(c p), Σ c p / (1 + c p).
+    """NELBO per token (...), and (5, ...) float64 for its gradient.
+
+    The five are logsumexp, log p(z), log p(x), Σ log1p(c p) and Σ c p / (1 + c p).
 
     With c = Vα/(1-α), ℓ_j = log1p(c p_j), S = Σ ℓ_j, Λ = log1p(c), w = -α'/(Vα), n = V/(1-α), e = exp(-ℓ_z):
     z = x: w·{(V·ℓ_z - S - (V-1)·Λ)/(1+c) - n·(1/(1+c) - e)}

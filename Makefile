@@ -1,0 +1,41 @@
+# make demo, make test: everything is set up in .venv on the first run.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.PHONY: demo test bench lint format clean
+
+demo: $(VENV)/ready
+	$(BIN)/python -m dlcore demo $(ARGS)
+
+test: $(VENV)/ready
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: $(VENV)/ready
+	$(BIN)/python -m bench.run $(ARGS)
+
+lint: $(VENV)/lint-ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format --dry-run -Werror
+
+format: $(VENV)/lint-ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find csrc -name '*.cpp' -o -name '*.h' | xargs $(BIN)/clang-format -i
+
+clean:
+	rm -rf $(VENV) build out
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV) || { echo "dlcore needs Python's venv module (Debian: python3-venv)" >&2; exit 1; }
+
+$(VENV)/ready: $(BIN)/python $(SOURCES)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test]'
+	touch $@
+
+$(VENV)/lint-ready: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
+	touch $@

@@ -1,0 +1,102 @@
+"""The compiled kernels. Tensors are addresses, or views (address, dtype, shape, stride)."""
+
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+Row = tuple[int, int] | None
+Key = tuple[int, bool] | None
+Softmax = tuple[Row, Row, Row, float | None, int | None]
+Mixture = tuple[int, int, Row, int, int | None, Row, Key]
+
+SUMMARY_BYTES: int
+KL_SUMMARY_BYTES: int
+SELECTION_BYTES: int
+CUT_BYTES: int
+BINS_BYTES: int
+LEVELS: int
+
+def capability() -> str: ...
+def choose_capability(name: str) -> bool: ...
+def parallel_runtime() -> str: ...
+def read(data: int, count: int, threads: int) -> float: ...
+
+# rng
+def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
+def fill_noise(
+    noise: int, keys: int, key_count: int, count: int, wide: bool, out: int, threads: int
+) -> None: ...
+def fold_in(keys: int, key_stride: int, data: int, data_stride: int, count: int, out: int) -> None: ...
+
+# categorical
+def scan(
+    logits: View,
+    first_token: int,
+    softmax: Softmax,
+    target: Row,
+    key: Key,
+    skip: int,
+    cuts: int,
+    state: int,
+    threads: int,
+) -> None: ...
+def finish_stats(state: int, rows: int, argmax: int, numbers: int) -> None: ...
+def finish_sample(state: int, drawn: int, rows: int, tokens: int, numbers: int) -> None: ...
+def plan_mixture(mixture: Mixture, rows: int, skip: int) -> None: ...
+def finish_mixture(mixture: Mixture, rows: int, state: int, skip: int, tokens: int) -> None: ...
+def start_selections(state: int, rows: int, top_k: Row, top_p: Row, within: int, selections: int) -> None: ...
+def histogram(
+    logits: View,
+    first_token: int,
+    softmax: Softmax,
+    state: int,
+    selections: int,
+    level: int,
+    bins: int,
+    threads: int,
+) -> None: ...
+def narrow(bins: int, rows: int, level: int, selections: int) -> None: ...
+def finish_selections(
+    state: int, rows: int, min_p: Row, temperature: Row, selections: int, cuts: int
+) -> None: ...
+def finish_logsumexp(state: int, rows: int, logsumexp: int) -> None: ...
+def softmax_tile(
+    logits: View, first_token: int, softmax: Softmax, logsumexp: int, out: View, threads: int
+) -> None: ...
+def finish_log_probs(state: int, target: Row, with_index: bool, rows: int, numbers: int) -> None: ...
+def log_probs_backward(
+    logits: View,
+    first_token: int,
+    softmax: Softmax,
+    target: Row,
+    grad: int,
+    numbers: int,
+    out: View,
+    threads: int,
+) -> None: ...
+def clear_kl(state: int, rows: int) -> None: ...
+def kl(p: View, q: View, temperature: Row, state: int, threads: int) -> None: ...
+def finish_kl(state: int, rows: int, numbers: int) -> None: ...
+def kl_backward(
+    p: View, q: View, temperature: Row, grad: int, numbers: int, p_out: View, q_out: View, threads: int
+) -> None: ...
+
+# uniform
+def start_nelbo(state: int, rows: int, saved: int) -> None: ...
+def nelbo(
+    logits: View, first_token: int, vocab: int, softmax: Softmax, alpha: Row, saved: int, threads: int
+) -> None: ...
+def finish_nelbo(
+    saved: int, rows: int, vocab: int, z: int, x: int, alpha: Row, dalpha: Row, loss: int
+) -> None: ...
+def nelbo_backward(
+    logits: View,
+    first_token: int,
+    vocab: int,
+    softmax: Softmax,
+    z: int,
+    x: int,
+    alpha: Row,
+    dalpha: Row,
+    grad: int,
+    saved: int,
+    out: View,
+    threads: int,
+) -> None: ...
