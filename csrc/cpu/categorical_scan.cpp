@@ -14,9 +14,6 @@ namespace dlcore::DLCORE_ISA {
 namespace {
 
 constexpr int kSegmentGroups = kSegment / kGroup;
-constexpr uintptr_t kCacheLine = 64;
-// How many bytes ahead of the first pass memory is asked for; found by trial.
-constexpr uintptr_t kAhead = 16384;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 // exp(-17.4) = 2^-25.1: a sum below it does not change a float32 result.
 constexpr float kResolution = 17.4f;
@@ -27,14 +24,6 @@ constexpr float kSlack = 1e-3f;
 struct GroupSum {
   float sum, weighted;
 };
-
-// Asks for `count` entries that lie `ahead` bytes from p; past the row's end that does no harm.
-template <int64_t count, class T>
-inline void prefetch(const T* p, uintptr_t ahead) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + ahead;
-  for (uintptr_t i = 0; i < count * sizeof(T); i += kCacheLine)
-    __builtin_prefetch(reinterpret_cast<const void*>(from + i));
-}
 
 // The largest entries by lane; `check` turns to NaN or infinity where an entry is NaN or +inf.
 template <class T>

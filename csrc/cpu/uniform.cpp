@@ -14,24 +14,29 @@ struct Sums {
   double logs = 0, ratios = 0;
 };
 
-// Σ log1p(y) and Σ y / (1 + y). Four factors share one logarithm and one division, as (Π (1 + y)) - 1 and its
-// derivative, where that can't overflow.
-template <bool together>
+// Of several factors 1 + y: their product less 1, and Σ y / (1 + y) times the product. Nothing cancels.
+struct Product {
+  Floats excess, weighted;
+  explicit Product(const Floats& y) : excess(y), weighted(y) {}
+  Product(const Product& a, const Product& b)
+      : excess(fused(a.excess, b.excess, a.excess + b.excess)),
+        weighted(fused(a.weighted, b.excess + 1.0f, fused(b.weighted, a.excess, b.weighted))) {}
+};
+
+// Σ log1p(y) and Σ y / (1 + y) over a group; `together` factors share one logarithm and one division.
+template <int together>
 void add_group(const float* x, const Probability& scaled, Sums& sums) {
   Floats logs = broadcast(0.0f), ratios = logs;
-  for (int64_t i = 0; i < kGroup; i += 4 * kLanes) {
-    const Floats a = scaled(load(x + i)), b = scaled(load(x + i + kLanes));
-    const Floats c = scaled(load(x + i + 2 * kLanes)), d = scaled(load(x + i + 3 * kLanes));
-    if constexpr (together) {
-      const Floats ab = a * b, cd = c * d;
-      const Floats left = a + b + ab, right = c + d + cd;
-      const Floats product = left + right + left * right;
-      logs = logs + log1p(product);
-      ratios = ratios + ((left + ab) * (right + 1.0f) + (right + cd) * (left + 1.0f)) / (product + 1.0f);
-    } else {
-      logs = logs + log1p(a) + log1p(b) + log1p(c) + log1p(d);
-      ratios = ratios + a / (a + 1.0f) + b / (b + 1.0f) + c / (c + 1.0f) + d / (d + 1.0f);
-    }
+  for (int64_t i = 0; i < kGroup; i += together * kLanes) {
+    const auto factor = [&](int k) { return Product(scaled(load(x + i + k * kLanes))); };
+    const auto four = [&](int k) {
+      return Product(Product(factor(k), factor(k + 1)), Product(factor(k + 2), factor(k + 3)));
+    };
+    const Product all = together == 8 ? Product(four(0), four(4)) : together == 4 ? four(0) : factor(0);
+    const Floats whole = all.excess + 1.0f, inverse = 1.0f / whole;
+    // log1p: the rounding of 1 + excess is given back to first order.
+    logs = logs + fused(all.excess - (whole - 1.0f), inverse, log(whole));
+    ratios = fused(all.weighted, inverse, ratios);
   }
   sums.logs += sum(logs);
   sums.ratios += sum(ratios);
@@ -45,8 +50,8 @@ void nelbo(const NelboArguments& a) {
     const RowSoftmax row(a.softmax, r);
     const NelboRow state(a.alpha[r], -1, a.vocab);
     const Probability scaled(a.saved[r], state.c);
-    // Four factors 1 + y, Σ y <= c, stay below (1 + c/4)^4.
-    const bool together = state.c < 0x1p31;
+    // n factors 1 + y with Σ y <= c stay below (1 + c/n)^n, which has to be a float.
+    const auto add = state.c < 0x1p18 ? add_group<8> : state.c < 0x1p31 ? add_group<4> : add_group<1>;
     Sums sums;
     with_dtype(a.logits.dtype, [&](auto type) {
       using T = decltype(type);
@@ -54,8 +59,9 @@ void nelbo(const NelboArguments& a) {
       alignas(64) float x[kGroup];
       for (int64_t at = 0; at < a.logits.columns; at += kGroup) {
         const int64_t count = std::min(kGroup, a.logits.columns - at);
+        prefetch<kGroup>(data + at, kAhead);
         read_transformed(data + at, count, a.first_token + at, row, x);
-        together ? add_group<true>(x, scaled, sums) : add_group<false>(x, scaled, sums);
+        add(x, scaled, sums);
       }
     });
     a.saved[3 * rows + r] += sums.logs;
@@ -88,10 +94,15 @@ void nelbo_backward(const NelboBackwardArguments& a) {
       alignas(64) float x[kGroup];
       for (int64_t at = 0; at < a.logits.columns; at += kGroup) {
         const int64_t count = std::min(kGroup, a.logits.columns - at), token = a.first_token + at;
+        prefetch<kGroup>(data + at, kAhead);
         read_transformed(data + at, count, token, row, x);
-        for (int64_t i = 0; i < kGroup; i += kLanes) {
-          const Floats p = probability(load(x + i));
-          store(x + i, p * (slope / (p * ratio + 1.0f) + level));
+        for (int64_t i = 0; i < kGroup; i += 2 * kLanes) {
+          // Two numbers share a division: 1/a = b/(ab).
+          const Floats p = probability(load(x + i)), q = probability(load(x + i + kLanes));
+          const Floats a1 = fused(p, ratio, 1.0f), b1 = fused(q, ratio, 1.0f);
+          const Floats inverse = slope / (a1 * b1);
+          store(x + i, p * fused(b1, inverse, broadcast(level)));
+          store(x + i + kLanes, q * fused(a1, inverse, broadcast(level)));
         }
         const auto add = [&](int64_t id, double g) {
           if (id >= token && id < token + count) x[id - token] += static_cast<float>(g);
