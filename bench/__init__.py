@@ -1,0 +1,1 @@
+"""Benchmarks: one group per op and shape, one row per provider. See README.md."""
