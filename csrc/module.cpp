@@ -125,11 +125,12 @@ void softmax_rows(const py::tuple& logits, int64_t first_token, const py::tuple&
   run(kernels().softmax_tile, a, threads);
 }
 
-void count_digits(const py::tuple& logits, int64_t first_token, const py::tuple& parameters, Address state,
-                  Address selections, int level, Address bins, int threads) {
+void count_digits(const py::tuple& logits, int64_t first_token, int64_t vocab, const py::tuple& parameters,
+                  Address state, Address selections, int level, Address bins, int threads) {
   HistogramArguments a;
   a.logits = view(logits);
   a.first_token = first_token;
+  a.vocab = vocab;
   a.softmax = softmax(parameters);
   a.state = at<const Summary>(state);
   a.selections = at<const Selection>(selections);

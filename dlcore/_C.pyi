@@ -45,6 +45,7 @@ def start_selections(state: int, rows: int, top_k: Row, top_p: Row, within: int,
 def histogram(
     logits: View,
     first_token: int,
+    vocab: int,
     softmax: Softmax,
     state: int,
     selections: int,

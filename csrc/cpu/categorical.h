@@ -81,7 +81,7 @@ struct Selection {
 
 struct HistogramArguments {
   View logits;
-  int64_t first_token = 0;
+  int64_t first_token = 0, vocab = 0;
   Softmax softmax;
   const Summary* state = nullptr;
   const Selection* selections = nullptr;

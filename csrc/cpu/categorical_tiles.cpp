@@ -1,6 +1,9 @@
 // Passes over logits whose log-sum-exp is known: softmax tiles, histograms, gradients. Compiled once per ISA
 // level.
-#include <cstring>
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <vector>
 
 #include "categorical.h"
 #include "kernels.h"
@@ -41,10 +44,33 @@ inline Floats probability(const Floats& x, float reference, float scale) {
   return select(less(d, kExponentFloor), 0.0f, exp2(max(kExponentFloor, d)));
 }
 
-uint32_t ordered(float x) {
-  uint32_t b;
-  std::memcpy(&b, &x, sizeof b);
-  return b & 0x80000000u ? ~b : b | 0x80000000u;
+// The bits of a float as a word that grows with it.
+Words ordered(const Floats& x) {
+  return each([](WordPart b) { return b ^ ((WordPart)((IntPart)b >> 31) | 0x80000000u); }, words_of(x));
+}
+
+// Entries below this can't be among the row's `most` largest: of every 16 take the largest, of these the
+// most-th.
+float floor_by_count(const View& logits, int64_t first_token, const RowSoftmax& row, int64_t r,
+                     int64_t most) {
+  thread_local std::vector<float> largest;
+  largest.clear();
+  each_group(logits, first_token, row, r, [&](int64_t, int64_t, const float* x) {
+    Floats m = load(x);
+    for (int64_t i = kLanes; i < kGroup; i += kLanes) m = max(load(x + i), m);
+    largest.resize(largest.size() + kLanes);
+    store(&*largest.end() - kLanes, m);
+  });
+  if (most > static_cast<int64_t>(largest.size())) return kNone;
+  std::nth_element(largest.begin(), largest.begin() + (most - 1), largest.end(), std::greater<float>());
+  return largest[static_cast<size_t>(most - 1)];
+}
+
+// Entries of probability below 1/V-th of what may be dropped are dropped: together they fit.
+float floor_by_mass(const Summary& s, const Selection& selection, int64_t vocab, float inverse_temperature) {
+  const double rest = (s.sum - selection.max_mass) / static_cast<double>(vocab);
+  constexpr double slack = 1e-3;
+  return rest > 0 ? static_cast<float>((s.top + std::log(rest) - slack) / inverse_temperature) : kNone;
 }
 
 }  // namespace
@@ -71,17 +97,30 @@ void histogram(const HistogramArguments& a) {
     if (selection.everything || a.state[r].empty()) return;
     const RowSoftmax row(a.softmax, r);
     const auto top = static_cast<float>(a.state[r].top / row.inverse_temperature);
+    float floor = kNone;
+    if (a.level == 0 && selection.max_count < a.vocab)
+      floor = floor_by_count(a.logits, a.first_token, row, r, selection.max_count);
+    else if (a.level == 0)
+      floor = floor_by_mass(a.state[r], selection, a.vocab, row.inverse_temperature);
     Bin* bins = a.bins + r * kBins;
-    each_group(a.logits, a.first_token, row, r, [&](int64_t, int64_t count, const float* x) {
-      alignas(64) float mass[kGroup];
-      for (int64_t i = 0; i < kGroup; i += kLanes)
-        store(mass + i, probability(load(x + i), top, row.inverse_temperature * kLog2E));
-      for (int64_t i = 0; i < count; ++i) {
-        const uint32_t key = ordered(x[i]);
-        if ((key & above) != selection.prefix || x[i] == kNone) continue;
-        Bin& bin = bins[key >> shift & digit];
-        bin.mass += mass[i];
-        ++bin.count;
+    each_group(a.logits, a.first_token, row, r, [&](int64_t, int64_t, const float* x) {
+      for (int64_t i = 0; i < kGroup; i += kLanes) {
+        const Floats logit = load(x + i);
+        const Words key = ordered(logit);
+        const Mask same = each([&](WordPart k) { return (IntPart)((k & above) == selection.prefix); }, key);
+        const Mask high = each([&](FloatPart v) { return (IntPart)(v >= floor && v > kNone); }, logit);
+        uint32_t counted = lane_bits(each([](IntPart p, IntPart q) { return p & q; }, same, high));
+        if (counted == 0) continue;
+        alignas(64) float mass[kLanes];
+        alignas(64) uint32_t keys[kLanes];
+        store(mass, probability(logit, top, row.inverse_temperature * kLog2E));
+        store(keys, key);
+        for (; counted != 0; counted &= counted - 1) {
+          const int lane = __builtin_ctz(counted);
+          Bin& bin = bins[keys[lane] >> shift & digit];
+          bin.mass += mass[lane];
+          ++bin.count;
+        }
       }
     });
   });

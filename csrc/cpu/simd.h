@@ -203,6 +203,25 @@ inline Lanes<P, N> select(const Lanes<IntPart, N>& mask, Scalar<P, N> yes, const
   return each([yes](IntPart m, P n) { return m ? P{} + yes : n; }, mask, no);
 }
 
+// Bit i: lane i of the mask.
+inline uint32_t lane_bits(const Mask& mask) {
+  uint32_t bits = 0;
+  for (int i = 0; i < kParts; ++i) {
+#if defined(__AVX512F__)
+    const auto part = static_cast<uint32_t>(_mm512_movepi32_mask((__m512i)mask.part[i]));
+#elif defined(__AVX2__)
+    const auto part = static_cast<uint32_t>(_mm256_movemask_ps((__m256)mask.part[i]));
+#elif defined(__SSE2__)
+    const auto part = static_cast<uint32_t>(_mm_movemask_ps((__m128)mask.part[i]));
+#else
+    uint32_t part = 0;
+    for (int lane = 0; lane < kPartLanes; ++lane) part |= (mask.part[i][lane] & 1u) << lane;
+#endif
+    bits |= part << (i * kPartLanes);
+  }
+  return bits;
+}
+
 // a > b ? a : b, so b where either is NaN.
 // (Masked intrinsics stand for plain ones that GCC 12 warns about in its own header.)
 inline FloatPart max(FloatPart a, FloatPart b) {

@@ -156,6 +156,7 @@ def _select(
     rows = head[0].shape[:-1].numel()
     selections = scratch(name, rows * _C.SELECTION_BYTES)
     _C.start_selections(state, rows, strided(top_k), strided(top_p), within, selections)
+    vocab = vocab_size(head[0], head[1])
     bins = workspace("bins", rows * _C.BINS_BYTES // 4)
     for level in range(_C.LEVELS):
         bins.zero_()
@@ -163,6 +164,7 @@ def _select(
             _C.histogram(
                 view(tile),
                 first,
+                vocab,
                 softmax.packed,
                 state,
                 selections,
