@@ -177,8 +177,10 @@ void kl_gradient(const py::tuple& p, const py::tuple& q, const py::object& tempe
 }
 
 void sum_nelbo(const py::tuple& logits, int64_t first_token, int64_t vocab, const py::tuple& parameters,
-               const py::object& alpha, Address saved, int threads) {
+               const py::object& alpha, const py::object& target, Address saved, int threads) {
   NelboArguments a;
+  a.scan = !target.is_none();
+  a.target = per_row<int64_t>(target);
   a.logits = view(logits);
   a.first_token = first_token;
   a.vocab = vocab;
@@ -262,7 +264,7 @@ void bind_categorical(py::module_& m) {
 
 void bind_uniform(py::module_& m) {
   m.def("start_nelbo", [](Address state, int64_t rows, Address saved) {
-    start_nelbo(at<Summary>(state), rows, at<double>(saved));
+    for (int64_t r = 0; r < rows; ++r) start_nelbo(at<Summary>(state)[r], r, rows, at<double>(saved));
   });
   m.def("nelbo", sum_nelbo);
   m.def("finish_nelbo", [](Address saved, int64_t rows, int64_t vocab, Address z, Address x,

@@ -82,7 +82,14 @@ def kl_backward(
 # uniform
 def start_nelbo(state: int, rows: int, saved: int) -> None: ...
 def nelbo(
-    logits: View, first_token: int, vocab: int, softmax: Softmax, alpha: Row, saved: int, threads: int
+    logits: View,
+    first_token: int,
+    vocab: int,
+    softmax: Softmax,
+    alpha: Row,
+    target: Row,
+    saved: int,
+    threads: int,
 ) -> None: ...
 def finish_nelbo(
     saved: int, rows: int, vocab: int, z: int, x: int, alpha: Row, dalpha: Row, loss: int

@@ -295,33 +295,38 @@ Summary scan_segment(const ScanArguments& a, int64_t r, int64_t begin) {
   return Segment<float>(transformed, first, count, row, nullptr).scan(draw, target);
 }
 
+Summary scan_at(const ScanArguments& a, int64_t r, int64_t begin) {
+  Summary s;
+  with_dtype(a.logits.dtype, [&](auto type) { s = scan_segment<decltype(type)>(a, r, begin); });
+  return s;
+}
+
 bool unread(const ScanArguments& a, int64_t r) {
   return (a.skip && a.skip[r]) || (a.target && a.target[r] < 0);
 }
 
 }  // namespace
 
+Summary scan_row(const ScanArguments& a, int64_t r) {
+  Summary s;
+  for (int64_t begin = 0; begin < a.logits.columns; begin += kSegment) s = merge(s, scan_at(a, r, begin));
+  return s;
+}
+
 void scan(const ScanArguments& a) {
   const int64_t segments = (a.logits.columns + kSegment - 1) / kSegment;
-  const auto scan_at = [&a](int64_t r, int64_t segment) {
-    Summary s;
-    with_dtype(a.logits.dtype,
-               [&](auto type) { s = scan_segment<decltype(type)>(a, r, segment * kSegment); });
-    return s;
-  };
   // Ties are used up in order, and whole rows merge without a workspace; few long rows are shared by segment.
   if (a.cuts || segments == 1 || a.logits.rows >= 4 * a.threads) {
     parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
       if (a.first_token == 0) a.state[r] = {};
-      if (unread(a, r)) return;
-      for (int64_t segment = 0; segment < segments; ++segment)
-        a.state[r] = merge(a.state[r], scan_at(r, segment));
+      if (!unread(a, r)) a.state[r] = merge(a.state[r], scan_row(a, r));
     });
     return;
   }
   std::vector<Summary> parts(static_cast<size_t>(a.logits.rows * segments));
   parallel_for(a.logits.rows * segments, a.threads, [&](int64_t i) {
-    if (!unread(a, i / segments)) parts[static_cast<size_t>(i)] = scan_at(i / segments, i % segments);
+    if (!unread(a, i / segments))
+      parts[static_cast<size_t>(i)] = scan_at(a, i / segments, i % segments * kSegment);
   });
   for (int64_t i = 0; i < a.logits.rows * segments; ++i) {
     Summary& s = a.state[i / segments];

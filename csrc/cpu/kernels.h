@@ -22,6 +22,7 @@ struct Kernels {
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
 #if defined(DLCORE_ISA)
 namespace DLCORE_ISA {
+Summary scan_row(const ScanArguments&, int64_t r);
 void scan(const ScanArguments&);
 void softmax_tile(const SoftmaxTileArguments&);
 void histogram(const HistogramArguments&);

@@ -23,20 +23,37 @@ struct Product {
         weighted(fused(a.weighted, b.excess + 1.0f, fused(b.weighted, a.excess, b.weighted))) {}
 };
 
-// Σ log1p(y) and Σ y / (1 + y) over a group; `together` factors share one logarithm and one division.
+// Σ log1p(y) and Σ y / (1 + y) over a group; four or eight factors share one logarithm and one division.
 template <int together>
 void add_group(const float* x, const Probability& scaled, Sums& sums) {
   Floats logs = broadcast(0.0f), ratios = logs;
   for (int64_t i = 0; i < kGroup; i += together * kLanes) {
-    const auto factor = [&](int k) { return Product(scaled(load(x + i + k * kLanes))); };
+    Floats y[together];
+    for (int k = 0; k < together; k += kAbreast) {
+      const WideFloats abreast = scaled(load_wide(x + i + k * kLanes));
+      for (int j = 0; j < kAbreast; ++j) y[k + j] = slice(abreast, j);
+    }
     const auto four = [&](int k) {
-      return Product(Product(factor(k), factor(k + 1)), Product(factor(k + 2), factor(k + 3)));
+      return Product(Product(Product(y[k]), Product(y[k + 1])),
+                     Product(Product(y[k + 2]), Product(y[k + 3])));
     };
-    const Product all = together == 8 ? Product(four(0), four(4)) : together == 4 ? four(0) : factor(0);
-    const Floats whole = all.excess + 1.0f, inverse = 1.0f / whole;
+    const Product all = together == 8 ? Product(four(0), four(together - 4)) : four(0);
+    const Floats whole = all.excess + 1.0f, inverse = reciprocal(whole);
     // log1p: the rounding of 1 + excess is given back to first order.
     logs = logs + fused(all.excess - (whole - 1.0f), inverse, log(whole));
     ratios = fused(all.weighted, inverse, ratios);
+  }
+  sums.logs += sum(logs);
+  sums.ratios += sum(ratios);
+}
+
+// The same where even the product of a few factors could overflow.
+void add_group_apart(const float* x, const Probability& scaled, Sums& sums) {
+  Floats logs = broadcast(0.0f), ratios = logs;
+  for (int64_t i = 0; i < kGroup; i += kLanes) {
+    const Floats y = scaled(load(x + i));
+    logs = logs + log1p(y);
+    ratios = ratios + y / (y + 1.0f);
   }
   sums.logs += sum(logs);
   sums.ratios += sum(ratios);
@@ -46,12 +63,17 @@ void add_group(const float* x, const Probability& scaled, Sums& sums) {
 
 void nelbo(const NelboArguments& a) {
   const int64_t rows = a.logits.rows;
+  ScanArguments scan;
+  scan.logits = a.logits;
+  scan.softmax = a.softmax;
+  scan.target = a.target;
   parallel_for(rows, a.threads, [&](int64_t r) {
+    if (a.scan) start_nelbo(scan_row(scan, r), r, rows, a.saved);
     const RowSoftmax row(a.softmax, r);
     const NelboRow state(a.alpha[r], -1, a.vocab);
     const Probability scaled(a.saved[r], state.c);
     // n factors 1 + y with Σ y <= c stay below (1 + c/n)^n, which has to be a float.
-    const auto add = state.c < 0x1p18 ? add_group<8> : state.c < 0x1p31 ? add_group<4> : add_group<1>;
+    const auto add = state.c < 0x1p18 ? add_group<8> : state.c < 0x1p31 ? add_group<4> : add_group_apart;
     Sums sums;
     with_dtype(a.logits.dtype, [&](auto type) {
       using T = decltype(type);
@@ -96,13 +118,9 @@ void nelbo_backward(const NelboBackwardArguments& a) {
         const int64_t count = std::min(kGroup, a.logits.columns - at), token = a.first_token + at;
         prefetch<kGroup>(data + at, kAhead);
         read_transformed(data + at, count, token, row, x);
-        for (int64_t i = 0; i < kGroup; i += 2 * kLanes) {
-          // Two numbers share a division: 1/a = b/(ab).
-          const Floats p = probability(load(x + i)), q = probability(load(x + i + kLanes));
-          const Floats a1 = fused(p, ratio, 1.0f), b1 = fused(q, ratio, 1.0f);
-          const Floats inverse = slope / (a1 * b1);
-          store(x + i, p * fused(b1, inverse, broadcast(level)));
-          store(x + i + kLanes, q * fused(a1, inverse, broadcast(level)));
+        for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
+          const WideFloats p = probability(load_wide(x + i));
+          store(x + i, p * fused(reciprocal(fused(p, ratio, 1.0f)), slope, level));
         }
         const auto add = [&](int64_t id, double g) {
           if (id >= token && id < token + count) x[id - token] += static_cast<float>(g);

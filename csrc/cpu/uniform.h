@@ -6,6 +6,8 @@
 namespace dlcore {
 
 struct NelboArguments {
+  bool scan = false;       // whole rows: scan each for the first three of `saved` while the cache holds it
+  PerRow<int64_t> target;  // x, for the scan
   View logits;
   int64_t first_token = 0, vocab = 0;
   Softmax softmax;  // index: z, shift: from a denoiser to leave-one-out
@@ -36,8 +38,14 @@ struct NelboRow {
         w(-dalpha / (static_cast<double>(vocab) * alpha)) {}
 };
 
-// The first three rows of `saved`, from the scan.
-void start_nelbo(const Summary* state, int64_t rows, double* saved);
+// The first three of a row's saved numbers, from its scan.
+inline void start_nelbo(const Summary& s, int64_t r, int64_t rows, double* saved) {
+  const double lse = s.logsumexp();
+  saved[r] = lse;
+  saved[rows + r] = s.index_logit - lse;
+  saved[2 * rows + r] = s.target_logit - lse;
+}
+
 // loss (rows), nats.
 void finish_nelbo(const double* saved, int64_t rows, int64_t vocab, const int64_t* z, const int64_t* x,
                   PerRow<double> alpha, PerRow<double> dalpha, float* loss);

@@ -5,15 +5,6 @@
 
 namespace dlcore {
 
-void start_nelbo(const Summary* state, int64_t rows, double* saved) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const double lse = state[r].logsumexp();
-    saved[r] = lse;
-    saved[rows + r] = state[r].index_logit - lse;
-    saved[2 * rows + r] = state[r].target_logit - lse;
-  }
-}
-
 // With ℓ = log1p(c p), S = Σ ℓ, Λ = log1p(c), n = V / (1 - α):
 // z = x: w·{(V·ℓ_z - S - (V-1)·Λ) / (1+c) - n·(1 / (1+c) - e^-ℓ_z)}
 // z ≠ x: w·{(1+c)·Λ + c·(ℓ_z - ℓ_x) + V·ℓ_z - S - n·(1 - e^-ℓ_z)}

@@ -28,6 +28,15 @@ inline Lanes<FloatPart, N> exp2(const Lanes<FloatPart, N>& y) {
   return floats_of(words_of(p) + (words_of(rounded) << 23));
 }
 
+// 1 / x for x in [1, 2^125], relative error 2^-22: a first guess from the exponent, squared three times. A
+// division takes several times as long, and estimates in hardware differ between ISA levels.
+template <int N>
+inline Lanes<FloatPart, N> reciprocal(const Lanes<FloatPart, N>& x) {
+  auto r = floats_of(each([](WordPart b) { return 0x7EF311C7u - b; }, words_of(x)));
+  for (int step = 0; step < 3; ++step) r = fused(r, 1.0f - x * r, r);
+  return r;
+}
+
 // log(x) for positive normal x, relative error 2^-22 also next to 1.
 inline Floats log(const Floats& x) {
   const Words bits = words_of(x);
@@ -83,7 +92,8 @@ struct Probability {
   explicit Probability(double logsumexp, double scale = 1)
       : reference(static_cast<float>(logsumexp)),
         factor(static_cast<float>(scale * std::exp(static_cast<double>(reference) - logsumexp))) {}
-  Floats operator()(const Floats& x) const {
+  template <int N>
+  Lanes<FloatPart, N> operator()(const Lanes<FloatPart, N>& x) const {
     return exp2(max(kExponentFloor, (x - reference) * kLog2E)) * factor;
   }
 };

@@ -24,13 +24,14 @@ def nelbo(
     z, x, rows = z.contiguous(), x.contiguous(), lead.numel()
     alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
     softmax = Softmax(lead, z, shift)
-    state = scan(head, softmax, target=x)
     saved = torch.zeros((5, *lead), dtype=torch.float64)
-    _C.start_nelbo(state, rows, saved.data_ptr())
+    # A dense row is scanned and summed at once; a head's tiles are scanned first, then made again.
+    target = (x.data_ptr(), 1) if weight is None else None
+    if weight is not None:
+        _C.start_nelbo(scan(head, softmax, target=x), rows, saved.data_ptr())
     for first, tile in tiles(*head):
-        _C.nelbo(
-            view(tile), first, vocab, softmax.packed, strided(alpha), saved.data_ptr(), threads(tile.numel())
-        )
+        used = threads(tile.numel())
+        _C.nelbo(view(tile), first, vocab, softmax.packed, strided(alpha), target, saved.data_ptr(), used)
     loss = torch.empty(lead, dtype=torch.float32)
     _C.finish_nelbo(
         saved.data_ptr(),
