@@ -30,23 +30,23 @@ View view(const py::tuple& t) {
   v.data = at<char>(t[0].cast<Address>());
   v.dtype = static_cast<DType>(t[1].cast<int>());
   const auto shape = t[2].cast<py::tuple>(), stride = t[3].cast<py::tuple>();
-  const auto dims = static_cast<int>(shape.size());
-  if (dims < 1 || dims > kMaxDims + 1) throw py::value_error("dlcore: a tensor may have 1 to 9 dimensions");
-  v.columns = shape[static_cast<size_t>(dims - 1)].cast<int64_t>();
+  const size_t dims = shape.size();
+  v.columns = shape[dims - 1].cast<int64_t>();
   v.rows = 1;
-  for (int d = 0; d < dims - 1; ++d) {
-    const auto size = shape[static_cast<size_t>(d)].cast<int64_t>();
+  for (size_t d = 0; d + 1 < dims; ++d) {
+    const auto size = shape[d].cast<int64_t>(), step = stride[d].cast<int64_t>();
     v.rows *= size;
+    if (size == 1) continue;
     // Dimensions that lie back to back are one.
-    const auto step = stride[static_cast<size_t>(d)].cast<int64_t>();
     const int last = v.lead_dims - 1;
     if (last >= 0 && v.lead_stride[last] == size * step) {
       v.lead_size[last] *= size;
       v.lead_stride[last] = step;
-    } else {
-      v.lead_size[v.lead_dims] = size;
-      v.lead_stride[v.lead_dims++] = step;
+      continue;
     }
+    if (v.lead_dims == kMaxDims) throw py::value_error("dlcore: logits may have at most 8 separate strides");
+    v.lead_size[v.lead_dims] = size;
+    v.lead_stride[v.lead_dims++] = step;
   }
   return v;
 }
@@ -147,8 +147,8 @@ void log_probs_gradient(const py::tuple& logits, int64_t first_token, const py::
   a.first_token = first_token;
   a.softmax = softmax(parameters);
   a.target = per_row<int64_t>(target);
-  a.grad = at<const float>(grad);
-  a.numbers = at<const float>(numbers);
+  a.grad = at<const double>(grad);
+  a.numbers = at<const double>(numbers);
   a.out = view(out);
   run(kernels().log_probs_backward, a, threads);
 }
@@ -169,8 +169,8 @@ void kl_gradient(const py::tuple& p, const py::tuple& q, const py::object& tempe
   a.p = view(p);
   a.q = view(q);
   a.temperature = per_row<float>(temperature);
-  a.grad = at<const float>(grad);
-  a.numbers = at<const float>(numbers);
+  a.grad = at<const double>(grad);
+  a.numbers = at<const double>(numbers);
   a.p_out = view(p_out);
   a.q_out = view(q_out);
   run(kernels().kl_backward, a, threads);
@@ -252,12 +252,12 @@ void bind_categorical(py::module_& m) {
   m.def("softmax_tile", softmax_rows);
   m.def("finish_log_probs", [](Address state, const py::object& target, bool with_index, int64_t rows,
                                Address numbers) {
-    finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<float>(numbers));
+    finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<double>(numbers));
   });
   m.def("log_probs_backward", log_probs_gradient);
   m.def("kl", scan_kl);
   m.def("finish_kl", [](Address state, int64_t rows, Address numbers) {
-    finish_kl(at<KLSummary>(state), rows, at<float>(numbers));
+    finish_kl(at<KLSummary>(state), rows, at<double>(numbers));
   });
   m.def("kl_backward", kl_gradient);
 }

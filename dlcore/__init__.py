@@ -1,6 +1,6 @@
 """dlcore: the compute core of diffusion language models."""
 
-from dlcore import categorical, rng
+from dlcore import categorical, process, rng
 from dlcore._dispatch import backends, explain, last_backend, use_backend
 from dlcore.linear_logits import LinearLogits
 
@@ -12,6 +12,7 @@ __all__ = [
     "categorical",
     "explain",
     "last_backend",
+    "process",
     "rng",
     "use_backend",
 ]

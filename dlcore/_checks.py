@@ -53,17 +53,14 @@ def token_range(op: str, name: str, x: Tensor | None, vocab: int, low: int = 0) 
         raise ValueError(f"{op}: {name} must lie in [{low}, {vocab}), got {got}")
 
 
-def value_range(
-    op: str, name: str, x: Tensor | None, low: float, high: float = torch.inf, *, open_low: bool = False
-) -> None:
-    """Every value in [low, high], or (low, high]; NaN never is. Reads data."""
+def value_range(op: str, name: str, x: Tensor | None, low: float, high: float = torch.inf) -> None:
+    """Every value in [low, high]; NaN never is. Reads data."""
     if x is None or not reads_data(x):
         return
-    ok = (x > low if open_low else x >= low) & (x <= high)
+    ok = (x >= low) & (x <= high)
     if not bool(ok.all()):
         got = x[~ok].flatten()[0].item()
-        bracket = "(" if open_low else "["
-        raise ValueError(f"{op}: {name} must lie in {bracket}{low:g}, {high:g}], got {got:g}")
+        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {got:g}")
 
 
 def option(op: str, name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -93,6 +90,11 @@ def per_row(
     """A number or a tensor that broadcasts to `lead`, as a tensor of `dtype` (not expanded)."""
     if value is None:
         return None
+    real = (
+        value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, (float, torch.SymFloat))
+    )
+    if real and not dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be an integer or an integer Tensor, got {describe(value)}")
     if not isinstance(value, Tensor):
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
             raise TypeError(f"{op}: {name} must be a number or a Tensor, got {describe(value)}")

@@ -8,7 +8,7 @@ import sys
 import torch
 
 import dlcore
-from dlcore import _C, _dispatch
+from dlcore import _dispatch
 
 
 def report() -> str:
@@ -17,13 +17,21 @@ def report() -> str:
         "dlcore": dlcore.__version__,
         "torch": torch.__version__,
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
-        "cpu capability": _C.capability(),
         "threads": str(torch.get_num_threads()),
-        "parallel runtime": _C.parallel_runtime() or "none",
+        **_compiled(),
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
     return "\n".join([*lines, "", *_table()])
+
+
+def _compiled() -> dict[str, str]:
+    """What the compiled module says of itself, if it is there."""
+    try:
+        from dlcore import _C
+    except ImportError as error:
+        return {"compiled module": f"missing: {error}"}
+    return {"cpu capability": _C.capability(), "parallel runtime": _C.parallel_runtime()}
 
 
 def _table() -> list[str]:

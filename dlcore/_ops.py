@@ -17,7 +17,14 @@ HEAD = "Tensor logits, Tensor? weight, Tensor? bias"
 ROW = "Tensor? temperature, float? softcap, int? exclude"
 
 
-def _define(op: str, schema: str, fake: Callable[..., Any], check: Callable[..., None] | None = None) -> None:
+def _define(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+    *,
+    differentiable: bool = False,
+) -> None:
     """Declare dlcore::family_name; eager calls check their values, then run the chosen backend."""
     name = op.replace(".", "_")
     _library.define(f"{name}{schema}")
@@ -25,9 +32,16 @@ def _define(op: str, schema: str, fake: Callable[..., Any], check: Callable[...,
     def run(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        return _dispatch.run(op, *args)
+        # Gradients are the registered backward's business, and precision is the kernels' own.
+        with torch.no_grad():
+            if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+                return _dispatch.run(op, *args)
+            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+                return _dispatch.run(op, *args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
+    if not differentiable:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
     torch.library.register_fake(f"dlcore::{name}", fake, lib=_library)
 
 
@@ -77,7 +91,15 @@ def _check_row(
     greedy: bool,
 ) -> None:
     checks.token_range(op, "z" if "mixture" in op else "index", index, _vocab(logits, weight))
-    checks.value_range(op, "temperature", temperature, 0, open_low=not greedy)
+    _check_temperature(op, temperature, greedy=greedy)
+
+
+def _check_temperature(op: str, temperature: Tensor | None, *, greedy: bool = False) -> None:
+    """Positive, with a float32 inverse; 0 where that means the argmax."""
+    if temperature is not None and greedy:
+        temperature = torch.where(temperature == 0, 1, temperature)
+    limits = torch.finfo(torch.float32)
+    checks.value_range(op, "temperature", temperature, limits.tiny, limits.max)
 
 
 def _check_stats(*args: Any) -> None:
@@ -143,16 +165,17 @@ def _given(head: tuple[Tensor | None, ...], grads: tuple[Tensor, ...]) -> tuple[
 def _check_log_probs(*args: Any) -> None:
     logits, weight, _, target, index, *_ = args
     vocab = _vocab(logits, weight)
-    checks.token_range("categorical.cross_entropy", "target", target, vocab, low=-1)
-    checks.token_range("categorical.cross_entropy", "index", index, vocab)
+    checks.token_range("categorical.log_probs", "target", target, vocab, low=-1)
+    checks.token_range("categorical.log_probs", "index", index, vocab)
 
 
 _LOG_PROBS = f"{HEAD}, Tensor target, Tensor? index, Tensor? shift, float? softcap, int? exclude"
 _define(
     "categorical.log_probs",
     f"({_LOG_PROBS}) -> Tensor",
-    lambda logits, *_: _numbers(logits, 3),
+    lambda logits, *_: logits.new_empty((3, *logits.shape[:-1]), dtype=torch.float64),
     _check_log_probs,
+    differentiable=True,
 )
 _define(
     "categorical.log_probs_backward",
@@ -183,10 +206,16 @@ _KL = (
 
 
 def _check_kl(*args: Any) -> None:
-    checks.value_range("categorical.kl", "temperature", args[-1], 0, open_low=True)
+    _check_temperature("categorical.kl", args[-1])
 
 
-_define("categorical.kl", f"({_KL}) -> Tensor", lambda logits, *_: _numbers(logits, 3), _check_kl)
+_define(
+    "categorical.kl",
+    f"({_KL}) -> Tensor",
+    lambda logits, *_: logits.new_empty((3, *logits.shape[:-1]), dtype=torch.float64),
+    _check_kl,
+    differentiable=True,
+)
 _define(
     "categorical.kl_backward",
     f"(Tensor grad, Tensor numbers, {_KL}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -213,7 +242,7 @@ _EXPECTATION = f"{HEAD}, Tensor table, {ROW}"
 
 
 def _check_expectation(*args: Any) -> None:
-    checks.value_range("categorical.expectation", "temperature", args[4], 0, open_low=True)
+    _check_temperature("categorical.expectation", args[4])
 
 
 _define(
@@ -224,6 +253,7 @@ _define(
         logits.new_empty(logits.shape[:-1], dtype=torch.float64),
     ),
     _check_expectation,
+    differentiable=True,
 )
 _define(
     "categorical.expectation_backward",
@@ -272,6 +302,7 @@ _define(
         logits.new_empty((5, *logits.shape[:-1]), dtype=torch.float64),
     ),
     _check_nelbo,
+    differentiable=True,
 )
 _define(
     "uniform.nelbo_backward",

@@ -60,7 +60,17 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     return {"categorical": categorical, "rng": rng, "uniform": uniform}, tensors.reasons
 
 
+#: What stands before the logits in a backward op: the gradient and what the forward pass saved.
+SAVED = {"categorical.log_probs": 2, "categorical.kl": 2, "categorical.expectation": 3, "uniform.nelbo": 2}
+
+
+def _of_logits(reasons: Callable[..., list[str]], saved: int) -> Callable[..., list[str]]:
+    return lambda *args: reasons(*args[saved:])
+
+
 _families, _reasons = _compiled()
 for _op in REFERENCE:
     _family, _name = _op.split(".")
-    implement(_op, "cpu", getattr(_families.get(_family), _name, _always), _reasons)
+    _saved = SAVED[_op.removesuffix("_backward")] if _op.endswith("_backward") else 0
+    _function = getattr(_families.get(_family), _name, _always)
+    implement(_op, "cpu", _function, _of_logits(_reasons, _saved) if _saved else _reasons)

@@ -7,6 +7,7 @@ ties go to the lowest id. Bad shapes and values raise ValueError, bad dtypes Typ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,9 @@ class Draw:
 
     def __init__(self, tokens: Tensor, numbers: Tensor, has_index: bool) -> None:
         self._tokens, self._numbers, self._has_index = tokens, numbers, has_index
+
+    def __iter__(self) -> Iterator[Tensor | Stats]:
+        return iter((self.tokens, self.logprob, self.stats))
 
     def __repr__(self) -> str:
         return f"Draw(tokens={self.tokens}, logprob={self.logprob}, stats={self.stats})"
@@ -85,8 +89,13 @@ def head(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Head:
 
 
 def _softcap(op: str, value: float | None) -> None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{op}: softcap must be positive, got {value}")
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: softcap must be a number or None, got {checks.describe(value)}")
+    limits = torch.finfo(torch.float32)
+    if not limits.tiny <= value <= limits.max:
+        raise ValueError(f"{op}: softcap must be positive and finite, got {value}")
 
 
 def _exclude(op: str, value: int | None, vocab: int) -> None:
@@ -311,7 +320,7 @@ def log_probs(
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
     result: Tensor = torch.ops.dlcore.categorical_log_probs(*h, target, index, shift, softcap, exclude)
-    return result
+    return result.to(torch.promote_types(h.logits.dtype, torch.float32))
 
 
 def cross_entropy(
@@ -360,12 +369,14 @@ def kl(
     """
     op = "categorical.kl"
     p, q = head(op, p_logits, "p_logits"), head(op, q_logits, "q_logits")
+    if p.logits.dtype != q.logits.dtype:
+        raise TypeError(f"{op}: q_logits must have p_logits' dtype {p.logits.dtype}, got {q.logits.dtype}")
     if (p.lead, p.vocab) != (q.lead, q.vocab):
         raise ValueError(
             f"{op}: q_logits must have p_logits' shape {(*p.lead, p.vocab)}, got {(*q.lead, q.vocab)}"
         )
     result: Tensor = torch.ops.dlcore.categorical_kl(*p, *q, _temperature(op, temperature, p))[0]
-    return result
+    return result.to(torch.promote_types(p.logits.dtype, torch.float32))
 
 
 def expectation(

@@ -19,7 +19,16 @@ def key(seed: int, offset: int = 0, *, device: torch.device | str = "cpu") -> Te
         >>> dlcore.rng.key(7)
         tensor([7, 0])
     """
+    for name, value in (("seed", seed), ("offset", offset)):
+        _check_int64("rng.key", name, value)
     return torch.tensor([seed, offset], dtype=torch.int64, device=device)
+
+
+def _check_int64(op: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{op}: {name} must be an int, got {checks.describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -36,6 +45,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     op = "rng.fold_in"
     key = checks.key(op, key, None, None)
     if not isinstance(data, Tensor):
+        _check_int64(op, "data", data)
         data = torch.full((), data, dtype=torch.int64, device=key.device)
     if data.dtype != torch.int64:
         raise TypeError(f"{op}: data must be an int or an int64 Tensor, got {checks.describe(data)}")
@@ -57,6 +67,10 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
         torch.Size([2, 3, 2])
     """
     size = torch.Size((shape,) if isinstance(shape, int) else shape)
+    if any(n < 0 for n in size):
+        raise ValueError(f"rng.split: shape must not be negative, got {tuple(size)}")
+    if not isinstance(key, Tensor) or key.dtype != torch.int64:
+        raise TypeError(f"rng.split: key must be an int64 Tensor, got {checks.describe(key)}")
     if key.shape != (2,):
         raise ValueError(f"rng.split: key must have shape (2,), got {tuple(key.shape)}")
     return fold_in(key, torch.arange(size.numel(), device=key.device).view(size))

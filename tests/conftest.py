@@ -9,7 +9,7 @@ import torch
 
 import dlcore
 from dlcore import _C
-from dlcore.cpu import CAPABILITIES, choose_capability
+from dlcore.cpu import CAPABILITIES, choose_capability, tensors
 
 POISON = {True: float("nan"), False: -(2**31)}
 
@@ -21,6 +21,7 @@ def _poison(x: torch.Tensor) -> torch.Tensor:
 @pytest.fixture
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     """Fresh buffers hold NaN, so that a kernel which reads or forgets one shows."""
+    tensors._workspaces.__dict__.clear()
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _poison(plain(*a, **k)))

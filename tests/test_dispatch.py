@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -116,7 +117,26 @@ def test_without_the_compiled_module_the_reference_runs():
 
 def test_kernels_run_in_torchs_own_pool():
     """No second OpenMP pool competes with torch's for the cores."""
-    assert "omp" in _C.parallel_runtime()
+    with open("/proc/self/maps") as maps:
+        loaded = {line.split("/")[-1].strip() for line in maps if "libgomp" in line or "libomp" in line}
+    assert _C.parallel_runtime() in loaded
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a compiler")
+def test_another_openmp_loaded_first_is_not_taken_for_torchs(tmp_path):
+    """What scikit-learn ships, say: the runtime is the one that torch links."""
+    decoy = tmp_path / "libgomp-decoy.so"
+    source = 'extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned) { __builtin_trap(); }'
+    build = ["g++", "-shared", "-fPIC", "-x", "c++", "-", "-o", str(decoy)]
+    subprocess.run(build, input=source, text=True, check=True)
+    code = (
+        f"import ctypes; ctypes.CDLL({str(decoy)!r})\n"
+        "import torch, dlcore; torch.set_num_threads(2)\n"
+        "dlcore.categorical.sample(torch.zeros(64, 5000)); print(dlcore._C.parallel_runtime())"
+    )
+    out = run_python(code).strip()
+    assert "gomp" in out or "omp" in out
+    assert "decoy" not in out
 
 
 def test_kernels_release_the_gil():

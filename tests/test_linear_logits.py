@@ -125,6 +125,19 @@ def test_nelbo_gradients_equal_those_of_materialised_logits(dtype):
         assert (mine.grad.double() - own.grad).abs().max().item() <= allowed * scale
 
 
+def test_a_head_that_is_being_trained_can_be_sampled(backend):
+    """No no_grad needed around draws; they carry no gradient."""
+    weight = torch.randn(300, WIDTH).requires_grad_()
+    head = LinearLogits(torch.randn(2, WIDTH, requires_grad=True), weight)
+    z = torch.zeros(2, dtype=torch.int64)
+    for result in (
+        categorical.sample(head).logprob,
+        categorical.stats(head).entropy,
+        uniform_process.step(head, z, 0.5, 0.7),
+    ):
+        assert not result.requires_grad
+
+
 def test_shape_device_dtype_and_gaps():
     head = make(torch.bfloat16)
     assert head.shape == (*ROWS, VOCAB)

@@ -121,6 +121,11 @@ def test_split_and_fold_in_broadcast():
 
 
 BAD = [
+    (lambda: rng.key(2**63), ValueError, r"rng.key: seed must fit in 64 bits"),
+    (lambda: rng.key(1.5), TypeError, r"rng.key: seed must be an int, got float 1.5"),
+    (lambda: rng.fold_in(rng.key(0), 1.7), TypeError, r"rng.fold_in: data must be an int"),
+    (lambda: rng.split(3, 2), TypeError, r"rng.split: key must be an int64 Tensor, got int 3"),
+    (lambda: rng.split(rng.key(0), -2), ValueError, r"rng.split: shape must not be negative"),
     (
         lambda: rng.fold_in(torch.zeros(3, dtype=torch.int64), 1),
         ValueError,

@@ -104,9 +104,9 @@ struct LogProbsBackwardArguments {
   int64_t first_token = 0;
   Softmax softmax;
   PerRow<int64_t> target;
-  const float* grad = nullptr;     // (3, rows)
-  const float* numbers = nullptr;  // (3, rows)
-  View out;                        // (rows, columns) of the logits' dtype
+  const double* grad = nullptr;     // (3, rows)
+  const double* numbers = nullptr;  // (3, rows)
+  View out;                         // (rows, columns) of the logits' dtype
   int threads = 1;
 };
 
@@ -127,8 +127,8 @@ struct KLArguments {
 struct KLBackwardArguments {
   View p, q;
   PerRow<float> temperature;
-  const float* grad = nullptr;     // (3, rows)
-  const float* numbers = nullptr;  // (3, rows): KL and the logsumexps
+  const double* grad = nullptr;     // (3, rows)
+  const double* numbers = nullptr;  // (3, rows): KL and the logsumexps
   View p_out, q_out;
   int threads = 1;
 };
@@ -144,12 +144,12 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
 
 // numbers (3, rows): log p[target], log p[index], logsumexp; 0 where target < 0.
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
-                      float* numbers);
+                      double* numbers);
 
 void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp);
 
 // numbers (3, rows): KL, and the two logsumexps.
-void finish_kl(const KLSummary* state, int64_t rows, float* numbers);
+void finish_kl(const KLSummary* state, int64_t rows, double* numbers);
 
 struct MixtureArguments {
   int64_t rows = 0, vocab = 0;

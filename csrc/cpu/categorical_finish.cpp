@@ -9,19 +9,20 @@ namespace dlcore {
 namespace {
 
 // A row's numbers, column r of a (count, rows) array.
+template <class T>
 class Column {
  public:
-  Column(float* data, int64_t rows, int64_t r) : data_(data + r), rows_(rows) {}
+  Column(T* data, int64_t rows, int64_t r) : data_(data + r), rows_(rows) {}
   void operator=(std::initializer_list<double> values) {
-    float* p = data_;
+    T* p = data_;
     for (double v : values) {
-      *p = static_cast<float>(v);
+      *p = static_cast<T>(v);
       p += rows_;
     }
   }
 
  private:
-  float* data_;
+  T* data_;
   int64_t rows_;
 };
 
@@ -57,7 +58,7 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
 }
 
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
-                      float* numbers) {
+                      double* numbers) {
   for (int64_t r = 0; r < rows; ++r) {
     const Summary& s = state[r];
     const double lse = s.logsumexp();
@@ -72,7 +73,7 @@ void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp) {
   for (int64_t r = 0; r < rows; ++r) logsumexp[r] = state[r].logsumexp();
 }
 
-void finish_kl(const KLSummary* state, int64_t rows, float* numbers) {
+void finish_kl(const KLSummary* state, int64_t rows, double* numbers) {
   for (int64_t r = 0; r < rows; ++r) {
     const KLSummary& s = state[r];
     const bool empty = s.invalid || !(s.p_top > -kInfinity) || !(s.q_top > -kInfinity);

@@ -114,8 +114,9 @@ class Segment {
       if (!plain(g)) s.invalid |= holds_invalid(buffer_, std::min(kGroup, count_ - g * kGroup));
     }
     // Finite sums and -inf are fine; anything else may also be an overflow, so look closer.
-    if (!(sum(check) < std::numeric_limits<float>::infinity()) && holds_invalid(data_, count_))
-      s.invalid = true;
+    if (!(sum(check) < std::numeric_limits<float>::infinity()))
+      for (int64_t g = 0; g < groups_; ++g)
+        s.invalid |= plain(g) && holds_invalid(data_ + g * kGroup, kGroup);
     std::fill(largest_ + groups_, largest_ + padded_groups(), kNone);
     const Largest best = first_largest(largest_, padded_groups());
     best_ = best.at;
@@ -167,7 +168,7 @@ class Segment {
   int64_t find_best_in_group(Summary& s) {
     const float* x = buffered(best_);
     int64_t at = 0;
-    while (x[at] != top_) ++at;
+    while (at + 1 < kGroup && x[at] != top_) ++at;
     float second = kNone;
     for (int64_t i = 0; i < kGroup; ++i)
       if (i != at && x[i] > second) second = x[i];

@@ -78,10 +78,9 @@ float floor_by_mass(const Summary& s, const Selection& selection, int64_t vocab,
 void softmax_tile(const SoftmaxTileArguments& a) {
   parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
     const RowSoftmax row(a.softmax, r);
-    const Probability probability(a.logsumexp[r]);
+    const Probability probability(a.logsumexp[r], 1, row.inverse_temperature);
     each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {
-      for (int64_t i = 0; i < kGroup; i += kLanes)
-        store(x + i, probability(load(x + i) * row.inverse_temperature));
+      for (int64_t i = 0; i < kGroup; i += kLanes) store(x + i, probability(load(x + i)));
       write(a.out, r, at, count, x);
     });
   });
@@ -132,14 +131,14 @@ void log_probs_backward(const LogProbsBackwardArguments& a) {
     const RowSoftmax row(a.softmax, r);
     const int64_t target = a.target[r];
     const bool read = target >= 0;
-    const float at_target = read ? a.grad[r] : 0, at_index = read ? a.grad[rows + r] : 0;
-    const float spread = read ? a.grad[2 * rows + r] - at_target - at_index : 0;
-    const float lse = a.numbers[2 * rows + r];
+    const auto part = [&](int64_t k) { return read ? static_cast<float>(a.grad[k * rows + r]) : 0; };
+    const float at_target = part(0), at_index = part(1), spread = part(2) - at_target - at_index;
+    const Probability probability(a.numbers[2 * rows + r]);
     const float cap = row.softcap;
     each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {
       alignas(64) float grad[kGroup];
       for (int64_t i = 0; i < kGroup; i += kLanes)
-        store(grad + i, read ? probability(load(x + i), lse, kLog2E) * spread : broadcast(0.0f));
+        store(grad + i, read ? probability(load(x + i)) * spread : broadcast(0.0f));
       const int64_t token = a.first_token + at;
       const auto inside = [&](int64_t id) { return id >= token && id < token + count && id != row.exclude; };
       if (inside(target)) grad[target - token] += at_target;
@@ -158,6 +157,16 @@ void log_probs_backward(const LogProbsBackwardArguments& a) {
 }
 
 namespace {
+
+// x·scale - logsumexp, by a reference close to x and the rest.
+struct LogProbability {
+  float reference, rest, scale;
+  LogProbability(double logsumexp, float scale)
+      : reference(static_cast<float>(logsumexp / scale)),
+        rest(static_cast<float>(static_cast<double>(reference) * scale - logsumexp)),
+        scale(scale) {}
+  Floats operator()(const Floats& x) const { return fused(x - reference, scale, broadcast(rest)); }
+};
 
 struct KLRow {
   alignas(64) float p[kGroup];
@@ -254,11 +263,11 @@ void kl_backward(const KLBackwardArguments& a) {
   const int64_t rows = a.p.rows;
   parallel_for(rows, a.threads, [&](int64_t r) {
     const float scale = a.temperature ? 1.0f / a.temperature[r] : 1.0f;
-    const float divergence = a.numbers[r], p_lse = a.numbers[rows + r], q_lse = a.numbers[2 * rows + r];
-    const float weight = a.grad[r] * scale;
+    const auto divergence = static_cast<float>(a.numbers[r]), weight = static_cast<float>(a.grad[r] * scale);
+    const LogProbability log_p_of(a.numbers[rows + r], scale), log_q_of(a.numbers[2 * rows + r], scale);
     each_pair(a.p, a.q, r, 0, a.p.columns, [&](int64_t at, int64_t count, KLRow& x) {
       for (int64_t i = 0; i < kGroup; i += kLanes) {
-        const Floats log_p = load(x.p + i) * scale - p_lse, log_q = load(x.q + i) * scale - q_lse;
+        const Floats log_p = log_p_of(load(x.p + i)), log_q = log_q_of(load(x.q + i));
         const Floats p = probability(log_p, 0, kLog2E), q = probability(log_q, 0, kLog2E);
         const Floats pull = select(equal(load(x.p + i), kNone), 0.0f, p * (log_p - log_q - divergence));
         store(x.p + i, pull * weight);

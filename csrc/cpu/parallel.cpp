@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
 #include <string>
 #include <thread>
 #include <vector>
@@ -24,29 +23,36 @@ struct Runtime {
 };
 
 #if defined(__linux__)
-int find_openmp(dl_phdr_info* info, size_t, void* result) {
-  const char* slash = std::strrchr(info->dlpi_name, '/');
-  const char* file = slash ? slash + 1 : info->dlpi_name;
-  if (!std::strstr(file, "libgomp") && !std::strstr(file, "libomp") && !std::strstr(file, "libiomp"))
-    return 0;
-  void* library = dlopen(info->dlpi_name, RTLD_NOLOAD | RTLD_LAZY);
-  if (!library) return 0;
-  auto* runtime = static_cast<Runtime*>(result);
-  runtime->parallel = reinterpret_cast<GompParallel>(dlsym(library, "GOMP_parallel"));
-  if (runtime->parallel) runtime->name = file;
-  return runtime->parallel ? 1 : 0;
+// The loaded libraries that may lead to an OpenMP runtime: torch's kernels, by what they link, before any
+// other.
+int collect(dl_phdr_info* info, size_t, void* result) {
+  auto* names = static_cast<std::vector<std::string>*>(result);
+  const std::string name = info->dlpi_name;
+  const std::string file = name.substr(name.rfind('/') + 1);
+  if (file.rfind("libtorch_cpu", 0) == 0) names->insert(names->begin(), name);
+  for (const char* runtime : {"libgomp", "libomp", "libiomp"})
+    if (file.rfind(runtime, 0) == 0) names->push_back(name);
+  return 0;
 }
+
+Runtime find_openmp() {
+  std::vector<std::string> names;
+  dl_iterate_phdr(collect, &names);
+  for (const std::string& name : names) {
+    void* library = dlopen(name.c_str(), RTLD_NOLOAD | RTLD_LAZY);
+    void* entry = library ? dlsym(library, "GOMP_parallel") : nullptr;
+    Dl_info where;
+    if (entry && dladdr(entry, &where)) return {reinterpret_cast<GompParallel>(entry), where.dli_fname};
+  }
+  return {};
+}
+#else
+Runtime find_openmp() { return {}; }
 #endif
 
 // Looked up once, when the first kernel runs: torch has loaded its runtime by then.
 const Runtime& runtime() {
-  static const Runtime found = [] {
-    Runtime r;
-#if defined(__linux__)
-    dl_iterate_phdr(find_openmp, &r);
-#endif
-    return r;
-  }();
+  static const Runtime found = find_openmp();
   return found;
 }
 
@@ -69,7 +75,10 @@ void work(void* data) {
 
 }  // namespace
 
-const char* parallel_runtime() { return runtime().name.c_str(); }
+const char* parallel_runtime() {
+  const std::string& name = runtime().name;
+  return name.c_str() + (name.rfind('/') == std::string::npos ? 0 : name.rfind('/') + 1);
+}
 
 void parallel_ranges(RangeFunction function, void* context, int64_t count, int threads) {
   if (count <= 0) return;

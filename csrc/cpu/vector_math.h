@@ -86,15 +86,18 @@ inline Floats gumbel(const Words& high, const Words& low) {
   return 0.0f - log(exponential);
 }
 
-// exp(x - logsumexp), times a scale, with the rounding of the logsumexp to float given back as a factor.
+// exp(x·inverse_temperature - logsumexp), times a scale. The reference that x is held against is rounded to
+// float; the rest comes back as a factor, so that a common offset of the logits costs no digits.
 struct Probability {
-  float reference, factor;
-  explicit Probability(double logsumexp, double scale = 1)
-      : reference(static_cast<float>(logsumexp)),
-        factor(static_cast<float>(scale * std::exp(static_cast<double>(reference) - logsumexp))) {}
+  float reference, slope, factor;
+  explicit Probability(double logsumexp, double scale = 1, float inverse_temperature = 1)
+      : reference(static_cast<float>(logsumexp / inverse_temperature)),
+        slope(inverse_temperature * kLog2E),
+        factor(static_cast<float>(
+            scale * std::exp(static_cast<double>(reference) * inverse_temperature - logsumexp))) {}
   template <int N>
   Lanes<FloatPart, N> operator()(const Lanes<FloatPart, N>& x) const {
-    return exp2(max(kExponentFloor, (x - reference) * kLog2E)) * factor;
+    return exp2(max(kExponentFloor, (x - reference) * slope)) * factor;
   }
 };
 

@@ -225,7 +225,7 @@ def log_probs(
     lead, target = logits.shape[:-1], target.contiguous()
     softmax = Softmax(lead, index, shift, None, softcap, exclude)
     state = scan((logits, weight, bias), softmax, target=target)
-    numbers = torch.empty((3, *lead), dtype=torch.float32)
+    numbers = torch.empty((3, *lead), dtype=torch.float64)
     at_target = (target.data_ptr(), 1)
     _C.finish_log_probs(state, at_target, index is not None, lead.numel(), numbers.data_ptr())
     return numbers
@@ -328,7 +328,7 @@ def kl(
     _C.clear_kl(state, lead.numel())
     for _, p, q in _pairs((p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)):
         _C.kl(view(p), view(q), strided(temperature), state, threads(p.numel()))
-    numbers = torch.empty((3, *lead), dtype=torch.float32)
+    numbers = torch.empty((3, *lead), dtype=torch.float64)
     _C.finish_kl(state, lead.numel(), numbers.data_ptr())
     return numbers
 
@@ -372,7 +372,7 @@ def _probabilities(head: Head, softmax: Softmax, lse: Tensor) -> Iterator[tuple[
     """(first token, tile of logits, tile of softmax (rows, n) float32)."""
     rows = head[0].shape[:-1].numel()
     for first, tile in tiles(*head, width=tile_width(rows)):
-        p = workspace("probabilities", tile.numel()).view(tile.shape)
+        p = workspace("probabilities", tile.numel()).view(rows, tile.shape[-1])
         _C.softmax_tile(view(tile), first, softmax.packed, lse.data_ptr(), view(p), threads(tile.numel()))
         yield first, tile, p
 
@@ -393,7 +393,7 @@ def expectation(
     out = torch.zeros((lead.numel(), table.shape[1]), dtype=torch.float32)
     for first, _, p in _probabilities(head, softmax, lse):
         out.addmm_(p, table[first : first + p.shape[1]].float())
-    return out.view(*lead, -1), lse
+    return out.view(*lead, table.shape[1]), lse
 
 
 def expectation_backward(
@@ -410,7 +410,7 @@ def expectation_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax = Softmax(lead, None, None, temperature, softcap, exclude)
-    flat = grad.reshape(lead.numel(), -1).float()
+    flat = grad.reshape(lead.numel(), table.shape[1]).float()
     # d/da_k = p_k (g · table_k - g · output) / temperature.
     mean = (flat * output.reshape(flat.shape)).sum(-1, keepdim=True)
     inverse = None if temperature is None else 1 / temperature.expand(lead).reshape(-1, 1)
@@ -425,7 +425,9 @@ def expectation_backward(
         if inverse is not None:
             pull.mul_(inverse)
         if softcap is not None:
-            pull.mul_(1 - torch.tanh(tile.float() / softcap) ** 2)
+            pull.mul_((1 - torch.tanh(tile.float() / softcap) ** 2).reshape(pull.shape))
+        if exclude is not None and tokens.start <= exclude < tokens.stop:
+            pull[:, exclude - first] = 0
         gradient = result.tile(first, tile)
         gradient.copy_(pull)
         result.add(first, gradient)

@@ -88,16 +88,15 @@ def tiles(
     """(first token, logits of the tokens from there on): a head's tile by tile, dense ones whole.
 
     A tile of a head is (rows, n) float32 in a workspace that the next one overwrites. With a `width`, dense
-    logits come as (rows, width) pieces too.
+    logits come as (..., width) pieces too.
     """
     if weight is None:
         dense = rows_contiguous(logits)
         if width is None:
             yield 0, dense
             return
-        flat = dense.reshape(-1, dense.shape[-1])
-        for first in range(0, flat.shape[1], width):
-            yield first, flat[:, first : first + width]
+        for first in range(0, dense.shape[-1], width):
+            yield first, dense[..., first : first + width]
         return
     hidden = flat_hidden(logits)
     width = width or tile_width(hidden.shape[0])

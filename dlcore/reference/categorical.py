@@ -48,8 +48,13 @@ def transform(
     return x
 
 
-def _invalid(logits: Tensor, x: Tensor) -> Tensor:
-    """Rows with NaN or +inf before or after the transformation, or with nothing but -inf after it."""
+def _invalid(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
+    """Rows with NaN or +inf before or after the transformation, or with nothing but -inf after it.
+
+    What stands at `exclude` does not matter.
+    """
+    if exclude is not None:
+        logits = logits.index_fill(-1, torch.tensor([exclude], device=logits.device), 0)
     broken = torch.isnan(logits) | torch.isposinf(logits) | torch.isnan(x) | torch.isposinf(x)
     return broken.any(-1) | torch.isneginf(x).all(-1)
 
@@ -123,7 +128,7 @@ def stats(
 ) -> tuple[Tensor, Tensor]:
     dense = materialize(logits, weight, bias)
     x = transform(dense, index, shift, temperature, softcap, exclude)
-    return _statistics(x, index, _invalid(dense, x))
+    return _statistics(x, index, _invalid(dense, x, exclude))
 
 
 def sample(
@@ -143,7 +148,7 @@ def sample(
     """tokens (2, ...): drawn, argmax; numbers (7, ...): the statistics' and the draw's log-probability."""
     dense = materialize(logits, weight, bias)
     x = transform(dense, index, shift, temperature, softcap, exclude)
-    invalid = _invalid(dense, x)
+    invalid = _invalid(dense, x, exclude)
     argmax, numbers = _statistics(x, index, invalid)
     x = x.masked_fill(invalid.unsqueeze(-1), 0)
     kept = x if top_k is None and top_p is None and min_p is None else truncate(x, top_k, top_p, min_p)
@@ -173,7 +178,7 @@ def sample_mixture(
     """
     dense = materialize(logits, weight, bias)
     x = transform(dense, z, shift, temperature, softcap, exclude)
-    invalid = _invalid(dense, x)
+    invalid = _invalid(dense, x, exclude)
     x = x.masked_fill(invalid.unsqueeze(-1), 0)
     log_p = torch.log_softmax(x, -1)
     tokens, p_z = draw(x, key), _gather(log_p, z).double().exp()
@@ -222,10 +227,10 @@ def log_probs(
     # Rows without a target are not read: whatever they hold, even their gradient is 0.
     dense = dense.where((target >= 0).unsqueeze(-1), 0)
     x = transform(dense, index, shift, None, softcap, exclude)
-    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
+    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x, exclude), torch.nan)
     at_target = _gather(x, target.clamp(min=0)) - lse
     at_index = torch.zeros_like(lse) if index is None else _gather(x, index) - lse
-    return torch.stack([at_target, at_index, lse]).where(target >= 0, 0)
+    return torch.stack([at_target, at_index, lse]).where(target >= 0, 0).double()
 
 
 def kl(
@@ -245,7 +250,7 @@ def kl(
     log_p, log_q = p - p_lse.unsqueeze(-1), q - q_lse.unsqueeze(-1)
     # 0 · (-inf - log q) is 0: a token that p excludes costs nothing.
     gap = torch.where(torch.isneginf(log_p), 0, log_p) - torch.where(torch.isneginf(log_p), 0, log_q)
-    return torch.stack([(log_p.exp() * gap).sum(-1), p_lse, q_lse])
+    return torch.stack([(log_p.exp() * gap).sum(-1), p_lse, q_lse]).double()
 
 
 def expectation(
@@ -260,6 +265,6 @@ def expectation(
     """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
     dense = materialize(logits, weight, bias)
     x = transform(dense, None, None, temperature, softcap, exclude)
-    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x), torch.nan)
+    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x, exclude), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
