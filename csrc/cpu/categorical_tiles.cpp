@@ -25,6 +25,7 @@ void each_group(const View& logits, int64_t first_token, const RowSoftmax& row, 
     alignas(64) float x[kGroup];
     for (int64_t at = 0; at < logits.columns; at += kGroup) {
       const int64_t count = std::min(kGroup, logits.columns - at);
+      prefetch<kGroup>(data + at, kAhead);
       read_transformed(data + at, count, first_token + at, row, x);
       f(at, count, x);
     }
@@ -34,7 +35,9 @@ void each_group(const View& logits, int64_t first_token, const RowSoftmax& row, 
 void write(const View& out, int64_t r, int64_t at, int64_t count, const float* values) {
   with_dtype(out.dtype, [&](auto type) {
     using T = decltype(type);
-    write_group(out.row<T>(r) + at, count, values);
+    T* to = out.row<T>(r) + at;
+    prefetch_lines<kGroup * sizeof(T), 1>(to, kAhead);
+    write_group(to, count, values);
   });
 }
 

@@ -13,12 +13,17 @@ constexpr uintptr_t kCacheLine = 64;
 // How many bytes ahead of a pass memory is asked for; found by trial.
 constexpr uintptr_t kAhead = 16384;
 
-// Asks for `count` entries that lie `ahead` bytes from p; past the row's end that does no harm.
+// Asks for memory that lies `ahead` bytes from p, to read it or to write it; past the row's end that does no
+// harm.
+template <uintptr_t bytes, int write>
+inline void prefetch_lines(const void* p, uintptr_t ahead) {
+  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + ahead;
+  for (uintptr_t i = 0; i < bytes; i += kCacheLine)
+    __builtin_prefetch(reinterpret_cast<const void*>(from + i), write);
+}
 template <int64_t count, class T>
 inline void prefetch(const T* p, uintptr_t ahead) {
-  const uintptr_t from = reinterpret_cast<uintptr_t>(p) + ahead;
-  for (uintptr_t i = 0; i < count * sizeof(T); i += kCacheLine)
-    __builtin_prefetch(reinterpret_cast<const void*>(from + i));
+  prefetch_lines<count * sizeof(T), 0>(p, ahead);
 }
 
 struct BFloat16 {

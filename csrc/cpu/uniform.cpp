@@ -117,6 +117,7 @@ void nelbo_backward(const NelboBackwardArguments& a) {
       for (int64_t at = 0; at < a.logits.columns; at += kGroup) {
         const int64_t count = std::min(kGroup, a.logits.columns - at), token = a.first_token + at;
         prefetch<kGroup>(data + at, kAhead);
+        prefetch_lines<kGroup * sizeof(T), 1>(a.out.row<T>(r) + at, kAhead);
         read_transformed(data + at, count, token, row, x);
         for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
           const WideFloats p = probability(load_wide(x + i));
