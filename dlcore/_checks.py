@@ -120,9 +120,11 @@ def key(
 ) -> Tensor:
     """The key as given, or a fresh one from torch's generator, on `device`."""
     if value is None:
-        source = torch.device("cpu") if generator is None else generator.device
-        fresh = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=source)
-        return fresh if device is None else fresh.to(device)
+        if generator is None:
+            fresh = torch.randint(-(2**63), 2**63 - 1, (2,))
+        else:
+            fresh = torch.randint(-(2**63), 2**63 - 1, (2,), generator=generator, device=generator.device)
+        return fresh if device is None or fresh.device == device else fresh.to(device)
     if generator is not None:
         raise ValueError(f"{op}: give key or generator, not both")
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
@@ -130,4 +132,4 @@ def key(
     if value.shape[-1:] != (2,) or (lead is not None and value.dim() > 1 and value.shape[:-1] != lead):
         wanted = "(..., 2)" if lead is None else f"(2,) or {(*lead, 2)}"
         raise ValueError(f"{op}: key must have shape {wanted}, got {tuple(value.shape)}")
-    return value if device is None else value.to(device)
+    return value if device is None or value.device == device else value.to(device)

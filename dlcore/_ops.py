@@ -32,12 +32,11 @@ def _define(
     def run(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        # Gradients are the registered backward's business, and precision is the kernels' own.
-        with torch.no_grad():
-            if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
-                return _dispatch.run(op, *args)
-            with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-                return _dispatch.run(op, *args)
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return _dispatch.run(op, *args)
+        # Precision is the kernels' own.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return _dispatch.run(op, *args)
 
     _library.impl(name, run, "CompositeExplicitAutograd")
     if not differentiable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dlcore import _ops  # noqa: F401  (declares the ops)
@@ -46,7 +47,11 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "uniform.nelbo_backward": _backward(lambda *a: uniform.nelbo(*a)[0], (0, 1, 2)),
 }
 
+#: What a draw or a statistic says carries no gradient.
+NOT_DIFFERENTIABLE = ("categorical.stats", "categorical.sample", "categorical.sample_mixture")
+
 for _op, _function in REFERENCE.items():
+    _function = torch.no_grad()(_function) if _op in NOT_DIFFERENTIABLE else _function
     implement(_op, "reference", _function, _always)
 
 

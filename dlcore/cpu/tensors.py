@@ -98,7 +98,9 @@ def tiles(
         for first in range(0, dense.shape[-1], width):
             yield first, dense[..., first : first + width]
         return
-    hidden = flat_hidden(logits)
+    # Gradients are the registered backward's business.
+    hidden, weight = flat_hidden(logits).detach(), weight.detach()
+    bias = None if bias is None else bias.detach()
     width = width or tile_width(hidden.shape[0])
     for first in range(0, weight.shape[0], width):
         piece = weight[first : first + width].float()
