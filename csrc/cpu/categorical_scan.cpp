@@ -21,39 +21,42 @@ constexpr float kLogGroup = 5.5451775f;
 // Rounding of a group's score can't reach this.
 constexpr float kSlack = 1e-3f;
 
+// Lane by lane; their horizontal sums, a chain of latencies, are taken for several groups together.
 struct GroupSum {
-  float sum, weighted;
+  Floats sum, weighted;
 };
 
 // The largest entries by lane; `check` turns to NaN or infinity where an entry is NaN or +inf.
 template <class T>
 inline Floats group_largest(const T* p, Floats& check) {
-  Floats m = broadcast(kNone), total = broadcast(0.0f);
+  Floats m[2] = {broadcast(kNone), broadcast(kNone)}, total[2] = {broadcast(0.0f), broadcast(0.0f)};
   for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
     prefetch<kAbreast * kLanes>(p + i, kAhead);
     const WideFloats x = load_wide(p + i);
     for (int k = 0; k < kAbreast; ++k) {
-      m = max(slice(x, k), m);
-      total = total + slice(x, k);
+      m[k % 2] = max(slice(x, k), m[k % 2]);
+      total[k % 2] = total[k % 2] + slice(x, k);
     }
   }
-  check = check + total;
-  return m;
+  check = check + (total[0] + total[1]);
+  return max(m[0], m[1]);
 }
 
 // Σ e and Σ e·d with e = exp((x - top)/T), d = log2 e.
 template <class T>
 inline GroupSum group_sum(const T* p, float top, float scale) {
-  Floats total = broadcast(0.0f), weighted = total;
+  const Floats zero = broadcast(0.0f);
+  Floats total[2] = {zero, zero}, weighted[2] = {zero, zero};
+#pragma GCC unroll 1
   for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
     const WideFloats d = max(kExponentFloor, (load_wide(p + i) - top) * scale);
     const WideFloats e = exp2(d);
     for (int k = 0; k < kAbreast; ++k) {
-      total = total + slice(e, k);
-      weighted = fused(slice(e, k), slice(d, k), weighted);
+      total[k % 2] = total[k % 2] + slice(e, k);
+      weighted[k % 2] = fused(slice(e, k), slice(d, k), weighted[k % 2]);
     }
   }
-  return {sum(total), sum(weighted)};
+  return {total[0] + total[1], weighted[0] + weighted[1]};
 }
 
 template <class T>
@@ -97,6 +100,14 @@ class Segment {
 
   int64_t padded_groups() const { return (groups_ + kLanes - 1) / kLanes * kLanes; }
 
+  // What is read next, asked for at an even pace, into the second-level cache: the first is busy.
+  template <int64_t tokens>
+  void fetch() {
+    if (!next_) return;
+    prefetch_lines<tokens * sizeof(T), 0, 2>(next_, fetched_);
+    fetched_ += tokens * sizeof(T);
+  }
+
   const float* buffered(int64_t g) {
     const int64_t at = g * kGroup;
     read_transformed(data_ + at, std::min(kGroup, count_ - at), first_ + at, row_, buffer_);
@@ -104,14 +115,16 @@ class Segment {
   }
 
   void find_largest(Summary& s) {
-    Floats check = broadcast(0.0f);
+    Floats check = broadcast(0.0f), lanes[kLanes];
     for (int64_t g = 0; g < groups_; ++g) {
       Floats padded = check;
-      const Floats m =
+      lanes[g % kLanes] =
           plain(g) ? group_largest(data_ + g * kGroup, check) : group_largest(buffered(g), padded);
-      largest_[g] = largest(m);
+      fetch<kGroup / 4>();
       // A group of its own may hold -inf by right (past the end, excluded): it is looked at by itself.
       if (!plain(g)) s.invalid |= holds_invalid(buffer_, std::min(kGroup, count_ - g * kGroup));
+      if (g % kLanes == kLanes - 1 || g + 1 == groups_)
+        for (int64_t i = g / kLanes * kLanes; i <= g; ++i) largest_[i] = largest(lanes[i % kLanes]);
     }
     // Finite sums and -inf are fine; anything else may also be an overflow, so look closer.
     if (!(sum(check) < std::numeric_limits<float>::infinity()))
@@ -152,15 +165,25 @@ class Segment {
   void sum_live(Summary& s) {
     const float scale = row_.inverse_temperature * kLog2E;
     std::fill(sums_, sums_ + padded_groups(), 0.0f);
+    int64_t groups[kLanes];
+    GroupSum parts[kLanes];
+    int waiting = 0;
+    const auto add_up = [&] {
+      for (int i = 0; i < waiting; ++i) {
+        s.sum += sums_[groups[i]] = sum(parts[i].sum);
+        s.weighted += sum(parts[i].weighted);
+      }
+      waiting = 0;
+    };
     for (int64_t g = 0; g < groups_; ++g) {
       if (!(live_[g] >= 0) || largest_[g] == kNone) continue;
-      if (next_) prefetch<kGroup>(next_ + g * kGroup, 0);
-      const GroupSum part =
+      fetch<kGroup - kGroup / 4>();
+      groups[waiting] = g;
+      parts[waiting] =
           plain(g) ? group_sum(data_ + g * kGroup, top_, scale) : group_sum(buffered(g), top_, scale);
-      sums_[g] = part.sum;
-      s.sum += part.sum;
-      s.weighted += part.weighted;
+      if (++waiting == kLanes) add_up();
     }
+    add_up();
     s.weighted *= kLn2;
   }
 
@@ -214,6 +237,7 @@ class Segment {
 
   const T* data_;
   const T* next_;
+  uintptr_t fetched_ = 0;
   int64_t first_, count_, groups_, best_ = 0;
   float top_ = kNone;
   const RowSoftmax row_;

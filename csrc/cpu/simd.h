@@ -274,6 +274,28 @@ inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, float b, float c)
   return each([b, c](FloatPart x) { return fused(x, FloatPart{} + b, FloatPart{} + c); }, a);
 }
 
+// A float rounded to an integer n, to multiply others by 2^n. AVX-512 has both operations; elsewhere adding
+// 1.5·2^23 rounds and leaves n in the low bits. The bits that come out are the same.
+class Exponent {
+ public:
+  Exponent() = default;
+#if defined(__AVX512F__)
+  explicit Exponent(FloatPart x) : n_((FloatPart)_mm512_maskz_roundscale_ps(0xFFFF, (__m512)x, 0)) {}
+  FloatPart value() const { return n_; }
+  FloatPart scale(FloatPart x) const {
+    return (FloatPart)_mm512_maskz_scalef_ps(0xFFFF, (__m512)x, (__m512)n_);
+  }
+#else
+  explicit Exponent(FloatPart x) : n_(x + kMagic) {}
+  FloatPart value() const { return n_ - kMagic; }
+  FloatPart scale(FloatPart x) const { return (FloatPart)((WordPart)x + ((WordPart)n_ << 23)); }
+#endif
+
+ private:
+  static constexpr float kMagic = 12582912.0f;
+  FloatPart n_;
+};
+
 // The 64-bit products of the even 32-bit lanes with a word.
 inline WidePart multiply_even(WidePart x, uint32_t word) {
 #if defined(__AVX512F__)

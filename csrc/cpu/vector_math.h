@@ -16,16 +16,14 @@ constexpr float kExponentCeiling = 126.0f;
 // 2^y for y in [-125, 126], relative error 2^-23; NaN stays NaN.
 template <int N>
 inline Lanes<FloatPart, N> exp2(const Lanes<FloatPart, N>& y) {
-  // Adding 1.5·2^23 rounds to an integer and leaves it in the low bits.
-  constexpr float magic = 12582912.0f;
-  const auto rounded = y + magic;
-  const auto f = y - (rounded - magic);
+  const auto n = each([](FloatPart v) { return Exponent(v); }, y);
+  const auto f = y - each([](Exponent e) { return e.value(); }, n);
   auto p = fused(f, 0x1.5bba14p-10f, 0x1.3cea88p-7f);
   p = fused(p, f, 0x1.c6b752p-5f);
   p = fused(p, f, 0x1.ebf9bcp-3f);
   p = fused(p, f, 0x1.62e42ap-1f);
   p = fused(p, f, 1.0f);
-  return floats_of(words_of(p) + (words_of(rounded) << 23));
+  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, p);
 }
 
 // 1 / x for x in [1, 2^125], relative error 2^-22: a first guess from the exponent, squared three times. A
