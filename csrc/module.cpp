@@ -7,6 +7,7 @@
 #include <array>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -292,6 +293,13 @@ void bind_rng(py::module_& m) {
   m.def("philox", [](std::array<uint32_t, 4> c, std::array<uint32_t, 2> k) {
     const Block b = philox({{c[0], c[1], c[2], c[3]}}, k[0], k[1]);
     return std::array<uint32_t, 4>{b.word[0], b.word[1], b.word[2], b.word[3]};
+  });
+  m.def("gumbel_of_bits", [](const std::vector<uint32_t>& high, const std::vector<uint32_t>& low) {
+    if (high.size() != low.size() || high.size() % 16 != 0)
+      throw py::value_error("gumbel_of_bits: as many high words as low ones, a multiple of 16");
+    std::vector<float> out(high.size());
+    kernels().gumbel(high.data(), low.data(), static_cast<int64_t>(high.size()), out.data());
+    return out;
   });
 }
 

@@ -17,6 +17,7 @@ struct Kernels {
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
   float (*read)(const float*, int64_t count, int threads);
+  void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 };
 
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
@@ -32,6 +33,7 @@ void kl_backward(const KLBackwardArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
 float read(const float*, int64_t count, int threads);
+void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 }  // namespace DLCORE_ISA
 #endif
 

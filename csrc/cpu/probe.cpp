@@ -1,9 +1,11 @@
-// A pure read of memory: the ceiling that benchmarks compare with. Compiled once per ISA level.
+// What benchmarks and tests hold the kernels against: the speed of memory, the noise of given bits. Compiled
+// once per ISA level.
 #include <atomic>
 
 #include "kernels.h"
 #include "parallel.h"
 #include "simd.h"
+#include "vector_math.h"
 
 namespace dlcore::DLCORE_ISA {
 
@@ -21,6 +23,12 @@ float read(const float* data, int64_t count, int threads) {
     result.store(largest(max(max(m[0], m[1]), max(m[2], m[3]))), std::memory_order_relaxed);
   });
   return result.load();
+}
+
+// The kernels' own Gumbel number of each 64 random bits high·2^32 + low; count is a multiple of 16.
+void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; i += kLanes)
+    store(out + i, gumbel(load_lanes<Words>(high + i), load_lanes<Words>(low + i)));
 }
 
 }  // namespace dlcore::DLCORE_ISA
