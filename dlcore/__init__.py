@@ -1,6 +1,6 @@
 """dlcore: the compute core of diffusion language models."""
 
-from dlcore import categorical, process, rng
+from dlcore import attention, categorical, process, rng
 from dlcore._dispatch import backends, explain, last_backend, use_backend
 from dlcore.linear_logits import LinearLogits
 
@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LinearLogits",
+    "attention",
     "backends",
     "categorical",
     "explain",

@@ -322,3 +322,63 @@ def _backward_nelbo(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, .
 
 
 _autograd("uniform.nelbo", _setup_nelbo, _backward_nelbo)
+
+# --- attention ---------------------------------------------------------------------------------------------
+
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor starts, Tensor stops, "
+    "Tensor? page_table, float scale, float softcap"
+)
+
+
+def _check_attention(*args: Any) -> None:
+    _, k, _, starts, stops, page_table, *_ = args
+    keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
+    for name, x in (("starts", starts), ("stops", stops)):
+        if checks.reads_data(x):
+            low, high = (int(bound) for bound in torch.aminmax(x))
+            if low < 0 or high > keys:
+                got = low if low < 0 else high
+                raise ValueError(f"attention.intervals: {name} must lie in [0, {keys}], got {got}")
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, _d = q.shape
+    return (
+        q.new_empty((batch, rows, heads, v.shape[3])),
+        q.new_empty((batch, heads, rows), dtype=result_dtype(q)),
+    )
+
+
+_define(
+    "attention.intervals",
+    f"({_ATTENTION}) -> (Tensor, Tensor)",
+    _attention_fake,
+    _check_attention,
+    differentiable=True,
+)
+_define(
+    "attention.intervals_backward",
+    "(Tensor grad, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor starts, Tensor stops, float scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    lambda grad, grad_lse, out, lse, q, k, v, *_: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    ),
+)
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, stops, page_table, ctx.scale, ctx.softcap = inputs
+    ctx.paged = page_table is not None
+    ctx.save_for_backward(*output, q, k, v, starts, stops)
+
+
+def _backward_attention(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+    if ctx.paged:
+        raise NotImplementedError("attention.intervals: a paged cache has no gradient")
+    saved = ctx.saved_tensors
+    grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
+    return (*grads, None, None, None, None, None)
+
+
+_autograd("attention.intervals", _setup_attention, _backward_attention)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcore import _ops  # noqa: F401  (declares the ops)
 from dlcore._dispatch import implement
-from dlcore.reference import categorical, rng, uniform
+from dlcore.reference import attention, categorical, rng, uniform
 from dlcore.reference.backward import gradients
 
 
@@ -30,6 +30,8 @@ def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> 
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {
+    "attention.intervals": attention.intervals,
+    "attention.intervals_backward": attention.intervals_backward,
     "rng.fold_in": rng.fold_in,
     "rng.uniform": rng.uniform,
     "rng.normal": rng.normal,
@@ -58,11 +60,11 @@ for _op, _function in REFERENCE.items():
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     """The compiled families, and why they can't take some arguments; empty if the module is not built."""
     try:
-        from dlcore.cpu import categorical, rng, tensors, uniform
+        from dlcore.cpu import attention, categorical, rng, tensors, uniform
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
-    return {"categorical": categorical, "rng": rng, "uniform": uniform}, tensors.reasons
+    return {"attention": attention, "categorical": categorical, "rng": rng, "uniform": uniform}, tensors.reasons
 
 
 #: What stands before the logits in a backward op: the gradient and what the forward pass saved.
@@ -76,6 +78,6 @@ def _of_logits(reasons: Callable[..., list[str]], saved: int) -> Callable[..., l
 _families, _reasons = _compiled()
 for _op in REFERENCE:
     _family, _name = _op.split(".")
-    _saved = SAVED[_op.removesuffix("_backward")] if _op.endswith("_backward") else 0
+    _saved = SAVED.get(_op.removesuffix("_backward"), 0) if _op.endswith("_backward") else 0
     _function = getattr(_families.get(_family), _name, _always)
     implement(_op, "cpu", _function, _of_logits(_reasons, _saved) if _saved else _reasons)

@@ -1,6 +1,7 @@
 // The kernels of one ISA level, and the choice between levels.
 #pragma once
 
+#include "attention.h"
 #include "categorical.h"
 #include "uniform.h"
 
@@ -8,6 +9,8 @@ namespace dlcore {
 
 struct Kernels {
   const char* name;
+  void (*attention)(const AttentionArguments&);
+  void (*attention_backward)(const AttentionBackwardArguments&);
   void (*scan)(const ScanArguments&);
   void (*softmax_tile)(const SoftmaxTileArguments&);
   void (*histogram)(const HistogramArguments&);
@@ -23,6 +26,8 @@ struct Kernels {
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
 #if defined(DLCORE_ISA)
 namespace DLCORE_ISA {
+void attention(const AttentionArguments&);
+void attention_backward(const AttentionBackwardArguments&);
 Summary scan_row(const ScanArguments&, int64_t r);
 void scan(const ScanArguments&);
 void softmax_tile(const SoftmaxTileArguments&);

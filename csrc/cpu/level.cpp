@@ -8,7 +8,7 @@ namespace dlcore::DLCORE_ISA {
 
 const Kernels& level() {
   static const Kernels table = {
-      DLCORE_NAME(DLCORE_ISA), scan, softmax_tile, histogram, log_probs_backward, kl, kl_backward, nelbo,
+      DLCORE_NAME(DLCORE_ISA), attention, attention_backward, scan, softmax_tile, histogram, log_probs_backward, kl, kl_backward, nelbo,
       nelbo_backward,          read, gumbel,
   };
   return table;

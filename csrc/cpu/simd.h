@@ -80,6 +80,9 @@ inline Lanes<P, N> operator|(const Lanes<P, N>& a, const Lanes<P, N>& b) {
   return each([](P x, P y) { return x | y; }, a, b);
 }
 
+// x in all lanes. (x - 0 is x to the compiler; 0 + x is not, for x = -0.)
+inline FloatPart spread(float x) { return x - FloatPart{}; }
+
 // A scalar on either side stands for all lanes.
 template <class P, int N>
 using Scalar = std::remove_reference_t<decltype(P{}[0])>;
@@ -126,7 +129,7 @@ inline Lanes<P, N> operator>>(const Lanes<P, N>& a, int n) {
 }
 
 inline Floats broadcast(float x) {
-  return each([x](FloatPart) { return FloatPart{} + x; }, Floats{});
+  return each([x](FloatPart) { return spread(x); }, Floats{});
 }
 inline Words broadcast(uint32_t x) {
   return each([x](WordPart) { return WordPart{} + x; }, Words{});
@@ -241,7 +244,7 @@ inline Lanes<FloatPart, N> max(const Lanes<FloatPart, N>& a, const Lanes<FloatPa
 }
 template <int N>
 inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
-  return each([a](FloatPart y) { return max(FloatPart{} + a, y); }, b);
+  return each([a](FloatPart y) { return max(spread(a), y); }, b);
 }
 
 // a·b + c, rounded once where the machine can.
@@ -263,15 +266,15 @@ inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, const Lanes<Float
 }
 template <int N>
 inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b, float c) {
-  return each([c](FloatPart x, FloatPart y) { return fused(x, y, FloatPart{} + c); }, a, b);
+  return each([c](FloatPart x, FloatPart y) { return fused(x, y, spread(c)); }, a, b);
 }
 template <int N>
 inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, float b, const Lanes<FloatPart, N>& c) {
-  return each([b](FloatPart x, FloatPart z) { return fused(x, FloatPart{} + b, z); }, a, c);
+  return each([b](FloatPart x, FloatPart z) { return fused(x, spread(b), z); }, a, c);
 }
 template <int N>
 inline Lanes<FloatPart, N> fused(const Lanes<FloatPart, N>& a, float b, float c) {
-  return each([b, c](FloatPart x) { return fused(x, FloatPart{} + b, FloatPart{} + c); }, a);
+  return each([b, c](FloatPart x) { return fused(x, spread(b), spread(c)); }, a);
 }
 
 // A float rounded to an integer n, to multiply others by 2^n. AVX-512 has both operations; elsewhere adding

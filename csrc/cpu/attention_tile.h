@@ -1,0 +1,318 @@
+// What forward and backward share: a small matrix product on tiles that stay in the cache, row tiles, key
+// tiles.
+//
+// Scores are kept transposed, keys down and query rows across the lanes: the softmax over keys is then
+// vertical, and keys and values enter every product as scalars, as they lie in memory.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+
+#include "attention_plan.h"
+#include "rows.h"
+
+namespace dlcore::DLCORE_ISA {
+
+inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Registers that a product may fill with sums, in sixteens.
+constexpr int kSums = kParts == 1 ? 16 : kParts == 2 ? 4 : 2;
+constexpr int kWidest = kParts == 1 ? 4 : 1;
+
+// c[j][0..16W) = c·factor + Σ_k A(j, k)·b[k][0..16W) for j < N, where A(j, k) is a[j·lda + k], or a[k·lda +
+// j] `by_column`. Without a factor c is set to the sum, or added to.
+template <int W, int N, bool by_column>
+inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
+                           int64_t depth, bool add, const float* factor) {
+  Floats sum[N][W];
+  for (int j = 0; j < N; ++j)
+    for (int w = 0; w < W; ++w) {
+      sum[j][w] = add ? load(c + j * ldc + w * kLanes) : broadcast(0.0f);
+      if (factor) sum[j][w] = sum[j][w] * load(factor + w * kLanes);
+    }
+#pragma GCC unroll 1
+  for (int64_t k = 0; k < depth; ++k) {
+    Floats x[W];
+    for (int w = 0; w < W; ++w) x[w] = load(b + k * ldb + w * kLanes);
+    for (int j = 0; j < N; ++j) {
+      const float s = by_column ? a[k * lda + j] : a[j * lda + k];
+      for (int w = 0; w < W; ++w) sum[j][w] = fused(x[w], s, sum[j][w]);
+    }
+  }
+  for (int j = 0; j < N; ++j)
+    for (int w = 0; w < W; ++w) store(c + j * ldc + w * kLanes, sum[j][w]);
+}
+
+// A product's operands; all rows of b and c are whole sixteens.
+struct Operands {
+  const float* a;
+  int64_t lda;
+  const float* b;
+  int64_t ldb;
+  float* c;
+  int64_t ldc;
+  int64_t depth;
+  bool add = false;
+  const float* factor = nullptr;
+};
+
+template <int W, int N, bool by_column>
+inline void multiply_rows(const Operands& p, int64_t from, int64_t rows, int64_t lane) {
+  for (; from + N <= rows; from += N)
+    multiply_panel<W, N, by_column>(p.a + from * (by_column ? 1 : p.lda), p.lda, p.b + lane, p.ldb,
+                                    p.c + from * p.ldc + lane, p.ldc, p.depth, p.add,
+                                    p.factor ? p.factor + lane : nullptr);
+  if constexpr (N > 1)
+    if (from < rows) multiply_rows<W, N / 2, by_column>(p, from, rows, lane);
+}
+
+template <int W, bool by_column>
+inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane) {
+  for (; sixteens >= W; sixteens -= W, lane += W * kLanes)
+    multiply_rows<W, kSums / W, by_column>(p, 0, rows, lane);
+  if constexpr (W > 1)
+    if (sixteens > 0) multiply_lanes<W / 2, by_column>(p, rows, sixteens, lane);
+}
+
+// `rows` rows of c, `sixteens` times sixteen lanes wide.
+template <bool by_column>
+inline void multiply(const Operands& p, int64_t rows, int64_t sixteens) {
+  multiply_lanes<kWidest, by_column>(p, rows, sixteens, 0);
+}
+
+// The same where a factor of 0, from a key that a row does not see, must hide even NaN and infinity.
+// `zeros_in_a`: the factors that may be 0 are a's, else b's.
+template <bool by_column, bool zeros_in_a>
+inline void multiply_guarded(const Operands& p, int64_t rows, int64_t sixteens) {
+  for (int64_t j = 0; j < rows; ++j)
+    for (int64_t lane = 0; lane < sixteens * kLanes; ++lane) {
+      float& c = p.c[j * p.ldc + lane];
+      float sum = p.add ? c : 0;
+      if (p.factor) sum *= p.factor[lane];
+      for (int64_t k = 0; k < p.depth; ++k) {
+        const float x = by_column ? p.a[k * p.lda + j] : p.a[j * p.lda + k], y = p.b[k * p.ldb + lane];
+        if ((zeros_in_a ? x : y) != 0) sum += x * y;
+      }
+      c = sum;
+    }
+}
+
+// `count` numbers as floats times `scale`, zeros up to a whole sixteen; `check` turns NaN where one is not
+// finite.
+template <class T>
+inline void read_row(const T* p, int64_t count, float scale, float* out, Floats& check) {
+  int64_t i = 0;
+  const auto put = [&](const Floats& x) {
+    store(out + i, x * scale);
+    check = fused(x, 0.0f, check);
+  };
+  for (; i + kLanes <= count; i += kLanes) put(load(p + i));
+  if (i == count) return;
+  T tail[kLanes] = {};
+  std::memcpy(tail, p + i, static_cast<size_t>(count - i) * sizeof(T));
+  put(load(tail));
+}
+
+inline bool finite(const Floats& check) { return sum(check) == 0; }
+
+// out[c][r] = in[r][c] for 16 rows and 16 columns.
+inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
+  for (int64_t c = 0; c < kLanes; ++c)
+    for (int64_t r = 0; r < kLanes; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+}
+
+// A thread's memory, kept from call to call.
+class Scratch {
+ public:
+  // `count` floats from a cache line on, until the next `reset`.
+  float* take(int64_t count) {
+    float* p = data_.get() + used_;
+    used_ += round_up(count, 16);
+    return p;
+  }
+  void reset(int64_t floats) {
+    used_ = 0;
+    if (floats + 16 <= size_) return;
+    size_ = floats + 16;
+    data_.reset(static_cast<float*>(
+        ::operator new(static_cast<size_t>(size_) * sizeof(float), std::align_val_t{kCacheLine})));
+  }
+
+ private:
+  struct Free {
+    void operator()(float* p) const { ::operator delete(p, std::align_val_t{kCacheLine}); }
+  };
+  std::unique_ptr<float[], Free> data_;
+  int64_t size_ = 0, used_ = 0;
+};
+
+inline Scratch& scratch() {
+  thread_local Scratch kept;
+  return kept;
+}
+
+// Keys and values of one head as float32 tiles, converted when first asked for and kept while there is room.
+class KeyTiles {
+ public:
+  struct Tile {
+    const float* k;
+    const float* v;
+    bool finite;
+  };
+
+  static int64_t slots(const AttentionArguments& a) {
+    const int64_t floats = kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
+    const int64_t tiles = (a.keys + kKeyTile - 1) / kKeyTile;
+    return std::max<int64_t>(1, std::min(tiles, kRoom / floats));
+  }
+  static int64_t floats(const AttentionArguments& a) {
+    return slots(a) * kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
+  }
+  static int64_t columns(int64_t dim) { return round_up(dim, kLanes); }
+
+  KeyTiles(const AttentionArguments& a, int64_t batch, int64_t head, Scratch& scratch)
+      : a_(a), batch_(batch), head_(head), held_(static_cast<size_t>(slots(a)), Held{-1, false}) {
+    memory_ = scratch.take(floats(a));
+  }
+
+  Tile operator[](int64_t tile) {
+    const auto slot = static_cast<size_t>(tile) % held_.size();
+    const int64_t k_columns = columns(a_.head_dim), v_columns = columns(a_.value_dim);
+    float* k = memory_ + static_cast<int64_t>(slot) * kKeyTile * (k_columns + v_columns);
+    float* v = k + kKeyTile * k_columns;
+    if (held_[slot].tile != tile) {
+      const bool k_finite = read(a_.k, tile, a_.head_dim, k), v_finite = read(a_.v, tile, a_.value_dim, v);
+      held_[slot] = {tile, k_finite && v_finite};
+    }
+    return {k, v, held_[slot].finite};
+  }
+
+ private:
+  struct Held {
+    int64_t tile;
+    bool finite;
+  };
+  // 2 MiB.
+  static constexpr int64_t kRoom = 1 << 19;
+
+  bool read(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
+    bool all_finite = true;
+    with_dtype(heads.dtype, [&](auto type) { all_finite = read_as<decltype(type)>(heads, tile, dim, out); });
+    return all_finite;
+  }
+
+  template <class T>
+  bool read_as(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
+    Floats check = broadcast(0.0f);
+    const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
+    for (int64_t key = from; key < to; ++key, out += columns(dim))
+      read_row(row<T>(heads, key), dim, 1.0f, out, check);
+    return finite(check);
+  }
+
+  template <class T>
+  const T* row(const Heads& heads, int64_t key) const {
+    if (!a_.pages.table) return heads.at<const T>(batch_, key, head_);
+    const int64_t page = a_.pages.table[batch_ * a_.pages.pages + key / a_.pages.page_size];
+    return heads.at<const T>(page, key % a_.pages.page_size, head_);
+  }
+
+  const AttentionArguments& a_;
+  int64_t batch_, head_;
+  float* memory_;
+  std::vector<Held> held_;
+};
+
+// The rows of a tile: lane l is query l / heads of the tile, head l % heads of the chunk.
+struct RowTile {
+  RowTile(const AttentionArguments& a, const AttentionPlan& plan, int64_t batch, int64_t kv_head,
+          int64_t chunk, int64_t tile)
+      : a(a), batch(batch) {
+    const int64_t group = a.heads / a.kv_heads, set = plan.bounds_of(batch);
+    const int64_t first = tile * plan.queries_abreast;
+    first_head = kv_head * group + chunk * plan.heads_abreast;
+    heads = std::min(plan.heads_abreast, group - chunk * plan.heads_abreast);
+    queries = plan.order[static_cast<size_t>(set)].data() + first;
+    lanes = std::min(plan.queries_abreast, a.rows - first) * heads;
+    sixteens = (lanes + kLanes - 1) / kLanes;
+    width = sixteens * kLanes;
+    visits = &plan.visits[static_cast<size_t>(set)][static_cast<size_t>(tile)];
+    const int32_t* starts = a.starts + set * 2 * a.rows;
+    const int32_t* stops = a.stops + set * 2 * a.rows;
+    std::fill(&bounds[0][0], &bounds[0][0] + 4 * kRowTile, 0);
+    for (int64_t lane = 0; lane < lanes; ++lane)
+      for (int i = 0; i < 2; ++i) {
+        bounds[i][lane] = starts[2 * query(lane) + i];
+        bounds[2 + i][lane] = stops[2 * query(lane) + i];
+      }
+  }
+
+  int64_t query(int64_t lane) const { return queries[lane / heads]; }
+  int64_t head(int64_t lane) const { return first_head + lane % heads; }
+  int64_t lse_at(int64_t lane) const { return (batch * a.heads + head(lane)) * a.rows + query(lane); }
+
+  // Which lanes of a sixteen see a key.
+  Mask sees(int64_t key, int64_t sixteen) const {
+    const auto n = static_cast<int32_t>(key);
+    const auto inside = [n](IntPart start, IntPart stop) { return (IntPart)((start <= n) & (n < stop)); };
+    const int64_t at = sixteen * kLanes;
+    const auto bound = [&](int i) { return load_lanes<Mask>(bounds[i] + at); };
+    return each([](IntPart x, IntPart y) { return x | y; }, each(inside, bound(0), bound(2)),
+                each(inside, bound(1), bound(3)));
+  }
+
+  // Rows of q or of a gradient, `dim` wide and scaled, one after the other; false if one is not finite.
+  bool read(const Heads& from, int64_t dim, float scale, float* out) const {
+    Floats check = broadcast(0.0f);
+    const int64_t stride = round_up(dim, kLanes);
+    with_dtype(from.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        read_row(from.at<const T>(batch, query(lane), head(lane)), dim, scale, out + lane * stride, check);
+    });
+    std::fill(out + lanes * stride, out + width * stride, 0.0f);
+    return finite(check);
+  }
+
+  // Rows as `read` gives them, from lanes down to lanes across.
+  void across(const float* rows, int64_t dim, float* out) const {
+    const int64_t stride = round_up(dim, kLanes);
+    for (int64_t lane = 0; lane < width; lane += kLanes)
+      for (int64_t d = 0; d < stride; d += kLanes)
+        transpose(rows + lane * stride + d, stride, out + d * width + lane, width);
+  }
+
+  // Writes rows that lie across the lanes; `rows` is room for them one after the other.
+  void write(const float* across, int64_t dim, float* rows, const Heads& to) const {
+    const int64_t stride = round_up(dim, kLanes);
+    for (int64_t lane = 0; lane < width; lane += kLanes)
+      for (int64_t d = 0; d < stride; d += kLanes)
+        transpose(across + d * width + lane, width, rows + lane * stride + d, stride);
+    with_dtype(to.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (int64_t lane = 0; lane < lanes; ++lane)
+        write_row(to.at<T>(batch, query(lane), head(lane)), dim, rows + lane * stride);
+    });
+  }
+
+  template <class T>
+  static void write_row(T* p, int64_t count, const float* values) {
+    for (int64_t i = 0; i < count; i += kGroup) write_group(p + i, std::min(kGroup, count - i), values + i);
+  }
+
+  const AttentionArguments& a;
+  int64_t batch, first_head, heads, lanes, sixteens, width;
+  const int32_t* queries;
+  const std::vector<Visit>* visits;
+  // starts[0], starts[1], stops[0], stops[1] by lane; nothing for lanes past the last.
+  alignas(64) int32_t bounds[4][kRowTile];
+};
+
+// Scores by lane in powers of two, softcapped where asked, -inf where a row does not see the key.
+template <bool capped>
+inline Floats score(const Floats& x, float softcap) {
+  if constexpr (!capped) return x;
+  return softcapped(x, softcap) * kLog2E;
+}
+
+}  // namespace dlcore::DLCORE_ISA

@@ -1,0 +1,99 @@
+"""Attention over two key intervals per query row, in plain torch: the meaning of the kernels.
+
+Shapes: q (B, S, Hq, D), k (B, T, Hkv, D), v (B, T, Hkv, Dv); starts and stops (B or 1, S, 2) int32. Query
+row s sees keys [starts[s, i], stops[s, i]) for i = 0, 1; the two must not overlap.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def visible(starts: Tensor, stops: Tensor, keys: int) -> Tensor:
+    """The dense mask (B or 1, S, keys) of the intervals."""
+    key = torch.arange(keys, device=starts.device)
+    inside = (key >= starts.unsqueeze(-1)) & (key < stops.unsqueeze(-1))
+    return inside.any(-2)
+
+
+def gathered(pages: Tensor, page_table: Tensor | None) -> Tensor:
+    """Keys or values (B, T, H, D) of pages (num_pages, page_size, H, D); as they are without a table."""
+    return pages if page_table is None else pages[page_table.long()].flatten(1, 2)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(x).all()) for x in tensors)
+
+
+def _attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, finite: bool
+) -> tuple[Tensor, Tensor]:
+    """Without `finite` each row gets keys and values of its own, 0 where it sees none: 0 · NaN is NaN."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    group = q.shape[2] // k.shape[2]
+    queries = q.to(wide).transpose(1, 2)
+    keys, values = (x.to(wide).repeat_interleave(group, dim=2).transpose(1, 2) for x in (k, v))
+    pairs = mask.unsqueeze(1)
+    if finite:
+        scores = queries @ keys.mT * scale
+    else:
+        keys, values = (torch.where(pairs.unsqueeze(-1), x.unsqueeze(2), 0) for x in (keys, values))
+        scores = (keys @ queries.unsqueeze(-1)).squeeze(-1) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = torch.where(pairs, scores, -torch.inf)
+    lse = torch.logsumexp(scores, -1)
+    probs = torch.exp(scores - torch.where(pairs.any(-1), lse, 0).unsqueeze(-1))
+    out = probs @ values if finite else (probs.unsqueeze(-2) @ values).squeeze(-2)
+    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+
+
+def intervals(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    stops: Tensor,
+    page_table: Tensor | None,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, S, Hq, Dv) in q's dtype and lse (B, Hq, S): 0 and -inf for a row that sees nothing."""
+    k, v = gathered(k, page_table), gathered(v, page_table)
+    mask = visible(starts, stops, k.shape[1])
+    return _attend(q, k, v, mask, scale, softcap, _finite(q, k, v))
+
+
+def intervals_backward(
+    grad: Tensor,
+    grad_lse: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    stops: Tensor,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; out and lse are computed anew."""
+    mask = visible(starts, stops, k.shape[1])
+    with torch.enable_grad():
+        leaves = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
+        outputs = _attend(q, k, v, mask, scale, softcap, _finite(q, k, v, grad, grad_lse))
+    dq, dk, dv = torch.autograd.grad(outputs, leaves, (grad, grad_lse))
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The attention over the union of two disjoint key sets from the attention over each."""
+    empty = torch.maximum(lse_a, lse_b) == -torch.inf
+    # -inf minus -inf is NaN, also in the gradient.
+    total = torch.logaddexp(*(torch.where(empty, 0, x) for x in (lse_a, lse_b)))
+    parts = []
+    for out, lse in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(lse - total).transpose(1, 2).unsqueeze(-1)
+        parts.append(torch.where(weight > 0, out, 0) * weight)
+    return (parts[0] + parts[1]).to(out_a.dtype), torch.where(empty, -torch.inf, total)
