@@ -205,9 +205,18 @@ class KeyTiles {
   bool read_as(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
     Floats check = broadcast(0.0f);
     const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
-    for (int64_t key = from; key < to; ++key, out += columns(dim))
+    for (int64_t key = from; key < to; ++key, out += columns(dim)) {
+      // The next tile's rows, far apart as they are, come while this tile is worked on.
+      if (key + kKeyTile < a_.keys) fetch(row<T>(heads, key + kKeyTile), dim);
       read_row(row<T>(heads, key), dim, 1.0f, out, check);
+    }
     return finite(check);
+  }
+
+  template <class T>
+  static void fetch(const T* p, int64_t dim) {
+    constexpr auto line = static_cast<int64_t>(kCacheLine / sizeof(T));
+    for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(p + i, 0, 2);
   }
 
   template <class T>
@@ -307,12 +316,5 @@ struct RowTile {
   // starts[0], starts[1], stops[0], stops[1] by lane; nothing for lanes past the last.
   alignas(64) int32_t bounds[4][kRowTile];
 };
-
-// Scores by lane in powers of two, softcapped where asked, -inf where a row does not see the key.
-template <bool capped>
-inline Floats score(const Floats& x, float softcap) {
-  if constexpr (!capped) return x;
-  return softcapped(x, softcap) * kLog2E;
-}
 
 }  // namespace dlcore::DLCORE_ISA
