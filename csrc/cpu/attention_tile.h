@@ -115,10 +115,35 @@ inline void read_row(const T* p, int64_t count, float scale, float* out, Floats&
 
 inline bool finite(const Floats& check) { return sum(check) == 0; }
 
+// Swaps the off-diagonal blocks, `size` wide, of a square of registers.
+template <int size>
+inline void swap_blocks(FloatPart (&row)[kPartLanes]) {
+  IntPart upper, lower;
+  for (int i = 0; i < kPartLanes; ++i) {
+    upper[i] = i & size ? kPartLanes + i - size : i;
+    lower[i] = i & size ? kPartLanes + i : i + size;
+  }
+  for (int i = 0; i < kPartLanes; ++i) {
+    if (i & size) continue;
+    const FloatPart x = row[i], y = row[i + size];
+    row[i] = __builtin_shuffle(x, y, upper);
+    row[i + size] = __builtin_shuffle(x, y, lower);
+  }
+}
+
 // out[c][r] = in[r][c] for 16 rows and 16 columns.
 inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  for (int64_t c = 0; c < kLanes; ++c)
-    for (int64_t r = 0; r < kLanes; ++r) out[c * out_stride + r] = in[r * in_stride + c];
+  for (int64_t r = 0; r < kLanes; r += kPartLanes)
+    for (int64_t c = 0; c < kLanes; c += kPartLanes) {
+      FloatPart row[kPartLanes];
+      for (int i = 0; i < kPartLanes; ++i) std::memcpy(&row[i], in + (r + i) * in_stride + c, sizeof row[i]);
+      if constexpr (kPartLanes > 8) swap_blocks<8>(row);
+      if constexpr (kPartLanes > 4) swap_blocks<4>(row);
+      swap_blocks<2>(row);
+      swap_blocks<1>(row);
+      for (int i = 0; i < kPartLanes; ++i)
+        std::memcpy(out + (c + i) * out_stride + r, &row[i], sizeof row[i]);
+    }
 }
 
 // A thread's memory, kept from call to call.
