@@ -17,6 +17,8 @@ Function = Callable[..., Any]
 ASCII = str.maketrans({"×": "x", "α": "a", "ψ": "psi", "κ": "kappa"})
 #: Rows of the result that are compared with torch in float64.
 COMPARED = 4
+#: Providers that torch compiles, too slow for smoke tests.
+COMPILED = ("compile", "flex_attention")
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class Work:
         check: raises AssertionError unless it likes (result, *inputs).
         bytes: the least traffic of the op; 0 where the time is not one of memory.
         flops: of its matrix products.
+        pairs: of queries and keys that they see, over all heads and sequences, if it is an attention.
         differentiate: how many of the inputs, from the first on, get gradients.
         prepare: runs before every timed call, itself untimed.
+        own: provider -> its arguments where it likes another layout than `inputs`.
+        unlike: providers that compute something else, there for scale; their results are not checked.
     """
 
     inputs: tuple[Tensor, ...]
@@ -40,6 +45,9 @@ class Work:
     flops: int = 0
     differentiate: int = 0
     prepare: dict[str, Callable[[], None]] = field(default_factory=dict)
+    own: dict[str, tuple[Tensor, ...]] = field(default_factory=dict)
+    unlike: tuple[str, ...] = ()
+    pairs: int = 0
 
     def call(self, provider: str) -> Callable[[], Any]:
         """What is timed."""
@@ -49,7 +57,8 @@ class Work:
             function = torch.compile(function, dynamic=False)
         if self.differentiate:
             return lambda: self._with_gradients(function)
-        return lambda: function(*self.inputs)
+        inputs = self.own.get(provider, self.inputs)
+        return lambda: function(*inputs)
 
     def _with_gradients(self, function: Function) -> tuple[Tensor, ...]:
         wanted = [x.requires_grad_() for x in self.inputs[: self.differentiate]]

@@ -16,7 +16,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 import dlcore
 from bench import ceiling
-from bench.case import Case, Work, nbytes
+from bench.case import COMPILED, Case, Work, nbytes
 from bench.report import add_ratios, mark_suspicious
 from dlcore import _C
 
@@ -38,7 +38,7 @@ def measure(benchmark: BenchmarkFixture) -> Callable[[Case, str], None]:
     """A function (case, provider): timed with benchmarks enabled, else one call on the tiny shape."""
 
     def run(case: Case, provider: str) -> None:
-        if not benchmark.enabled and provider == "compile":
+        if not benchmark.enabled and provider in COMPILED:
             pytest.skip("torch.compile is left out of smoke tests")
         work = prepared(case, not benchmark.enabled)
         benchmark.group = case.group
@@ -46,7 +46,8 @@ def measure(benchmark: BenchmarkFixture) -> Callable[[Case, str], None]:
             result = timed(benchmark, case, provider, work)
         else:
             result = benchmark(work.call(provider))
-        work.check(result, *work.inputs)
+        if provider not in work.unlike:
+            work.check(result, *work.inputs)
 
     return run
 
@@ -73,17 +74,17 @@ def warm_up(call: Callable[[], Any], prepare: Callable[[], None] | None) -> Warm
 
 
 def timed(benchmark: BenchmarkFixture, case: Case, provider: str, work: Work) -> Any:
-    """Time one provider, a pure read of its first input before and after, and note what that means."""
+    """Time one provider, the machine's ceilings before and after, and note what that means."""
     call, prepare = work.call(provider), work.prepare.get(provider)
     try:
         warm = warm_up(call, prepare)
     except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
         pytest.skip(f"torch.compile cannot run this here: {str(error).splitlines()[0]}")
-    before = ceiling.read_seconds(work.inputs[0].detach())
+    before = Ceilings.of(work)
     iterations = 1 if prepare else math.ceil(BATCH / max(warm.seconds, 1e-7)) if warm.seconds < BATCH else 1
     rounds = max(LEAST, min(MOST, int(BUDGET / (warm.seconds * iterations))))
     result = benchmark.pedantic(call, setup=prepare, rounds=rounds, iterations=iterations)
-    read = min(before, ceiling.read_seconds(work.inputs[0].detach()))
+    after = Ceilings.of(work)
     numbers = benchmark.stats.stats  # type: ignore[union-attr]
     benchmark.extra_info.update(
         op=case.op,
@@ -91,27 +92,61 @@ def timed(benchmark: BenchmarkFixture, case: Case, provider: str, work: Work) ->
         note=case.note,
         provider=provider,
         first_call_s=round(warm.first, 4),
-        **judged(work, numbers.min, numbers.median, read),
+        **judged(work, numbers.min, numbers.median, before.or_better(after)),
         **surroundings(case, provider),
     )
     return result
 
 
-def judged(work: Work, least: float, median: float, read: float) -> dict[str, Any]:
-    """What the time means: best time against best read, the median for the bandwidth."""
-    unit = nbytes(work.inputs[0])
-    need = max(work.bytes * read / unit, work.flops / ceiling.gemm_rate() if work.flops else 0)
-    memory = work.bytes > 0
+@dataclass(frozen=True)
+class Ceilings:
+    """Seconds of a pure read of the first input; flops per second of a matrix product, 0 without one."""
+
+    read: float
+    gemm: float
+    onednn: float
+
+    @classmethod
+    def of(cls, work: Work) -> Ceilings:
+        """Measured now, the product in the dtype of the first input."""
+        first = work.inputs[0].detach()
+        read = ceiling.read_seconds(first)
+        if not work.flops:
+            return cls(read, 0.0, 0.0)
+        wide = first.dtype == torch.float32  # torch.mm has only narrow products done by oneDNN
+        return cls(read, ceiling.gemm_rate(first.dtype), ceiling.onednn_rate() if wide else 0.0)
+
+    def or_better(self, other: Ceilings) -> Ceilings:
+        """The best of both."""
+        return Ceilings(
+            min(self.read, other.read), max(self.gemm, other.gemm), max(self.onednn, other.onednn)
+        )
+
+
+def judged(work: Work, least: float, median: float, best: Ceilings) -> dict[str, Any]:
+    """What the time means: best time against best read and product, the median for the rates."""
+    unit, memory, products = nbytes(work.inputs[0]), work.bytes > 0, work.flops > 0
+    reading, multiplying = work.bytes * best.read / unit, work.flops / best.gemm if products else 0.0
     return {
+        "dtype": str(work.inputs[0].dtype).removeprefix("torch."),
         "bytes": work.bytes,
         "flops": work.flops,
+        "pairs": work.pairs,
         "unit_bytes": unit,
         "gb_per_s": round(work.bytes / median / 1e9, 3) if memory else None,
-        "read_gb_per_s": round(unit / read / 1e9, 3),
+        "gflop_per_s": round(work.flops / median / 1e9, 3) if products else None,
+        "ns_per_pair": round(median / work.pairs * 1e9, 4) if work.pairs else None,
+        "read_gb_per_s": round(unit / best.read / 1e9, 3),
         "copy_gb_per_s": round(ceiling.copy_bandwidth() / 1e9, 3),
-        "gemm_gflop_per_s": round(ceiling.gemm_rate() / 1e9, 3),
-        "reads": round(least / read, 3) if memory and not work.flops else None,
-        "percent_of_ceiling": round(100 * need / least, 2) if memory else None,
+        "gemm_gflop_per_s": round(best.gemm / 1e9, 3) if products else None,
+        "onednn_gflop_per_s": round(best.onednn / 1e9, 3) if best.onednn else None,
+        "reads": round(least / best.read, 3) if memory and not products else None,
+        "percent_of_read": round(100 * reading / least, 2) if memory else None,
+        "percent_of_mm": round(100 * multiplying / least, 2) if products else None,
+        "percent_of_onednn": round(100 * work.flops / best.onednn / least, 2) if best.onednn else None,
+        "percent_of_ceiling": round(100 * max(reading, multiplying) / least, 2)
+        if memory or products
+        else None,
     }
 
 

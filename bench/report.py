@@ -20,6 +20,11 @@ HEADER = (
     "provider",
     "time",
     "GB/s",
+    "% of read",
+    "GFLOP/s",
+    "% of mm",
+    "% of oneDNN",
+    "ns/pair",
     "% of ceiling",
     "reads",
     "÷ dlcore",
@@ -41,16 +46,19 @@ def add_ratios(benchmarks: list[Record]) -> None:
 
 
 def mark_suspicious(benchmarks: list[Record]) -> None:
-    """extra_info["suspicious"]: faster than the best read of the run, of that size, allows."""
-    rates: dict[int, float] = {}
+    """extra_info["suspicious"]: faster than the run's best read of that size or product of that dtype."""
+    reads: dict[int, float] = {}
+    products: dict[str, float] = {}
     for b in benchmarks:
         info = b["extra_info"]
-        rates[info["unit_bytes"]] = max(info["read_gb_per_s"], rates.get(info["unit_bytes"], 0))
+        size, dtype = info["unit_bytes"], info["dtype"]
+        reads[size] = max(info["read_gb_per_s"], reads.get(size, 0))
+        rates = info["gemm_gflop_per_s"], info.get("onednn_gflop_per_s"), products.get(dtype)
+        products[dtype] = max(rate or 0 for rate in rates)
     for b in benchmarks:
         info = b["extra_info"]
-        need = max(
-            info["bytes"] / rates[info["unit_bytes"]] * 1e-9, info["flops"] / info["gemm_gflop_per_s"] * 1e-9
-        )
+        multiplying = info["flops"] / products[info["dtype"]] if info["flops"] else 0
+        need = max(info["bytes"] / reads[info["unit_bytes"]], multiplying) * 1e-9
         info["suspicious"] = b["stats"]["min"] < FLOOR * need
 
 
@@ -120,7 +128,8 @@ def table(plain: Record, warm: Record | None = None) -> str:
                 info["provider"],
                 _time(b),
                 _number(info["gb_per_s"], ".3g"),
-                _number(info["percent_of_ceiling"], ".3g"),
+                *_attention(info),
+                _number(None if _is_attention(info) else info["percent_of_ceiling"], ".3g"),
                 _number(info["reads"], ".3g"),
                 _slower(b, ours),
                 _time(other),
@@ -128,7 +137,20 @@ def table(plain: Record, warm: Record | None = None) -> str:
             )
         )
         last = b["group"]
-    return "\n".join(_markdown([line if warm else line[:-2] for line in lines]))
+    columns = [column for column in zip(*lines, strict=True) if any(column[1:]) or len(lines) == 1]
+    return "\n".join(_markdown(list(zip(*columns, strict=True))))
+
+
+def _is_attention(info: Record) -> bool:
+    return bool(info.get("pairs"))
+
+
+def _attention(info: Record) -> tuple[str, ...]:
+    """What tells in an attention: each ceiling by itself, and the time per visible pair."""
+    if not _is_attention(info):
+        return ("",) * 5
+    keys = ("percent_of_read", "gflop_per_s", "percent_of_mm", "percent_of_onednn", "ns_per_pair")
+    return tuple(_number(info[key], ".3g") for key in keys)
 
 
 def _row(record: Record) -> tuple[str, str]:
@@ -161,14 +183,22 @@ def heading(run: Record) -> str:
         (b["extra_info"]["read_gb_per_s"] for b in benchmarks if b["extra_info"]["bytes"] > 1 << 26),
         default=None,
     )
+    best_product = max(
+        (b["extra_info"]["gemm_gflop_per_s"] or 0 for b in benchmarks if _is_float32(b["extra_info"])),
+        default=None,
+    )
     parts = [
         f"{machine['cpu']}, {info['threads']} threads, {ours}",
         f"Python {machine['python']}, torch {info['torch']}",
         f"read {_number(best_read, '.3g') or '-'} GB/s, copy {info['copy_gb_per_s']:.3g} GB/s, "
-        f"GEMM {info['gemm_gflop_per_s']:.3g} GFLOP/s",
+        f"GEMM {_number(best_product or None, '.3g') or '-'} GFLOP/s",
         run["datetime"][:10],
     ]
     return "; ".join(parts)
+
+
+def _is_float32(info: Record) -> bool:
+    return bool(info.get("dtype", "float32") == "float32")
 
 
 def document(plain: Record, warm: Record | None = None) -> str:

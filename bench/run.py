@@ -14,6 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+from bench import picture
 from bench.report import Record, document, reduced
 
 HERE = Path(__file__).parent
@@ -42,13 +43,14 @@ def slug(text: str) -> str:
 
 
 def write(folder: Path, runs: dict[str, Record]) -> str:
-    """JSON per allocator and one table of both; returns the table."""
+    """JSON per allocator, one table of both, and the picture of attention if it ran; returns the table."""
     folder.mkdir(parents=True, exist_ok=True)
     first = next(iter(runs.values()))
     stem = f"{slug(str(first['machine']['cpu']))}-{first['datetime'][:10]}"
     for allocator, run in runs.items():
         suffix = "" if allocator == "default" else f"-{allocator}"
         (folder / f"{stem}{suffix}.json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n")
+        picture.save(folder / f"{stem}{suffix}-attention.png", run)
     text = document(*runs.values())
     (folder / f"{stem}.md").write_text(text)
     return text

@@ -25,7 +25,7 @@ TALE = (
     "the cat sat on the mat and the rat sat on the hat. a cat that sat on a rat had the rat on the mat. "
     "then the hat ran, and the cat and the rat ran at the hat. "
 ) * 10
-TINY = ["--length", "24", "--batch", "8", "--steps", "4,2", "--no-timing"]
+TINY = ["--chapter", "1", "--length", "24", "--batch", "8", "--steps", "4,2", "--no-timing"]
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 #: Bytes that the chain's forward messages may take; they dominate the demo's memory.
 _MEMORY = 2 << 30
@@ -18,6 +19,7 @@ class UserError(Exception):
 class Options:
     """What the demo was asked for."""
 
+    chapters: tuple[int, ...]
     text: Path | None
     samplers: tuple[str, ...]
     steps: tuple[int, ...]
@@ -27,6 +29,14 @@ class Options:
     seed: int
     out: Path
     timing: bool
+    seconds: int
+
+
+#: Defaults of the options that only one chapter has.
+_OF_CHAPTER: dict[int, dict[str, Any]] = {
+    1: {"samplers": None, "steps": (8, 32, 128), "length": 128, "batch": 64, "timing": True},
+    2: {"seconds": 60},
+}
 
 
 def whole(text: str, least: int, most: int | None = None) -> int:
@@ -54,41 +64,67 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
+def _chapters(text: str) -> tuple[int, ...]:
+    chapters = {"all": tuple(_OF_CHAPTER), **{str(number): (number,) for number in _OF_CHAPTER}}
+    if text not in chapters:
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join(chapters)}, got {text!r}")
+    return chapters[text]
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the demo's options."""
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to fit (default: Python's own)")
-    parser.add_argument("--samplers", type=_names, metavar="A,B", help="a selection (default: all)")
+    """Declare the demo's options; those of one chapter alone are absent unless given."""
     parser.add_argument(
-        "--steps", type=_steps, default=(8, 32, 128), metavar="N,M", help="network calls (8,32,128)"
+        "--chapter",
+        type=_chapters,
+        default=tuple(_OF_CHAPTER),
+        metavar="1|2|all",
+        help="1: samplers, 2: a block-diffusion transformer with a cache (all)",
     )
-    parser.add_argument("--length", type=lambda t: whole(t, 2), default=128, help="characters (128)")
-    parser.add_argument("--batch", type=lambda t: whole(t, 1), default=64, help="sequences per sampler (64)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to fit (default: Python's own)")
     parser.add_argument("--order", type=lambda t: whole(t, 1, 3), default=2, help="of the Markov chain (2)")
     parser.add_argument("--seed", type=lambda t: whole(t, 0, 2**63 - 1), default=0, help="of all draws (0)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="of the results (out)")
-    parser.add_argument("--no-timing", dest="timing", action="store_false", help="leave out the step times")
+    _add_chapter_arguments(
+        parser.add_argument_group("chapter 1", argument_default=argparse.SUPPRESS),
+        parser.add_argument_group("chapter 2", argument_default=argparse.SUPPRESS),
+    )
+
+
+def _add_chapter_arguments(one: argparse._ArgumentGroup, two: argparse._ArgumentGroup) -> None:
+    one.add_argument("--samplers", type=_names, metavar="A,B", help="a selection (default: all)")
+    one.add_argument("--steps", type=_steps, metavar="N,M", help="network calls (8,32,128)")
+    one.add_argument("--length", type=lambda t: whole(t, 2), help="characters (128)")
+    one.add_argument("--batch", type=lambda t: whole(t, 1), help="sequences per sampler (64)")
+    one.add_argument("--no-timing", dest="timing", action="store_false", help="leave out the step times")
+    two.add_argument("--seconds", type=lambda t: whole(t, 1, 86_400), help="of training (60)")
 
 
 def from_namespace(parsed: argparse.Namespace, known: tuple[str, ...]) -> Options:
     """Options of parsed arguments; samplers are checked against `known`.
 
     Raises:
-        UserError: an unknown sampler, or a batch that would not fit in memory.
+        UserError: an unknown sampler, or an option of a chapter that is left out.
     """
-    chosen = known if parsed.samplers is None else parsed.samplers
+    given = vars(parsed)
+    values: dict[str, Any] = {}
+    for chapter, defaults in _OF_CHAPTER.items():
+        for name, default in defaults.items():
+            if name in given and chapter not in parsed.chapter:
+                flag = "no-timing" if name == "timing" else name
+                raise UserError(f"--{flag}: only chapter {chapter} has it, which --chapter leaves out")
+            values[name] = given.get(name, default)
+    chosen = known if values["samplers"] is None else values["samplers"]
     unknown = [name for name in chosen if name not in known]
     if unknown:
         raise UserError(f"--samplers: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
+    values["samplers"] = chosen
     return Options(
+        chapters=parsed.chapter,
         text=parsed.text,
-        samplers=chosen,
-        steps=parsed.steps,
-        length=parsed.length,
-        batch=parsed.batch,
         order=parsed.order,
         seed=parsed.seed,
         out=parsed.out,
-        timing=parsed.timing,
+        **values,
     )
 
 

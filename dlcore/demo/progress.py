@@ -20,31 +20,37 @@ HIDDEN = "·"
 class Progress(Protocol):
     """Told what happens."""
 
-    def start(self, label: str, steps: int) -> None:
-        """A sampler begins."""
+    def start(self, label: str, steps: int, unit: str = "step") -> None:
+        """A run begins: of a sampler, or of a training."""
 
     def show(self, step: int, text: str) -> None:
-        """A state of its first sequence."""
+        """A state of its first sequence, or how far it is."""
+
+    def note(self, line: str) -> None:
+        """Worth keeping on the screen."""
 
     def finish(self, summary: str) -> None:
         """It ended."""
 
 
 class Plain:
-    """A line a sampler."""
+    """A line a run, and its notes."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
         self._label = ""
 
-    def start(self, label: str, steps: int) -> None:
-        self._label = f"{label}, {steps} steps"
+    def start(self, label: str, steps: int, unit: str = "step") -> None:
+        self._label = f"{label}, {steps} {unit}s"
 
     def show(self, step: int, text: str) -> None:
         pass
 
+    def note(self, line: str) -> None:
+        self._console.print(line, highlight=False, markup=False)
+
     def finish(self, summary: str) -> None:
-        self._console.print(f"{self._label}: {summary}", highlight=False, markup=False)
+        self.note(f"{self._label}: {summary}")
 
 
 class Panels:
@@ -54,20 +60,22 @@ class Panels:
         self._live = live
         self._runs = runs
         self._run = 0
-        self._label, self._steps = "", 1
+        self._label, self._steps, self._unit = "", 1, "step"
         self._before = ""
 
-    def start(self, label: str, steps: int) -> None:
+    def start(self, label: str, steps: int, unit: str = "step") -> None:
         self._run += 1
-        self._label, self._steps, self._before = label, steps, ""
+        self._label, self._steps, self._unit, self._before = label, steps, unit, ""
 
     def show(self, step: int, text: str) -> None:
         self._live.update(self._panel(step, self._highlight(text)))
         self._before = text
 
-    def finish(self, summary: str) -> None:
-        line = f"{self._label}, {self._steps} steps: {summary}"
+    def note(self, line: str) -> None:
         self._live.console.print(line, style="dim", highlight=False, markup=False)
+
+    def finish(self, summary: str) -> None:
+        self.note(f"{self._label}, {self._steps} {self._unit}s: {summary}")
 
     def _highlight(self, text: str) -> Text:
         shown = Text()
@@ -78,7 +86,7 @@ class Panels:
 
     def _panel(self, step: int, text: Text) -> RenderableType:
         bar = ProgressBar(total=self._runs, completed=self._run - 1 + step / self._steps, width=60)
-        title = f"{self._label}, step {step} of {self._steps}"
+        title = f"{self._label}, {self._unit} {step} of {self._steps}"
         return Group(Panel(text, title=title, title_align="left", padding=(1, 2)), bar)
 
 
@@ -90,6 +98,11 @@ def reporting(console: Console, runs: int) -> Iterator[Progress]:
         return
     with Live(console=console, refresh_per_second=12, transient=True) as live:
         yield Panels(live, runs)
+
+
+def say(console: Console, line: str) -> None:
+    """Print a line as it is."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 class Stopwatch:

@@ -129,6 +129,19 @@ def save_json(
 ) -> None:
     """Every number, with what made it."""
     content = {
+        **origin(options),
+        "chain": facts,
+        "truth": asdict(truth),
+        "results": [{**asdict(r), "exact": SAMPLERS[r.sampler].exact} for r in results],
+        "timing": [asdict(m) for m in measured],
+        "seconds": seconds,
+    }
+    write_json(path, content)
+
+
+def origin(options: Options) -> dict[str, Any]:
+    """What the numbers of a chapter come from."""
+    return {
         "options": {name: str(v) if isinstance(v, Path) else v for name, v in asdict(options).items()},
         "versions": {
             "dlcore": dlcore.__version__,
@@ -136,12 +149,11 @@ def save_json(
             "python": platform.python_version(),
         },
         "threads": torch.get_num_threads(),
-        "chain": facts,
-        "truth": asdict(truth),
-        "results": [{**asdict(r), "exact": SAMPLERS[r.sampler].exact} for r in results],
-        "timing": [asdict(m) for m in measured],
-        "seconds": seconds,
     }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Content as JSON, with null for what is not finite."""
     path.write_text(json.dumps(_finite(content), indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.rule import Rule
 
 from dlcore import rng
-from dlcore.demo import measures, picture, report, text, timing
+from dlcore.demo import blocks, measures, picture, report, text, timing
 from dlcore.demo.options import Options, check_memory, from_namespace, prepare_folder
-from dlcore.demo.progress import HIDDEN, Progress, Stopwatch, reporting
+from dlcore.demo.progress import HIDDEN, Progress, Stopwatch, reporting, say
 from dlcore.demo.samplers import SAMPLERS, Network
 from dlcore.testing.markov import MarkovChain
 
@@ -27,7 +28,25 @@ def main(parsed: argparse.Namespace) -> int:
         console = Console(width=120)
     watch = Stopwatch()
     corpus, alphabet = text.load(options.text)
-    check_memory(options, len(alphabet))
+    if 1 in options.chapters:
+        check_memory(options, len(alphabet))
+    if 2 in options.chapters:
+        blocks.check_text(corpus)
+    if 1 in options.chapters:
+        _title(console, "Chapter 1: samplers on a language whose exact posteriors are known")
+        _samplers(console, options, corpus, alphabet, watch)
+    if 2 in options.chapters:
+        _title(console, "Chapter 2: a block-diffusion transformer with a KV cache")
+        blocks.chapter(console, options, corpus, alphabet)
+    return 0
+
+
+def _title(console: Console, line: str) -> None:
+    console.print(Rule(line, align="left"))
+
+
+def _samplers(console: Console, options: Options, corpus: str, alphabet: str, watch: Stopwatch) -> None:
+    """The first chapter."""
     chain = MarkovChain.fit(corpus, options.order, alphabet=alphabet)
     facts = report.chain_facts(chain, len(corpus))
     _print_chain(console, facts)
@@ -49,10 +68,9 @@ def main(parsed: argparse.Namespace) -> int:
         "total": watch.seconds(),
     }
     report.save_json(options.out / "results.json", options, facts, truth, results, measured, seconds)
-    _say(console, f"Picture: {options.out / 'perplexity-entropy.png'}")
-    _say(console, f"Numbers: {options.out / 'results.json'}")
-    _say(console, "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
-    return 0
+    say(console, f"Picture: {options.out / 'perplexity-entropy.png'}")
+    say(console, f"Numbers: {options.out / 'results.json'}")
+    say(console, "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
 def generate(console: Console, options: Options, chain: MarkovChain) -> list[measures.Result]:
@@ -85,7 +103,7 @@ def _generate_one(
 
 
 def _print_chain(console: Console, facts: dict[str, Any]) -> None:
-    _say(
+    say(
         console,
         f"A chain of order {facts['order']} over {len(facts['alphabet'])} letters, fitted to "
         f"{facts['characters']:,} characters: {facts['entropy_rate']:.3f} nats per character, "
@@ -106,16 +124,12 @@ def _step_times(console: Console) -> list[timing.Measurement]:
         for m in timing.measure_apart():
             measured.append(m)
             took = m.note if m.seconds is None else f"{m.seconds * 1e3:.1f} ms"
-            _say(console, f"timing {m.op} {m.shape} {m.provider}: {took}")
+            say(console, f"timing {m.op} {m.shape} {m.provider}: {took}")
     except (RuntimeError, OSError) as error:
-        _say(console, f"timing stopped: {error}")
+        say(console, f"timing stopped: {error}")
     if measured:
         report.print_timing(console, measured)
     return measured
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 @contextmanager
