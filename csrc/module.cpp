@@ -95,7 +95,8 @@ MixtureArguments mixture(const py::tuple& t, int64_t rows) {
 // (address, dtype, shape, stride) of a (batch, rows, heads, columns) tensor with contiguous columns.
 Heads heads(const py::tuple& t) {
   const auto stride = t[3].cast<std::array<int64_t, 4>>();
-  return {at<char>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), stride[0], stride[1], stride[2]};
+  return {at<char>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), stride[0], stride[1],
+          stride[2]};
 }
 
 // (q, k, v, out, lse, starts, stops, page table, page size, scale, softcap).
@@ -341,15 +342,14 @@ void bind_attention(py::module_& m) {
     run(kernels().attention, a, threads);
   });
   m.def("attention_backward", [](const py::tuple& parameters, const py::tuple& grad_out, Address grad_lse,
-                                 const py::tuple& grad_q, const py::tuple& grad_k, const py::tuple& grad_v,
-                                 int threads) {
+                                 const py::tuple& grads, int threads) {
     AttentionBackwardArguments a;
     read_attention(parameters, a);
     a.grad_out = heads(grad_out);
     a.grad_lse = at<const float>(grad_lse);
-    a.grad_q = heads(grad_q);
-    a.grad_k = heads(grad_k);
-    a.grad_v = heads(grad_v);
+    a.grad_q = heads(grads[0]);
+    a.grad_k = heads(grads[1]);
+    a.grad_v = heads(grads[2]);
     run(kernels().attention_backward, a, threads);
   });
 }

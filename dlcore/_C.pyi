@@ -27,9 +27,7 @@ def attention_backward(
     parameters: Attention,
     grad_out: View,
     grad_lse: int,
-    grad_q: View,
-    grad_k: View,
-    grad_v: View,
+    grads: tuple[View, View, View],
     threads: int,
 ) -> None: ...
 

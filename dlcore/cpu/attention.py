@@ -32,24 +32,23 @@ class _Arguments:
         scale: float,
         softcap: float,
     ) -> None:
-        tensors = [rows_contiguous(x) for x in (q, k, v, out)]
+        q, k, v, out = (rows_contiguous(x) for x in (q, k, v, out))
         starts, stops, lse = starts.contiguous(), stops.contiguous(), lse.contiguous()
-        page_table = None if page_table is None else page_table.contiguous()
-        self.held = (tensors, starts, stops, lse, page_table)
-        pages = None if page_table is None else (page_table.data_ptr(), page_table.shape[1])
-        bounds = (starts.data_ptr(), starts.shape[0] == 1)
-        views = tuple(view(x) for x in tensors)
-        self.packed = (
-            *views,
+        table = None if page_table is None else page_table.contiguous()
+        self.held = (q, k, v, out, lse, starts, stops, table)
+        self.packed: _C.Attention = (
+            view(q),
+            view(k),
+            view(v),
+            view(out),
             lse.data_ptr(),
-            bounds,
+            (starts.data_ptr(), starts.shape[0] == 1),
             stops.data_ptr(),
-            pages,
+            None if table is None else (table.data_ptr(), table.shape[1]),
             scale,
             softcap,
         )
-        keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
-        self.threads = _threads(q, keys)
+        self.threads = _threads(q, k.shape[1] * (1 if table is None else table.shape[1]))
 
 
 def intervals(
@@ -87,8 +86,7 @@ def intervals_backward(
     """Gradients of q, k and v, contiguous."""
     arguments = _Arguments(q, k, v, out, lse, starts, stops, None, scale, softcap)
     grad, grad_lse = rows_contiguous(grad), grad_lse.contiguous()
-    grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
-    _C.attention_backward(
-        arguments.packed, view(grad), grad_lse.data_ptr(), *(view(x) for x in grads), arguments.threads
-    )
-    return grads[0], grads[1], grads[2]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    grads = (view(dq), view(dk), view(dv))
+    _C.attention_backward(arguments.packed, view(grad), grad_lse.data_ptr(), grads, arguments.threads)
+    return dq, dk, dv
