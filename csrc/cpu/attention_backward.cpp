@@ -7,19 +7,20 @@
 namespace dlcore::DLCORE_ISA {
 namespace {
 
-// Below so many heads the row tiles of one are dealt out to several pieces of work.
-constexpr int64_t kHeads = 8;
+// Below so many heads of a sequence the row tiles of one are dealt out to several pieces of work.
+constexpr int64_t kHeads = 4;
 
 // The row tiles of one head, or every `strands`-th of them.
 class Backward {
  public:
   static int64_t floats(const AttentionBackwardArguments& a) {
-    return KeyTiles::floats(a) + kRowTile * (4 * columns(a.head_dim) + 2 * columns(a.value_dim) +
-                                             columns(std::max(a.head_dim, a.value_dim)) + 2 * kKeyTile + 2);
+    return KeyTiles::floats(a, false) +
+           kRowTile * (4 * columns(a.head_dim) + 2 * columns(a.value_dim) +
+                       columns(std::max(a.head_dim, a.value_dim)) + 2 * kKeyTile + 2);
   }
   Backward(const AttentionBackwardArguments& a, int64_t batch, int64_t kv_head, Scratch& memory)
       : a_(a),
-        keys_(a, batch, kv_head, memory),
+        keys_(a, batch, kv_head, false, memory),
         k_columns_(columns(a.head_dim)),
         v_columns_(columns(a.value_dim)) {
     q_ = memory.take(kRowTile * k_columns_);
@@ -67,7 +68,7 @@ class Backward {
   }
 
   void take(const RowTile& rows, const Visit& visit, bool finite, float* grad_k, float* grad_v) {
-    const KeyTiles::Tile tile = keys_[visit.tile];
+    const KeyTiles::Tile tile = keys_[visit];
     const int64_t count = visit.end - visit.begin, first = visit.tile * kKeyTile + visit.begin;
     const float* k = tile.k + visit.begin * k_columns_;
     const float* v = tile.v + visit.begin * v_columns_;
@@ -176,7 +177,7 @@ void attention_backward(const AttentionBackwardArguments& a) {
   const AttentionPlan plan = plan_attention(a);
   const HeadGradients gradients{a};
   const int64_t heads = a.batch * a.kv_heads, tiles = plan.head_chunks * plan.row_tiles;
-  const int64_t strands = std::max<int64_t>(1, std::min(tiles, kHeads / heads));
+  const int64_t strands = std::max<int64_t>(1, std::min(tiles, kHeads / a.kv_heads));
   std::vector<float> shared(strands > 1 ? static_cast<size_t>(heads * strands * gradients.floats) : 0);
   parallel_for(heads * strands, a.threads, [&](int64_t piece) {
     const int64_t head = piece / strands, batch = head / a.kv_heads, kv_head = head % a.kv_heads;

@@ -18,20 +18,20 @@ struct Accumulator {
   float* sum;
   float* out;
 
-  static int64_t floats(const AttentionArguments& a) {
-    return kRowTile * (2 + KeyTiles::columns(a.value_dim));
+  static int64_t floats(const AttentionArguments& a, int64_t width) {
+    return width * (2 + KeyTiles::columns(a.value_dim));
   }
-  explicit Accumulator(float* memory) : largest(memory), sum(memory + kRowTile), out(memory + 2 * kRowTile) {}
+  Accumulator(float* memory, int64_t width) : largest(memory), sum(memory + width), out(memory + 2 * width) {}
 
   void clear(const RowTile& rows) {
-    std::fill(largest, largest + kRowTile, kNothing);
-    std::fill(sum, sum + kRowTile, 0.0f);
+    std::fill(largest, largest + rows.width, kNothing);
+    std::fill(sum, sum + rows.width, 0.0f);
     std::fill(out, out + KeyTiles::columns(rows.a.value_dim) * rows.width, 0.0f);
   }
 
   // Takes in what another part of the keys gave.
   void merge(const Accumulator& other, const RowTile& rows) {
-    alignas(64) float mine[kRowTile], theirs[kRowTile];
+    float mine[kRowTile], theirs[kRowTile];
     for (int64_t l = 0; l < rows.width; ++l) {
       const float top = std::max(largest[l], other.largest[l]);
       mine[l] = largest[l] == kNothing ? 0 : std::exp2(largest[l] - top);
@@ -47,68 +47,91 @@ struct Accumulator {
   }
 };
 
-// The rows of a tile taken through their visits.
+// What the heads that a thread works on share.
+struct Buffers {
+  float* natural;  // rows one after the other
+  float* scores;   // (keys of a tile, lanes)
+  float* factor;   // by lane
+
+  static int64_t floats(const AttentionArguments& a) {
+    return kRowTile *
+           (std::max(KeyTiles::columns(a.head_dim), KeyTiles::columns(a.value_dim)) + kKeyTile + 1);
+  }
+  Buffers(const AttentionArguments& a, Scratch& memory)
+      : natural(memory.take(floats(a) - kRowTile * (kKeyTile + 1))),
+        scores(memory.take(kRowTile * kKeyTile)),
+        factor(memory.take(kRowTile)) {}
+};
+
+// The row tiles of one head taken through their visits.
 class Forward {
  public:
-  static int64_t floats(const AttentionArguments& a) {
-    return KeyTiles::floats(a) + kRowTile * (2 * columns(a.head_dim) + columns(a.value_dim) + kKeyTile + 1);
+  static int64_t floats(const AttentionArguments& a, bool once) {
+    return KeyTiles::floats(a, once) + kRowTile * columns(a.head_dim);
   }
-  Forward(const AttentionArguments& a, int64_t batch, int64_t kv_head, Scratch& memory)
-      : a_(a), keys_(a, batch, kv_head, memory) {
+  Forward(const AttentionArguments& a, int64_t batch, int64_t kv_head, bool once, const Buffers& buffers,
+          Scratch& memory)
+      : a_(a), keys_(a, batch, kv_head, once, memory), buffers_(buffers) {
     q_ = memory.take(kRowTile * columns(a.head_dim));
-    natural_ = memory.take(kRowTile * std::max(columns(a.head_dim), columns(a.value_dim)));
-    scores_ = memory.take(kKeyTile * kRowTile);
-    factor_ = memory.take(kRowTile);
   }
 
-  // What the visits [from, to) give.
-  void run(const RowTile& rows, size_t from, size_t to, Accumulator& state) {
+  void start(const RowTile& rows, Accumulator& state) {
     state.clear(rows);
-    if (from == to) return;
-    rows.read(a_.q, a_.head_dim, a_.softcap > 0 ? a_.scale : a_.scale * kLog2E, natural_);
-    rows.across(natural_, a_.head_dim, q_);
-    for (size_t i = from; i < to; ++i) visit(rows, (*rows.visits)[i], state);
+    if (rows.visits->empty()) return;
+    rows.read(a_.q, a_.head_dim, a_.softcap > 0 ? a_.scale : a_.scale * kLog2E, buffers_.natural);
+    rows.across(buffers_.natural, a_.head_dim, q_);
   }
 
-  void finish(const RowTile& rows, const Accumulator& state) {
-    for (int64_t l = 0; l < rows.lanes; ++l) {
-      const bool empty = state.sum[l] == 0;
-      factor_[l] = empty ? 0 : 1 / state.sum[l];
-      a_.lse[rows.lse_at(l)] = empty ? kNothing : (state.largest[l] + std::log2(state.sum[l])) * kLn2;
+  void visit(const RowTile& rows, const Visit& visit, Fetch& fetch, Accumulator& state) {
+    const KeyTiles::Tile tile = keys_[visit];
+    const int64_t count = visit.end - visit.begin, v_columns = columns(a_.value_dim);
+    const Operands scored{tile.k + visit.begin * tile.k_stride,
+                          tile.k_stride,
+                          q_,
+                          rows.width,
+                          buffers_.scores,
+                          rows.width,
+                          columns(a_.head_dim)};
+    for (int64_t key = 0; key < count; key += kLanes) {
+      fetch.step();
+      multiply<false>(scored.from_row(key, scored.lda), std::min<int64_t>(kLanes, count - key),
+                      rows.sixteens);
     }
-    for (int64_t d = 0; d < columns(a_.value_dim); ++d)
-      for (int64_t l = 0; l < rows.width; l += kLanes) {
-        float* p = state.out + d * rows.width + l;
-        store(p, load(p) * load(factor_ + l));
-      }
-    rows.write(state.out, a_.value_dim, natural_, a_.out);
-  }
-
- private:
-  static int64_t columns(int64_t dim) { return KeyTiles::columns(dim); }
-
-  void visit(const RowTile& rows, const Visit& visit, Accumulator& state) {
-    const KeyTiles::Tile tile = keys_[visit.tile];
-    const int64_t count = visit.end - visit.begin, k_columns = columns(a_.head_dim),
-                  v_columns = columns(a_.value_dim);
-    multiply<false>(
-        {tile.k + visit.begin * k_columns, k_columns, q_, rows.width, scores_, rows.width, k_columns}, count,
-        rows.sixteens);
     for (int64_t w = 0; w < rows.sixteens; ++w) soften(rows, visit, w, state);
-    const Operands weighted{tile.v + visit.begin * v_columns,
-                            v_columns,
-                            scores_,
+    const Operands weighted{tile.v + visit.begin * tile.v_stride,
+                            tile.v_stride,
+                            buffers_.scores,
                             rows.width,
                             state.out,
                             rows.width,
                             count,
                             true,
-                            factor_};
-    if (visit.full || tile.finite)
-      multiply<true>(weighted, v_columns, rows.sixteens);
-    else
-      multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
+                            buffers_.factor};
+    if (!visit.full && !tile.finite) return multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
+    for (int64_t d = 0; d < v_columns; d += kLanes) {
+      fetch.step();
+      multiply<true>(weighted.from_row(d, 1), kLanes, rows.sixteens);
+    }
   }
+
+  void finish(const RowTile& rows, const Accumulator& state) {
+    float* factor = buffers_.factor;
+    std::fill(factor, factor + rows.width, 0.0f);
+    for (int64_t l = 0; l < rows.lanes; ++l) {
+      const bool empty = state.sum[l] == 0;
+      factor[l] = empty ? 0 : 1 / state.sum[l];
+      a_.lse[rows.lse_at(l)] = empty ? kNothing : (state.largest[l] + std::log2(state.sum[l])) * kLn2;
+    }
+    for (int64_t d = 0; d < columns(a_.value_dim); ++d)
+      for (int64_t l = 0; l < rows.width; l += kLanes) {
+        float* p = state.out + d * rows.width + l;
+        store(p, load(p) * load(factor + l));
+      }
+    rows.write(state.out, a_.value_dim, buffers_.natural, a_.out);
+  }
+
+ private:
+  static int64_t columns(int64_t dim) { return KeyTiles::columns(dim); }
 
   void soften(const RowTile& rows, const Visit& visit, int64_t w, Accumulator& state) {
     if (a_.softcap > 0)
@@ -124,7 +147,7 @@ class Forward {
   void soften_as(const RowTile& rows, const Visit& visit, int64_t w, Accumulator& state) {
     const int64_t count = visit.end - visit.begin, stride = rows.width;
     const int64_t first_key = visit.tile * kKeyTile + visit.begin;
-    float* scores = scores_ + w * kLanes;
+    float* scores = buffers_.scores + w * kLanes;
     const Floats before = load(state.largest + w * kLanes);
     Floats top = before;
     for (int64_t n = 0; n < count; ++n) {
@@ -144,93 +167,133 @@ class Forward {
       sum = sum + e;
     }
     const Floats factor = exp2(max(kExponentFloor, before - base));
-    store(factor_ + w * kLanes, factor);
+    store(buffers_.factor + w * kLanes, factor);
     store(state.largest + w * kLanes, top);
     store(state.sum + w * kLanes, fused(load(state.sum + w * kLanes), factor, sum));
   }
 
   const AttentionArguments& a_;
   KeyTiles keys_;
-  float *q_, *natural_, *scores_, *factor_;
+  Buffers buffers_;
+  float* q_;
 };
 
-// How a call is cut into pieces that threads take; by shapes alone, so that sums don't depend on threads.
-struct Division {
-  int64_t tiles, chunks, kv_heads, heads;
-  int64_t strands;  // a head's row tiles dealt out to so many pieces
-  int64_t parts;    // the visits of a row tile divided so often
-
-  Division(const AttentionArguments& a, const AttentionPlan& plan)
-      : tiles(plan.row_tiles),
-        chunks(plan.head_chunks),
-        kv_heads(a.kv_heads),
-        heads(a.batch * a.kv_heads * plan.head_chunks),
-        strands(std::max<int64_t>(1, std::min(tiles, kPieces / heads))),
-        parts(1) {
-    size_t visits = 0;
-    for (const auto& set : plan.visits)
-      for (const auto& tile : set) visits = std::max(visits, tile.size());
-    if (heads * tiles < kPieces)
-      parts = std::max<int64_t>(
-          1, std::min(kPieces / (heads * tiles), static_cast<int64_t>(visits) / kPartVisits));
-  }
-  int64_t batch(int64_t head) const { return head / chunks / kv_heads; }
-  int64_t kv_head(int64_t head) const { return head / chunks % kv_heads; }
-  int64_t chunk(int64_t head) const { return head % chunks; }
-};
-
-void run_whole(const AttentionArguments& a, const AttentionPlan& plan, const Division& cut) {
-  parallel_for(cut.heads * cut.strands, a.threads, [&](int64_t piece) {
-    const int64_t head = piece / cut.strands, batch = cut.batch(head), kv_head = cut.kv_head(head);
+// Many rows: a piece of work is a head, or every `strands`-th row tile of it.
+void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
+  const int64_t chunks = plan.head_chunks, tiles = plan.row_tiles, heads = a.batch * a.kv_heads * chunks;
+  const int64_t strands = std::max<int64_t>(1, std::min(tiles, kPieces / heads));
+  parallel_for(heads * strands, a.threads, [&](int64_t piece) {
+    const int64_t head = piece / strands / chunks, chunk = piece / strands % chunks;
+    const int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads;
+    const int64_t floats = Accumulator::floats(a, kRowTile);
     Scratch& memory = scratch();
-    memory.reset(Forward::floats(a) + Accumulator::floats(a));
-    Forward forward(a, batch, kv_head, memory);
-    Accumulator state(memory.take(Accumulator::floats(a)));
-    for (int64_t tile = piece % cut.strands; tile < cut.tiles; tile += cut.strands) {
-      const RowTile rows(a, plan, batch, kv_head, cut.chunk(head), tile);
-      forward.run(rows, 0, rows.visits->size(), state);
+    memory.reset(Buffers::floats(a) + Forward::floats(a, false) + floats);
+    const Buffers buffers(a, memory);
+    Forward forward(a, batch, kv_head, false, buffers, memory);
+    float* state_memory = memory.take(floats);
+    Fetch nothing;
+    for (int64_t tile = piece % strands; tile < tiles; tile += strands) {
+      const RowTile rows(a, plan, batch, kv_head, chunk, tile);
+      Accumulator state(state_memory, rows.width);
+      forward.start(rows, state);
+      for (const Visit& visit : *rows.visits) forward.visit(rows, visit, nothing, state);
       forward.finish(rows, state);
     }
   });
 }
 
-// Few rows and many keys: the keys are divided, and what the parts give is merged in their order.
-void run_parts(const AttentionArguments& a, const AttentionPlan& plan, const Division& cut) {
-  const int64_t floats = round_up(Accumulator::floats(a), kLanes), tiles = cut.heads * cut.tiles;
-  std::vector<float> states(static_cast<size_t>(tiles * cut.parts * floats + kLanes));
-  float* first = states.data() + kLanes - reinterpret_cast<uintptr_t>(states.data()) / sizeof(float) % kLanes;
-  const auto with_tile = [&](int64_t i, auto body) {
-    const int64_t head = i / cut.tiles, batch = cut.batch(head), kv_head = cut.kv_head(head);
+// Few rows, so that reading the keys takes the time: heads that lie together are visited together, and few
+// pieces of work are made more by dividing the keys; their parts are merged in order. What is summed depends
+// on the shape of one sequence alone, hence not on threads or on the batch.
+class FewRows {
+ public:
+  FewRows(const AttentionArguments& a, const AttentionPlan& plan)
+      : a_(a),
+        plan_(plan),
+        abreast_(std::max<int64_t>(1, std::min(a.kv_heads, kTogether / columns_bytes(a)))),
+        groups_((a.kv_heads + abreast_ - 1) / abreast_),
+        tiles_(plan.head_chunks * plan.row_tiles),
+        parts_(std::max<int64_t>(1, std::min(kPieces / (groups_ * tiles_), a.keys / kKeyTile / kPartVisits))),
+        width_(round_up(std::min(a.rows, plan.queries_abreast) * plan.heads_abreast, kLanes)) {}
+
+  void run() {
+    const int64_t states = a_.batch * a_.kv_heads * tiles_ * parts_;
+    shared_scratch().reset(states * state_floats());
+    states_ = shared_scratch().take(states * state_floats());
+    parallel_for(a_.batch * groups_ * tiles_ * parts_, a_.threads, [&](int64_t i) {
+      const int64_t part = i % parts_, tile = i / parts_ % tiles_, group = i / parts_ / tiles_;
+      visit(group / groups_, group % groups_ * abreast_, tile, part);
+    });
+    parallel_for(a_.batch * a_.kv_heads * tiles_, a_.threads,
+                 [&](int64_t i) { finish(i / tiles_, i % tiles_); });
+  }
+
+ private:
+  // Bytes that a machine recognises as lying together.
+  static constexpr int64_t kTogether = 1024;
+
+  static int64_t columns_bytes(const AttentionArguments& a) {
+    return std::max(a.head_dim, a.value_dim) * (a.k.dtype == DType::kFloat32 ? 4 : 2);
+  }
+  int64_t state_floats() const { return round_up(Accumulator::floats(a_, width_), kLanes); }
+  Accumulator state(int64_t head, int64_t tile, int64_t part, const RowTile& rows) const {
+    return {states_ + ((head * tiles_ + tile) * parts_ + part) * state_floats(), rows.width};
+  }
+  RowTile row_tile(int64_t batch, int64_t kv_head, int64_t tile) const {
+    return {a_, plan_, batch, kv_head, tile / plan_.row_tiles, tile % plan_.row_tiles};
+  }
+
+  void visit(int64_t batch, int64_t first_head, int64_t tile, int64_t part) {
+    const int64_t heads = std::min(abreast_, a_.kv_heads - first_head);
     Scratch& memory = scratch();
-    memory.reset(Forward::floats(a));
-    Forward forward(a, batch, kv_head, memory);
-    body(forward, RowTile(a, plan, batch, kv_head, cut.chunk(head), i % cut.tiles));
-  };
-  parallel_for(tiles * cut.parts, a.threads, [&](int64_t piece) {
-    with_tile(piece / cut.parts, [&](Forward& forward, const RowTile& rows) {
-      const auto visits = static_cast<int64_t>(rows.visits->size()), part = piece % cut.parts;
-      Accumulator state(first + piece * floats);
-      forward.run(rows, static_cast<size_t>(visits * part / cut.parts),
-                  static_cast<size_t>(visits * (part + 1) / cut.parts), state);
-    });
-  });
-  parallel_for(tiles, a.threads, [&](int64_t i) {
-    with_tile(i, [&](Forward& forward, const RowTile& rows) {
-      Accumulator state(first + i * cut.parts * floats);
-      for (int64_t part = 1; part < cut.parts; ++part)
-        state.merge(Accumulator(first + (i * cut.parts + part) * floats), rows);
-      forward.finish(rows, state);
-    });
-  });
-}
+    memory.reset(Buffers::floats(a_) + heads * Forward::floats(a_, true));
+    const Buffers buffers(a_, memory);
+    std::vector<RowTile> rows;
+    std::vector<Forward> forwards;
+    std::vector<Accumulator> states;
+    for (int64_t h = 0; h < heads; ++h) {
+      rows.push_back(row_tile(batch, first_head + h, tile));
+      forwards.emplace_back(a_, batch, first_head + h, true, buffers, memory);
+      states.push_back(state(batch * a_.kv_heads + first_head + h, tile, part, rows.back()));
+      forwards.back().start(rows.back(), states.back());
+    }
+    const std::vector<Visit>& visits = *rows[0].visits;
+    const auto count = static_cast<int64_t>(visits.size());
+    const int64_t steps = heads * (kKeyTile + KeyTiles::columns(a_.value_dim)) / kLanes;
+    Fetch fetch(a_, batch, first_head, heads, steps);
+    for (int64_t i = count * part / parts_, end = count * (part + 1) / parts_; i < end; ++i) {
+      i + 1 < end ? fetch.start(visits[static_cast<size_t>(i + 1)].tile) : fetch.stop();
+      for (size_t h = 0; h < rows.size(); ++h)
+        forwards[h].visit(rows[h], visits[static_cast<size_t>(i)], fetch, states[h]);
+    }
+  }
+
+  void finish(int64_t head, int64_t tile) {
+    const int64_t batch = head / a_.kv_heads, kv_head = head % a_.kv_heads;
+    Scratch& memory = scratch();
+    memory.reset(Buffers::floats(a_) + Forward::floats(a_, true));
+    const Buffers buffers(a_, memory);
+    const RowTile rows = row_tile(batch, kv_head, tile);
+    Accumulator sum = state(head, tile, 0, rows);
+    for (int64_t part = 1; part < parts_; ++part) sum.merge(state(head, tile, part, rows), rows);
+    Forward(a_, batch, kv_head, true, buffers, memory).finish(rows, sum);
+  }
+
+  const AttentionArguments& a_;
+  const AttentionPlan& plan_;
+  int64_t abreast_, groups_, tiles_, parts_, width_;
+  float* states_ = nullptr;
+};
 
 }  // namespace
 
 void attention(const AttentionArguments& a) {
   if (a.batch * a.rows * a.heads == 0) return;
   const AttentionPlan plan = plan_attention(a);
-  const Division cut(a, plan);
-  cut.parts > 1 ? run_parts(a, plan, cut) : run_whole(a, plan, cut);
+  if (plan.row_tiles == 1 || a.kv_heads * plan.head_chunks * plan.row_tiles < kPieces)
+    FewRows(a, plan).run();
+  else
+    run_many(a, plan);
 }
 
 }  // namespace dlcore::DLCORE_ISA

@@ -54,6 +54,14 @@ struct Operands {
   int64_t depth;
   bool add = false;
   const float* factor = nullptr;
+
+  // The rows of c from `row` on; `step` lies between rows of A.
+  Operands from_row(int64_t row, int64_t step) const {
+    Operands rest = *this;
+    rest.a += row * step;
+    rest.c += row * ldc;
+    return rest;
+  }
 };
 
 template <int W, int N, bool by_column>
@@ -176,83 +184,148 @@ inline Scratch& scratch() {
   return kept;
 }
 
+// What the calling thread lends to all.
+inline Scratch& shared_scratch() {
+  thread_local Scratch kept;
+  return kept;
+}
+
+// Row `key` of a head's keys or values, through the page table if there is one.
+template <class T>
+inline const T* key_row(const AttentionArguments& a, const Heads& heads, int64_t batch, int64_t key,
+                        int64_t head) {
+  if (!a.pages.table) return heads.at<const T>(batch, key, head);
+  const int64_t page = a.pages.table[batch * a.pages.pages + key / a.pages.page_size];
+  return heads.at<const T>(page, key % a.pages.page_size, head);
+}
+
+// Asks for the keys and values of the next tile a few rows at a time, while this one is worked on: rows of
+// several heads, since a machine follows by itself only what lies together.
+class Fetch {
+ public:
+  Fetch() = default;
+  // `steps`: into how many calls of `step` a tile is divided.
+  Fetch(const AttentionArguments& a, int64_t batch, int64_t first_head, int64_t heads, int64_t steps)
+      : a_(&a),
+        batch_(batch),
+        first_head_(first_head),
+        heads_(heads),
+        rows_((kKeyTile + steps - 1) / steps) {}
+
+  void start(int64_t tile) {
+    at_ = tile * kKeyTile;
+    end_ = std::min(at_ + kKeyTile, a_->keys);
+  }
+  void stop() { end_ = at_; }
+
+  void step() {
+    if (at_ == end_) return;
+    const int64_t to = std::min(at_ + rows_, end_);
+    with_dtype(a_->k.dtype, [&](auto type) {
+      using T = decltype(type);
+      for (; at_ < to; ++at_) {
+        ask<T>(a_->k, a_->head_dim);
+        ask<T>(a_->v, a_->value_dim);
+      }
+    });
+  }
+
+ private:
+  // Inlined always: GCC drops calls of a function that does nothing but prefetch.
+  template <class T>
+  __attribute__((always_inline)) void ask(const Heads& from, int64_t dim) const {
+    constexpr auto line = static_cast<int64_t>(kCacheLine / sizeof(T));
+    for (int64_t head = first_head_; head < first_head_ + heads_; ++head) {
+      const T* p = key_row<T>(*a_, from, batch_, at_, head);
+      for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(p + i, 0, 2);
+    }
+  }
+
+  const AttentionArguments* a_ = nullptr;
+  int64_t batch_ = 0, first_head_ = 0, heads_ = 0, rows_ = 0, at_ = 0, end_ = 0;
+};
+
 // Keys and values of one head as float32 tiles, converted when first asked for and kept while there is room.
 class KeyTiles {
  public:
+  // Rows of k and v, `k_stride` and `v_stride` floats apart.
   struct Tile {
     const float* k;
+    int64_t k_stride;
     const float* v;
+    int64_t v_stride;
     bool finite;
   };
 
-  static int64_t slots(const AttentionArguments& a) {
+  static int64_t slots(const AttentionArguments& a, bool once) {
+    if (once) return 1;
     const int64_t floats = kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
     const int64_t tiles = (a.keys + kKeyTile - 1) / kKeyTile;
     return std::max<int64_t>(1, std::min(tiles, kRoom / floats));
   }
-  static int64_t floats(const AttentionArguments& a) {
-    return slots(a) * kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
+  static int64_t floats(const AttentionArguments& a, bool once) {
+    return slots(a, once) * kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
   }
   static int64_t columns(int64_t dim) { return round_up(dim, kLanes); }
 
-  KeyTiles(const AttentionArguments& a, int64_t batch, int64_t head, Scratch& scratch)
-      : a_(a), batch_(batch), head_(head), held_(static_cast<size_t>(slots(a)), Held{-1, false}) {
-    memory_ = scratch.take(floats(a));
+  // `once`: each tile is asked for once, so none is kept.
+  KeyTiles(const AttentionArguments& a, int64_t batch, int64_t head, bool once, Scratch& scratch)
+      : a_(a), batch_(batch), head_(head), once_(once), held_(static_cast<size_t>(slots(a, once))) {
+    memory_ = scratch.take(floats(a, once));
   }
 
-  Tile operator[](int64_t tile) {
+  Tile operator[](const Visit& visit) {
+    if (once_ && visit.full && in_place()) {
+      const int64_t first = visit.tile * kKeyTile;
+      return {row<float>(a_.k, first), a_.k.row_stride, row<float>(a_.v, first), a_.v.row_stride, false};
+    }
+    const int64_t tile = visit.tile, k_columns = columns(a_.head_dim), v_columns = columns(a_.value_dim);
     const auto slot = static_cast<size_t>(tile) % held_.size();
-    const int64_t k_columns = columns(a_.head_dim), v_columns = columns(a_.value_dim);
     float* k = memory_ + static_cast<int64_t>(slot) * kKeyTile * (k_columns + v_columns);
     float* v = k + kKeyTile * k_columns;
     if (held_[slot].tile != tile) {
       const bool k_finite = read(a_.k, tile, a_.head_dim, k), v_finite = read(a_.v, tile, a_.value_dim, v);
       held_[slot] = {tile, k_finite && v_finite};
     }
-    return {k, v, held_[slot].finite};
+    return {k, k_columns, v, v_columns, held_[slot].finite};
   }
 
  private:
   struct Held {
-    int64_t tile;
-    bool finite;
+    int64_t tile = -1;
+    bool finite = false;
   };
   // 2 MiB.
   static constexpr int64_t kRoom = 1 << 19;
 
+  // Whether the products can take rows as they lie.
+  bool in_place() const {
+    const bool floats = a_.k.dtype == DType::kFloat32,
+               whole = a_.head_dim % kLanes + a_.value_dim % kLanes == 0;
+    return floats && whole && !a_.pages.table;
+  }
+
   bool read(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
     bool all_finite = true;
-    with_dtype(heads.dtype, [&](auto type) { all_finite = read_as<decltype(type)>(heads, tile, dim, out); });
+    with_dtype(heads.dtype, [&](auto type) {
+      using T = decltype(type);
+      Floats check = broadcast(0.0f);
+      const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
+      for (int64_t key = from; key < to; ++key, out += columns(dim))
+        read_row(row<T>(heads, key), dim, 1.0f, out, check);
+      all_finite = finite(check);
+    });
     return all_finite;
   }
 
   template <class T>
-  bool read_as(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
-    Floats check = broadcast(0.0f);
-    const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
-    for (int64_t key = from; key < to; ++key, out += columns(dim)) {
-      // The next tile's rows, far apart as they are, come while this tile is worked on.
-      if (key + kKeyTile < a_.keys) fetch(row<T>(heads, key + kKeyTile), dim);
-      read_row(row<T>(heads, key), dim, 1.0f, out, check);
-    }
-    return finite(check);
-  }
-
-  template <class T>
-  static void fetch(const T* p, int64_t dim) {
-    constexpr auto line = static_cast<int64_t>(kCacheLine / sizeof(T));
-    for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(p + i, 0, 2);
-  }
-
-  template <class T>
   const T* row(const Heads& heads, int64_t key) const {
-    if (!a_.pages.table) return heads.at<const T>(batch_, key, head_);
-    const int64_t page = a_.pages.table[batch_ * a_.pages.pages + key / a_.pages.page_size];
-    return heads.at<const T>(page, key % a_.pages.page_size, head_);
+    return key_row<T>(a_, heads, batch_, key, head_);
   }
 
   const AttentionArguments& a_;
   int64_t batch_, head_;
+  bool once_;
   float* memory_;
   std::vector<Held> held_;
 };
