@@ -30,14 +30,19 @@ inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t 
       sum[j][w] = add ? load(c + j * ldc + w * kLanes) : broadcast(0.0f);
       if (factor) sum[j][w] = sum[j][w] * load(factor + w * kLanes);
     }
+  // One pointer for four rows of A: with one for each there would not be registers enough.
+  constexpr int kQuad = by_column ? N : 4;
+  const float* quad[(N + kQuad - 1) / kQuad];
+  for (int i = 0; i * kQuad < N; ++i) quad[i] = a + i * kQuad * (by_column ? 1 : lda);
 #pragma GCC unroll 1
   for (int64_t k = 0; k < depth; ++k) {
     Floats x[W];
     for (int w = 0; w < W; ++w) x[w] = load(b + k * ldb + w * kLanes);
     for (int j = 0; j < N; ++j) {
-      const float s = by_column ? a[k * lda + j] : a[j * lda + k];
+      const float s = quad[j / kQuad][j % kQuad * (by_column ? 1 : lda)];
       for (int w = 0; w < W; ++w) sum[j][w] = fused(x[w], s, sum[j][w]);
     }
+    for (const float*& p : quad) p += by_column ? lda : 1;
   }
   for (int j = 0; j < N; ++j)
     for (int w = 0; w < W; ++w) store(c + j * ldc + w * kLanes, sum[j][w]);
@@ -105,14 +110,32 @@ inline void multiply_guarded(const Operands& p, int64_t rows, int64_t sixteens) 
     }
 }
 
-// `count` numbers as floats times `scale`, zeros up to a whole sixteen; `check` turns NaN where one is not
-// finite.
+// The largest of the numbers seen, by the bits of their sizes: infinity and NaN lie above all finite ones.
+class Largeness {
+ public:
+  void see(const Floats& x) {
+    largest_ = each(
+        [](IntPart seen, FloatPart v) {
+          const IntPart size = (IntPart)v & 0x7FFFFFFF;
+          return size > seen ? size : seen;
+        },
+        largest_, x);
+  }
+  bool finite() const {
+    return lane_bits(each([](IntPart v) { return (IntPart)(v >= 0x7F800000); }, largest_)) == 0;
+  }
+
+ private:
+  Mask largest_ = {};
+};
+
+// `count` numbers as floats times `scale`, zeros up to a whole sixteen.
 template <class T>
-inline void read_row(const T* p, int64_t count, float scale, float* out, Floats& check) {
+inline void read_row(const T* p, int64_t count, float scale, float* out, Largeness& size) {
   int64_t i = 0;
   const auto put = [&](const Floats& x) {
     store(out + i, x * scale);
-    check = fused(x, 0.0f, check);
+    size.see(x);
   };
   for (; i + kLanes <= count; i += kLanes) put(load(p + i));
   if (i == count) return;
@@ -120,8 +143,6 @@ inline void read_row(const T* p, int64_t count, float scale, float* out, Floats&
   std::memcpy(tail, p + i, static_cast<size_t>(count - i) * sizeof(T));
   put(load(tail));
 }
-
-inline bool finite(const Floats& check) { return sum(check) == 0; }
 
 // Swaps the off-diagonal blocks, `size` wide, of a square of registers.
 template <int size>
@@ -306,16 +327,14 @@ class KeyTiles {
   }
 
   bool read(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
-    bool all_finite = true;
+    Largeness size;
     with_dtype(heads.dtype, [&](auto type) {
       using T = decltype(type);
-      Floats check = broadcast(0.0f);
       const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
       for (int64_t key = from; key < to; ++key, out += columns(dim))
-        read_row(row<T>(heads, key), dim, 1.0f, out, check);
-      all_finite = finite(check);
+        read_row(row<T>(heads, key), dim, 1.0f, out, size);
     });
-    return all_finite;
+    return size.finite();
   }
 
   template <class T>
@@ -370,15 +389,15 @@ struct RowTile {
 
   // Rows of q or of a gradient, `dim` wide and scaled, one after the other; false if one is not finite.
   bool read(const Heads& from, int64_t dim, float scale, float* out) const {
-    Floats check = broadcast(0.0f);
+    Largeness size;
     const int64_t stride = round_up(dim, kLanes);
     with_dtype(from.dtype, [&](auto type) {
       using T = decltype(type);
       for (int64_t lane = 0; lane < lanes; ++lane)
-        read_row(from.at<const T>(batch, query(lane), head(lane)), dim, scale, out + lane * stride, check);
+        read_row(from.at<const T>(batch, query(lane), head(lane)), dim, scale, out + lane * stride, size);
     });
     std::fill(out + lanes * stride, out + width * stride, 0.0f);
-    return finite(check);
+    return size.finite();
   }
 
   // Rows as `read` gives them, from lanes down to lanes across.

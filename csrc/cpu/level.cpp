@@ -8,8 +8,19 @@ namespace dlcore::DLCORE_ISA {
 
 const Kernels& level() {
   static const Kernels table = {
-      DLCORE_NAME(DLCORE_ISA), attention, attention_backward, scan, softmax_tile, histogram, log_probs_backward, kl, kl_backward, nelbo,
-      nelbo_backward,          read, gumbel,
+      DLCORE_NAME(DLCORE_ISA),
+      attention,
+      attention_backward,
+      scan,
+      softmax_tile,
+      histogram,
+      log_probs_backward,
+      kl,
+      kl_backward,
+      nelbo,
+      nelbo_backward,
+      read,
+      gumbel,
   };
   return table;
 }
