@@ -83,7 +83,7 @@ class KVCache:
         self._values = storage[rows * head_dim :].view(num_layers, *shape, v_head_dim)
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of a layer in place: (batch, max_len, H, D); paged: (num_pages, page_size, H, D)."""
+        """Keys and values of a layer in place: (batch, max_len, H, D), paged (num_pages, page_size, H, D)."""
         layer = self._layer("view", layer)
         return self._keys[layer], self._values[layer]
 
