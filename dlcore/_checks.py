@@ -14,14 +14,17 @@ FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def describe(x: object) -> str:
-    """A tensor by dtype and shape, anything else by its repr."""
+    """A tensor by dtype and shape, anything else by its repr, cut to 80 characters."""
     if isinstance(x, Tensor):
         return f"{str(x.dtype).removeprefix('torch.')} {tuple(x.shape)}"
-    return f"{type(x).__name__} {x!r}"
+    shown = repr(x)
+    return f"{type(x).__name__} {shown if len(shown) <= 80 else shown[:77] + '...'}"
 
 
 def reads_data(x: Tensor) -> bool:
-    """Whether checks that read values run: always on the CPU, elsewhere under DLCORE_CHECK=1."""
+    """Whether checks that read values run: on the CPU, or under DLCORE_CHECK=1; never while tracing."""
+    if torch.compiler.is_compiling():
+        return False
     return x.numel() > 0 and (x.device.type == "cpu" or os.environ.get("DLCORE_CHECK") == "1")
 
 
@@ -35,12 +38,22 @@ def floating(op: str, name: str, x: object) -> None:
         raise ValueError(f"{op}: {name} must be (..., n) with n >= 1, got {tuple(x.shape)}")
 
 
-def tokens(op: str, name: str, x: object, lead: torch.Size) -> None:
-    """int64 token ids of shape `lead`."""
+def tokens(
+    op: str, name: str, x: object, lead: torch.Size | None = None, device: torch.device | None = None
+) -> None:
+    """int64 token ids, of shape `lead` and on `device` if given."""
     if not isinstance(x, Tensor) or x.dtype != torch.int64:
         raise TypeError(f"{op}: {name} must be an int64 Tensor, got {describe(x)}")
-    if x.shape != lead:
+    if lead is not None and x.shape != lead:
         raise ValueError(f"{op}: {name} must have shape {tuple(lead)}, got {tuple(x.shape)}")
+    if device is not None:
+        on_device(op, name, x, device)
+
+
+def on_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
+    """A tensor on `device`."""
+    if x.device != device:
+        raise ValueError(f"{op}: {name} must be on {device}, got {x.device}")
 
 
 def token_range(op: str, name: str, x: Tensor | None, vocab: int, low: int = 0) -> None:
@@ -60,7 +73,7 @@ def value_range(op: str, name: str, x: Tensor | None, low: float, high: float = 
     ok = (x >= low) & (x <= high)
     if not bool(ok.all()):
         got = x[~ok].flatten()[0].item()
-        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {got:g}")
+        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {got:.8g}")
 
 
 def option(op: str, name: str, value: object, accepted: tuple[str, ...]) -> None:
@@ -69,12 +82,19 @@ def option(op: str, name: str, value: object, accepted: tuple[str, ...]) -> None
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, accepted))}, got {value!r}")
 
 
+def integer(op: str, name: str, value: object) -> None:
+    """An int of 64 bits, and no bool."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{op}: {name} must fit in 64 bits, got {describe(value)}")
+
+
 def token_id(op: str, name: str, value: int | None, vocab: int) -> None:
     """One optional token id."""
     if value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
+    integer(op, name, value)
     if not 0 <= value < vocab:
         raise ValueError(f"{op}: {name} must lie in [0, {vocab}), got {value}")
 
@@ -101,7 +121,10 @@ def per_row(
         if torch.compiler.is_compiling():
             # Arithmetic keeps a float symbolic, where full() would compile once per value.
             return (torch.ones((), dtype=torch.float64, device=device) * value).to(dtype)
-        return torch.full((), value, dtype=dtype, device=device)
+        try:
+            return torch.full((), value, dtype=dtype, device=device)
+        except (RuntimeError, OverflowError) as error:
+            raise ValueError(f"{op}: {name} is too large, got {describe(value)}") from error
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")
     if value.dim() > len(lead) or any(
@@ -118,8 +141,10 @@ def key(
     lead: torch.Size | None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """The key as given, or a fresh one from torch's generator, on `device`."""
-    if value is None:
+    """The key as given, or a fresh one from torch's generator, on `device`. Without `lead` none is drawn."""
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {describe(generator)}")
+    if value is None and lead is not None:
         if generator is None:
             fresh = torch.randint(-(2**63), 2**63 - 1, (2,))
         else:

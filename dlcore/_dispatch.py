@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor
 
 Implementation = Callable[..., Any]
@@ -18,6 +19,22 @@ logger = logging.getLogger("dlcore")
 
 #: Every backend, the preferred first.
 PRIORITY = ("cpu", "reference")
+
+#: The op that serves each public function without one of its own name.
+SERVED_BY = {
+    "attention.block_causal": "attention.intervals",
+    "attention.block_diffusion": "attention.intervals",
+    "attention.decode": "attention.intervals",
+    "categorical.cross_entropy": "categorical.log_probs",
+    "uniform.step": "categorical.sample_mixture",
+    "uniform.cross_entropy": "categorical.log_probs",
+    "uniform.correct": "categorical.sample_mixture",
+    "masked.step": "categorical.sample_mixture",
+    "masked.nelbo": "categorical.log_probs",
+    "absorbing_uniform.step": "categorical.sample_mixture",
+    "absorbing_uniform.remask_step": "categorical.sample_mixture",
+    "absorbing_uniform.nelbo": "categorical.log_probs",
+}
 
 _implementations: dict[str, dict[str, tuple[Implementation, Reasons]]] = {}
 _chosen: ContextVar[str | None] = ContextVar("dlcore_backend", default=None)
@@ -98,8 +115,8 @@ def choose(op: str, args: tuple[Any, ...]) -> str:
         if requested is None and (op, backend) not in _logged:
             _logged.add((op, backend))
             logger.info("%s: %s cannot run (%s); falling back", op, backend, "; ".join(reasons))
-    wanted = "no backend" if requested is None else f"backend {requested!r} was asked for and"
-    raise NotImplementedError(f"{wanted} can run\n{_report(op, args)}")
+    wanted = "no backend can" if requested is None else f"backend {requested!r} was asked for and cannot"
+    raise NotImplementedError(f"{wanted} run\n{_report(op, args)}")
 
 
 def run(op: str, *args: Any) -> Any:
@@ -115,9 +132,12 @@ def last_backend(op: str) -> str | None:
 
 
 def known_op(op: str) -> str:
-    """`op` itself if it exists, else ValueError with the known names."""
+    """`op` itself if it exists, else ValueError with the op that serves it or the known names."""
+    if op in SERVED_BY:
+        raise ValueError(f"dlcore: {op} has no op of its own, ask for {SERVED_BY[op]}, which serves it")
     if op not in _implementations:
-        raise ValueError(f"dlcore: op must be one of {', '.join(ops())}, got {op!r}")
+        known = ", ".join(name for name in ops() if not name.endswith("_backward"))
+        raise ValueError(f"dlcore: op must be one of {known}, got {op!r}")
     return op
 
 
@@ -145,10 +165,14 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
           reference: can run
           chosen: reference
     """
-    values = [*args, *kwargs.values()]
+    name = known_op(op).replace(".", "_")
+    places = [a.name for a in getattr(torch.ops.dlcore, name).default._schema.arguments]
+    # As the op takes them: the first tensor, the logits or the key, decides.
+    named = sorted(kwargs, key=lambda n: places.index(n) if n in places else len(places))
+    values = [*args, *(kwargs[n] for n in named)]
     tensors = tuple(t for v in values for t in (v, getattr(v, "hidden", None), getattr(v, "weight", None)))
     tensors = tuple(t for t in tensors if isinstance(t, Tensor))
-    report = _report(known_op(op), tensors)
+    report = _report(op, tensors)
     try:
         return f"{report}\n  chosen: {choose(op, tensors)}"
     except NotImplementedError:

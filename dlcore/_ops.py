@@ -44,10 +44,32 @@ def _define(
     torch.library.register_fake(f"dlcore::{name}", fake, lib=_library)
 
 
+class _Once(torch.autograd.Function):
+    """Hands gradients on, hung on all that they come from, so that a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{ctx.op}: has a first derivative only, a second one was asked for")
+
+
 def _autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Make an op differentiable once: a second derivative raises."""
+    """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients."""
+
+    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *saved, *grads)
+        return handed
+
     name = "dlcore::" + op.replace(".", "_")
-    once = torch.autograd.function.once_differentiable(backward)
     torch.library.register_autograd(name, once, setup_context=setup, lib=_library)
 
 
@@ -119,8 +141,10 @@ def _check_mixture(*args: Any) -> None:
     logits, weight, _, z, coefficients, _, _, temperature, *_ = args
     op = "categorical.sample_mixture"
     _check_row(op, logits, weight, z, temperature, greedy=True)
-    if checks.reads_data(coefficients) and not bool(torch.isfinite(coefficients).all()):
-        raise ValueError(f"{op}: coefficients must be finite")
+    if checks.reads_data(coefficients):
+        finite = torch.isfinite(coefficients)
+        if not bool(finite.all()):
+            raise ValueError(f"{op}: coefficients must be finite, got {coefficients[~finite][0].item()}")
 
 
 _define(
@@ -188,8 +212,8 @@ def _setup_log_probs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output, logits, weight, bias, target, index, shift)
 
 
-def _backward_log_probs(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    numbers, logits, weight, bias, target, index, shift = ctx.saved_tensors
+def _backward_log_probs(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, logits, weight, bias, target, index, shift = saved
     grads = torch.ops.dlcore.categorical_log_probs_backward(
         grad, numbers, logits, weight, bias, target, index, shift, ctx.softcap, ctx.exclude
     )
@@ -229,8 +253,8 @@ def _setup_kl(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(output, *inputs)
 
 
-def _backward_kl(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    numbers, *inputs = ctx.saved_tensors
+def _backward_kl(_: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, *inputs = saved
     grads = torch.ops.dlcore.categorical_kl_backward(grad, numbers, *inputs)
     return (*_given(tuple(inputs[:6]), grads), None)
 
@@ -270,8 +294,10 @@ def _setup_expectation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
     ctx.save_for_backward(*output, *tensors)
 
 
-def _backward_expectation(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    output, lse, logits, weight, bias, table, temperature = ctx.saved_tensors
+def _backward_expectation(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, _: Tensor
+) -> tuple[Tensor | None, ...]:
+    output, lse, logits, weight, bias, table, temperature = saved
     grads = torch.ops.dlcore.categorical_expectation_backward(
         grad, output, lse, logits, weight, bias, table, temperature, ctx.softcap, ctx.exclude
     )
@@ -315,9 +341,9 @@ def _setup_nelbo(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
     ctx.save_for_backward(output[1], *inputs)
 
 
-def _backward_nelbo(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    saved, *inputs = ctx.saved_tensors
-    grads = torch.ops.dlcore.uniform_nelbo_backward(grad, saved, *inputs)
+def _backward_nelbo(_: Any, saved: tuple[Tensor, ...], grad: Tensor, __: Tensor) -> tuple[Tensor | None, ...]:
+    numbers, *inputs = saved
+    grads = torch.ops.dlcore.uniform_nelbo_backward(grad, numbers, *inputs)
     return (*_given(tuple(inputs[:3]), grads), None, None, None, None, None)
 
 
@@ -333,13 +359,17 @@ _ATTENTION = (
 
 def _check_attention(*args: Any) -> None:
     _, k, _, starts, stops, page_table, *_ = args
+    op = "attention.intervals"
     keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
-    for name, x in (("starts", starts), ("stops", stops)):
-        if checks.reads_data(x):
-            low, high = (int(bound) for bound in torch.aminmax(x))
-            if low < 0 or high > keys:
-                got = low if low < 0 else high
-                raise ValueError(f"attention.intervals: {name} must lie in [0, {keys}], got {got}")
+    for name, x in (("starts", starts), ("stops", stops), ("page_table", page_table)):
+        if x is not None and x.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
+    if starts.shape != stops.shape:
+        wanted = tuple(starts.shape)
+        raise ValueError(f"{op}: stops must have starts' shape {wanted}, got {tuple(stops.shape)}")
+    checks.token_range(op, "starts", starts, keys + 1)
+    checks.token_range(op, "stops", stops, keys + 1)
+    checks.token_range(op, "page_table", page_table, k.shape[0])
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -373,10 +403,11 @@ def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Te
     ctx.save_for_backward(*output, q, k, v, starts, stops)
 
 
-def _backward_attention(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_attention(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
     if ctx.paged:
         raise NotImplementedError("attention.intervals: a paged cache has no gradient")
-    saved = ctx.saved_tensors
     grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
     return (*grads, None, None, None, None, None)
 

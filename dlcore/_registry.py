@@ -64,7 +64,12 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
-    return {"attention": attention, "categorical": categorical, "rng": rng, "uniform": uniform}, tensors.reasons
+    return {
+        "attention": attention,
+        "categorical": categorical,
+        "rng": rng,
+        "uniform": uniform,
+    }, tensors.reasons
 
 
 #: What stands before the logits in a backward op: the gradient and what the forward pass saved.

@@ -17,6 +17,17 @@ from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 from dlcore.linear_logits import LinearLogits
 
+__all__ = [
+    "Draw",
+    "Stats",
+    "cross_entropy",
+    "expectation",
+    "kl",
+    "sample",
+    "sample_mixture",
+    "stats",
+]
+
 
 class Stats(NamedTuple):
     """What one read of a row tells. argmax is int64, all else float32, each of the leading shape."""
@@ -95,7 +106,7 @@ def _softcap(op: str, value: float | None) -> None:
         raise TypeError(f"{op}: softcap must be a number or None, got {checks.describe(value)}")
     limits = torch.finfo(torch.float32)
     if not limits.tiny <= value <= limits.max:
-        raise ValueError(f"{op}: softcap must be positive and finite, got {value}")
+        raise ValueError(f"{op}: softcap must be positive and finite, got {checks.describe(value)}")
 
 
 def _exclude(op: str, value: int | None, vocab: int) -> None:
@@ -104,9 +115,9 @@ def _exclude(op: str, value: int | None, vocab: int) -> None:
         raise ValueError(f"{op}: exclude leaves no token in a vocabulary of 1")
 
 
-def _index(op: str, name: str, index: Tensor | None, shift: float | Tensor | None, lead: torch.Size) -> None:
+def _index(op: str, name: str, index: Tensor | None, shift: float | Tensor | None, h: Head) -> None:
     if index is not None:
-        checks.tokens(op, name, index, lead)
+        checks.tokens(op, name, index, h.lead, h.logits.device)
     elif shift is not None:
         raise ValueError(f"{op}: shift needs {name}, the token whose logit it is added to")
 
@@ -127,7 +138,7 @@ def row_numbers(
 ) -> tuple[Tensor, Tensor]:
     """argmax and the six numbers of `stats`, the runner-up's log-probability last."""
     h = head(op, logits)
-    _index(op, "index", index, shift, h.lead)
+    _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
     device = h.logits.device
@@ -145,6 +156,8 @@ def row_numbers(
 def _temperature(op: str, temperature: float | Tensor, h: Head) -> Tensor | None:
     if not torch.compiler.is_compiling() and isinstance(temperature, float) and temperature == 1.0:
         return None
+    if temperature is None:
+        raise TypeError(f"{op}: temperature must be a number or a Tensor, got NoneType None")
     return checks.per_row(op, "temperature", temperature, h.lead, h.logits.device)
 
 
@@ -216,7 +229,7 @@ def sample(
     """
     op = "categorical.sample"
     h = head(op, logits)
-    _index(op, "index", index, shift, h.lead)
+    _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
     device = h.logits.device
@@ -271,9 +284,12 @@ def sample_mixture(
     """
     op = "categorical.sample_mixture"
     h = head(op, logits)
-    _index(op, "z", z, None, h.lead)
+    device = h.logits.device
+    checks.tokens(op, "z", z, h.lead, device)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
+    if prior is None:
+        raise TypeError(f"{op}: prior must be 'uniform' or an int, a token id, got NoneType None")
     if prior != "uniform":
         if isinstance(prior, str):
             raise ValueError(f"{op}: prior must be 'uniform' or a token id, got {prior!r}")
@@ -285,7 +301,6 @@ def sample_mixture(
         raise ValueError(
             f"{op}: coefficients must have shape {tuple(wanted)}, got {tuple(coefficients.shape)}"
         )
-    device = h.logits.device
     expanded = checks.per_row(op, "coefficients", coefficients, wanted, device, torch.float64)
     assert expanded is not None
     result: Tensor = torch.ops.dlcore.categorical_sample_mixture(
@@ -315,8 +330,8 @@ def log_probs(
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp, with a shift at `index`; 0 where target < 0."""
     h = head(op, logits)
-    checks.tokens(op, target_name, target, h.lead)
-    _index(op, "z", index, shift, h.lead)
+    checks.tokens(op, target_name, target, h.lead, h.logits.device)
+    _index(op, "z", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
     result: Tensor = torch.ops.dlcore.categorical_log_probs(*h, target, index, shift, softcap, exclude)
@@ -333,8 +348,8 @@ def cross_entropy(
 ) -> Tensor:
     """-log softmax(softcap(logits))[target] in nats, (...); 0 where target is `ignore_index`.
 
-    Differentiable in logits (or hidden, weight and bias); the softmax is recomputed, never kept. Rows that
-    are ignored are not read.
+    Differentiable, once, in logits (or hidden, weight and bias); the softmax is recomputed, never kept.
+    Rows that are ignored are not read.
 
     Args:
         logits: (..., V).
@@ -347,12 +362,13 @@ def cross_entropy(
         tensor([1.3863, 0.0000])
     """
     op = "categorical.cross_entropy"
-    checks.tokens(op, "target", target, head(op, logits).lead)
-    read = torch.where(target == ignore_index, -1, target)
+    h = head(op, logits)
+    checks.tokens(op, "target", target, h.lead, h.logits.device)
+    checks.integer(op, "ignore_index", ignore_index)
+    ignored = target == ignore_index
+    read = torch.where(ignored, -1, target)
     if not torch.compiler.is_compiling():
-        checks.token_range(
-            op, "target", torch.where(target == ignore_index, 0, target), head(op, logits).vocab
-        )
+        checks.token_range(op, "target", torch.where(ignored, 0, target), h.vocab)
     loss = -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
     return torch.where(read < 0, 0, loss)
 
@@ -360,7 +376,7 @@ def cross_entropy(
 def kl(
     p_logits: Tensor | LinearLogits, q_logits: Tensor | LinearLogits, *, temperature: float | Tensor = 1.0
 ) -> Tensor:
-    """KL(softmax(p/temperature) || softmax(q/temperature)) in nats, (...); differentiable in both.
+    """KL(softmax(p/temperature) || softmax(q/temperature)) in nats, (...); differentiable, once, in both.
 
     Example:
         >>> import torch, dlcore
@@ -375,6 +391,7 @@ def kl(
         raise ValueError(
             f"{op}: q_logits must have p_logits' shape {(*p.lead, p.vocab)}, got {(*q.lead, q.vocab)}"
         )
+    checks.on_device(op, "q_logits", q.logits, p.logits.device)
     result: Tensor = torch.ops.dlcore.categorical_kl(*p, *q, _temperature(op, temperature, p))[0]
     return result.to(torch.promote_types(p.logits.dtype, torch.float32))
 
@@ -389,7 +406,7 @@ def expectation(
 ) -> Tensor:
     """Σ_k softmax_k · table[k]: the soft embedding, (..., E), without the softmax ever existing.
 
-    Differentiable in logits (or hidden, weight and bias) and in table.
+    Differentiable, once, in logits (or hidden, weight and bias) and in table.
 
     Args:
         logits: (..., V).
@@ -407,6 +424,7 @@ def expectation(
     checks.floating(op, "table", table)
     if table.dim() != 2 or table.shape[0] != h.vocab:
         raise ValueError(f"{op}: table must be ({h.vocab}, E), got {tuple(table.shape)}")
+    checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
     result: Tensor = torch.ops.dlcore.categorical_expectation(

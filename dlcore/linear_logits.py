@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dlcore._checks import FLOATING, describe
+from dlcore._checks import FLOATING, describe, on_device
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,15 @@ class LinearLogits:
     """The logits ``hidden @ weight.T + bias``, accepted wherever dlcore takes logits, never stored whole.
 
     Args:
-        hidden: (..., D), float32, bfloat16 or float16.
+        hidden: (..., D), D at least 1, float32, bfloat16, float16 or float64 (on the reference).
         weight: (V, D), of hidden's dtype.
         bias: (V,), optional.
 
-    Products are accumulated in float32. Gradients reach hidden, weight and bias.
+    Products are accumulated in float32, or float64 for float64. Gradients reach hidden, weight and bias.
 
     Raises:
-        ValueError: the shapes do not fit. TypeError: a dtype is not floating or the dtypes differ.
+        ValueError: the shapes or the devices do not fit.
+        TypeError: no Tensor, a dtype that is not floating, or dtypes that differ.
 
     Example:
         >>> import torch, dlcore
@@ -39,9 +40,12 @@ class LinearLogits:
 
     def __post_init__(self) -> None:
         hidden, weight, bias = self.hidden, self.weight, self.bias
-        if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1]:
+        for name, x in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if not isinstance(x, Tensor) and not (name == "bias" and x is None):
+                raise TypeError(f"LinearLogits: {name} must be a Tensor, got {describe(x)}")
+        if hidden.dim() < 1 or weight.dim() != 2 or not 1 <= hidden.shape[-1] == weight.shape[1]:
             raise ValueError(
-                "LinearLogits: weight must be (V, D) for hidden (..., D), "
+                "LinearLogits: weight must be (V, D) for hidden (..., D), D >= 1, "
                 f"got hidden {describe(hidden)} and weight {describe(weight)}"
             )
         if bias is not None and bias.shape != weight.shape[:1]:
@@ -52,6 +56,8 @@ class LinearLogits:
                     f"LinearLogits: {name} must be floating and of hidden's dtype {hidden.dtype}, "
                     f"got {tensor.dtype}"
                 )
+            if tensor is not None:
+                on_device("LinearLogits", name, tensor, hidden.device)
 
     @property
     def shape(self) -> torch.Size:

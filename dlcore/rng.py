@@ -10,6 +10,8 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 
+__all__ = ["fold_in", "gumbel", "key", "normal", "split", "uniform"]
+
 
 def key(seed: int, offset: int = 0, *, device: torch.device | str = "cpu") -> Tensor:
     """The key (seed, offset) as an int64 tensor (2,).
@@ -20,15 +22,8 @@ def key(seed: int, offset: int = 0, *, device: torch.device | str = "cpu") -> Te
         tensor([7, 0])
     """
     for name, value in (("seed", seed), ("offset", offset)):
-        _check_int64("rng.key", name, value)
+        checks.integer("rng.key", name, value)
     return torch.tensor([seed, offset], dtype=torch.int64, device=device)
-
-
-def _check_int64(op: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{op}: {name} must be an int, got {checks.describe(value)}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"{op}: {name} must fit in 64 bits, got {value}")
 
 
 def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
@@ -45,10 +40,11 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     op = "rng.fold_in"
     key = checks.key(op, key, None, None)
     if not isinstance(data, Tensor):
-        _check_int64(op, "data", data)
+        checks.integer(op, "data", data)
         data = torch.full((), data, dtype=torch.int64, device=key.device)
     if data.dtype != torch.int64:
         raise TypeError(f"{op}: data must be an int or an int64 Tensor, got {checks.describe(data)}")
+    checks.on_device(op, "data", data, key.device)
     try:
         lead = torch.broadcast_shapes(key.shape[:-1], data.shape)
     except RuntimeError as error:
@@ -66,9 +62,7 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
         >>> dlcore.rng.split(dlcore.rng.key(7), (2, 3)).shape
         torch.Size([2, 3, 2])
     """
-    size = torch.Size((shape,) if isinstance(shape, int) else shape)
-    if any(n < 0 for n in size):
-        raise ValueError(f"rng.split: shape must not be negative, got {tuple(size)}")
+    size = torch.Size(_size("rng.split", shape))
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
         raise TypeError(f"rng.split: key must be an int64 Tensor, got {checks.describe(key)}")
     if key.shape != (2,):
@@ -76,14 +70,21 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
     return fold_in(key, torch.arange(size.numel(), device=key.device).view(size))
 
 
+def _size(op: str, shape: int | Sequence[int]) -> list[int]:
+    """One int or several as a list."""
+    size = list(shape) if isinstance(shape, Sequence) else [shape]
+    if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in size):
+        raise TypeError(f"{op}: shape must be an int or ints, got {checks.describe(shape)}")
+    if any(n < 0 for n in size):
+        raise ValueError(f"{op}: shape must not be negative, got {tuple(size)}")
+    return size
+
+
 def _draw(op: str, key: Tensor, shape: int | Sequence[int], dtype: torch.dtype) -> Tensor:
     key = checks.key(op, key, None, None)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: dtype must be float32 or float64, got {dtype}")
-    size = [shape] if isinstance(shape, int) else list(shape)
-    if any(n < 0 for n in size):
-        raise ValueError(f"{op}: shape must not be negative, got {tuple(size)}")
-    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, size, dtype)
+    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, _size(op, shape), dtype)
     return drawn
 
 

@@ -527,6 +527,8 @@ BAD = [
     (lambda: stats([1, 2]), TypeError, r"categorical.stats: logits must be a Tensor, got list"),
     (lambda: stats(X.long()), TypeError, r"categorical.stats: logits must be float32, .* got torch.int64"),
     (lambda: stats(torch.zeros(3, 0)), ValueError, r"categorical.stats: logits must be .* got \(3, 0\)"),
+    (lambda: stats([0] * 10**5), TypeError, r"logits must be a Tensor, got list \[[0, ]{76}\.\.\.$"),
+    (lambda: stats(X, Z.to("meta")), ValueError, r"categorical.stats: index must be on cpu, got meta"),
     (lambda: stats(X, Z[0]), ValueError, r"categorical.stats: index must have shape \(2, 3\), got \(3,\)"),
     (lambda: stats(X, Z.int()), TypeError, r"categorical.stats: index must be an int64 Tensor"),
     (lambda: stats(X, Z + 5), ValueError, r"categorical.stats: index must lie in \[0, 5\), got 5"),
@@ -548,6 +550,23 @@ BAD = [
         r"categorical.sample: temperature must broadcast to \(2, 3\), got \(7,\)",
     ),
     (lambda: sample(X, temperature="hot"), TypeError, r"categorical.sample: temperature must be a number"),
+    (
+        lambda: sample(X, temperature=None),
+        TypeError,
+        r"sample: temperature must be a number or a Tensor, got None",
+    ),
+    (
+        lambda: sample(X, temperature=10**400),
+        ValueError,
+        r"sample: temperature is too large, got int 10+\.\.\.",
+    ),
+    (
+        lambda: sample(X, temperature=1e300),
+        ValueError,
+        r"sample: temperature is too large, got float 1e\+300",
+    ),
+    (lambda: sample(X, top_k=2**70), ValueError, r"categorical.sample: top_k is too large, got int 11805"),
+    (lambda: sample(X, generator=7), TypeError, r"sample: generator must be a torch.Generator, got int 7"),
     (lambda: sample(X, temperature=float("nan")), ValueError, r"categorical.sample: temperature must lie"),
     (
         lambda: sample(X, temperature=math.inf),
@@ -583,7 +602,18 @@ BAD = [
         r"sample_mixture: coefficients must have shape \(2, 3, 6\), got \(5,\)",
     ),
     (lambda: mixture(X, Z, C.long()), TypeError, r"sample_mixture: coefficients must be float32 or float64"),
-    (lambda: mixture(X, Z, C * torch.inf), ValueError, r"sample_mixture: coefficients must be finite"),
+    (
+        lambda: mixture(X, Z, C * torch.inf),
+        ValueError,
+        r"sample_mixture: coefficients must be finite, got inf",
+    ),
+    (lambda: mixture(X, None, C), TypeError, r"sample_mixture: z must be an int64 Tensor, got NoneType None"),
+    (
+        lambda: mixture(X, Z, C, prior=None),
+        TypeError,
+        r"sample_mixture: prior must be 'uniform' or an int, a token id, got NoneType",
+    ),
+    (lambda: mixture(X, Z.to("meta"), C), ValueError, r"sample_mixture: z must be on cpu, got meta"),
     (
         lambda: mixture(X, Z, C, prior="mask"),
         ValueError,

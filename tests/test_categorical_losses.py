@@ -12,6 +12,7 @@ from torch import Tensor
 
 import dlcore
 from dlcore import LinearLogits, categorical
+from dlcore.process import uniform
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCABULARIES = [1, 17, 256, 1000, 65536 + 300]
@@ -199,12 +200,28 @@ def test_a_gradient_of_a_shifted_capped_entry():
     torch.testing.assert_close(mine[1].double(), exact[1], rtol=1e-4, atol=1e-6)
 
 
-def test_second_derivatives_raise():
+TARGET = torch.tensor([1, 2])
+LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "log_probs": lambda x: categorical.cross_entropy(x, TARGET),
+    "kl": lambda x: categorical.kl(x, x.detach().flip(0)),
+    "expectation": lambda x: categorical.expectation(x, torch.eye(50)[:, :3]),
+    "nelbo": lambda x: uniform.nelbo(x, TARGET, TARGET + 1, 0.5, -1.0),
+}
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_second_derivatives_raise(name, backend):
+    """Not only where nothing else depends on the logits: a penalty beside the loss would be dropped."""
     leaf = normal(2, 50).requires_grad_()
-    loss = categorical.cross_entropy(leaf, torch.tensor([1, 2])).sum()
+    loss = LOSSES[name](leaf).square().sum()
     (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="does not require grad"):
-        torch.autograd.grad(first.square().sum(), leaf)
+    (plain,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    assert torch.equal(first, plain)
+    for objective in (first.square().sum(), first.sum() + loss + leaf.sum()):
+        with pytest.raises(NotImplementedError, match=f"{name}: has a first derivative only"):
+            torch.autograd.grad(objective, leaf, retain_graph=True)
+        with pytest.raises(NotImplementedError, match=f"{name}: has a first derivative only"):
+            objective.backward(retain_graph=True)
 
 
 X, T = torch.zeros(2, 3, 5), torch.zeros(2, 3, dtype=torch.int64)
@@ -224,6 +241,27 @@ BAD = [
         ValueError,
         r"cross_entropy: target must lie in \[0, 5\), got -1",
     ),
+    *[
+        (
+            lambda value=value: categorical.cross_entropy(X, T, ignore_index=value),
+            TypeError,
+            r"cross_entropy: ignore_index must be an int, got",
+        )
+        for value in (True, 1.0, "a", None, T)
+    ],
+    (
+        lambda: categorical.cross_entropy(X, T, ignore_index=2**70),
+        ValueError,
+        r"cross_entropy: ignore_index must fit in 64 bits",
+    ),
+    (lambda: categorical.cross_entropy(X, T.to("meta")), ValueError, r"target must be on cpu, got meta"),
+    (lambda: categorical.kl(X, X.to("meta")), ValueError, r"kl: q_logits must be on cpu, got meta"),
+    (
+        lambda: categorical.expectation(X, torch.ones(5, 2, device="meta")),
+        ValueError,
+        r"expectation: table must be on cpu, got meta",
+    ),
+    (lambda: categorical.kl(X, X, temperature=None), TypeError, r"kl: temperature must be a number"),
     (lambda: categorical.cross_entropy(X, T.float()), TypeError, r"cross_entropy: target must be an int64"),
     (
         lambda: categorical.cross_entropy(X, T, softcap=-1),

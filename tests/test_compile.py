@@ -11,7 +11,7 @@ import torch._dynamo.testing
 from torch import Tensor
 
 import dlcore
-from dlcore import LinearLogits, _dispatch, categorical, rng
+from dlcore import LinearLogits, _dispatch, attention, categorical, rng
 
 KEY = rng.key(5)
 LEAD, VOCAB = (2, 3), 300
@@ -36,7 +36,19 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
     level, slope = torch.full(LEAD, 0.4, dtype=torch.float64), torch.full((), -1.0, dtype=torch.float64)
     row = (z, shift, temperature, 5.0, 2)
     coefficients = torch.tensor([1.0, 1, 0.2, 1, 0.5, 0], dtype=torch.float64)
+    starts = torch.tensor([[0, 0], [1, 4], [3, 3], [0, 2], [5, 0]], dtype=torch.int32).unsqueeze(0)
+    stops = torch.tensor([[6, 0], [3, 6], [3, 3], [1, 5], [6, 4]], dtype=torch.int32).unsqueeze(0)
     packs: dict[str, tuple[Any, ...]] = {
+        "attention.intervals": (
+            normal(2, 5, 4, 8),
+            normal(2, 6, 2, 8),
+            normal(2, 6, 2, 3),
+            starts,
+            stops,
+            None,
+            0.3,
+            5.0,
+        ),
         "rng.fold_in": (KEY.expand(3, 2), torch.arange(3)),
         "rng.uniform": (KEY, [4, 5], torch.float32),
         "rng.normal": (rng.split(KEY, 3), [5], torch.float64),
@@ -53,18 +65,19 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
 
 
 FORWARD = [op for op in _dispatch.ops() if not op.endswith("_backward")]
-NOISE = [op for op in FORWARD if op.startswith("rng.")]
+HEADLESS = [op for op in FORWARD if op.startswith(("rng.", "attention."))]
 LOSSES = ["categorical.log_probs", "categorical.kl", "categorical.expectation", "uniform.nelbo"]
+DIFFERENTIABLE = [*LOSSES, "attention.intervals"]
 
 
 @pytest.mark.parametrize("op", FORWARD)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("linear", [False, True])
 def test_opcheck(op, dtype, linear):
-    if op in NOISE and (linear or dtype != torch.float32):
+    if op in HEADLESS and (linear or (dtype != torch.float32 and op.startswith("rng."))):
         pytest.skip("has no logits")
     function = getattr(torch.ops.dlcore, op.replace(".", "_")).default
-    torch.library.opcheck(function, arguments(op, dtype, linear, grad=op in LOSSES))
+    torch.library.opcheck(function, arguments(op, dtype, linear, grad=op in DIFFERENTIABLE))
 
 
 @pytest.mark.parametrize("op", LOSSES)
@@ -78,6 +91,24 @@ def test_opcheck_backward(op, linear):
     saved = outputs if op == "categorical.expectation" else outputs[-1:]
     grad = torch.ones_like(outputs[0])
     torch.library.opcheck(getattr(torch.ops.dlcore, f"{name}_backward").default, (grad, *saved, *args))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_attention_backward(dtype):
+    """Not float64: the reference calls autograd, which does not run below opcheck's dispatch modes."""
+    args = arguments("attention.intervals", dtype, False, grad=False)
+    out, lse = torch.ops.dlcore.attention_intervals(*args)
+    q, k, v, starts, stops, _, scale, softcap = args
+    backward = torch.ops.dlcore.attention_intervals_backward.default
+    grads = (torch.ones_like(out), torch.ones_like(lse))
+    torch.library.opcheck(backward, (*grads, out, lse, q, k, v, starts, stops, scale, softcap))
+
+
+def test_opcheck_attention_on_pages():
+    pages, table = torch.randn(3, 4, 2, 8), torch.tensor([[2, 0], [1, 0]], dtype=torch.int32)
+    q, _, _, starts, stops, *_ = arguments("attention.intervals", torch.float32, False, grad=False)
+    op = torch.ops.dlcore.attention_intervals.default
+    torch.library.opcheck(op, (q, pages, pages, starts, stops, table, 0.3, 0.0))
 
 
 def compiled(function: Callable[..., Any]) -> tuple[Callable[..., Any], Any]:
@@ -110,6 +141,116 @@ def test_fullgraph_without_recompiling(name):
         t = torch.tensor(value)
         torch.testing.assert_close(call(t), function(t))
     assert counter.frame_count == 1
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+QKV = torch.randn(3, 2, 12, 2, 8, generator=torch.Generator().manual_seed(3)).unbind(0)
+ENDS = torch.stack([torch.arange(1, 13), torch.zeros(12)], -1).to(torch.int32).unsqueeze(0)
+# name: the function of one changing argument, and its values.
+ATTENTION: dict[str, tuple[Callable[[Any], Any], list[Any]]] = {
+    "intervals": (lambda x: attention.intervals(*QKV, torch.zeros_like(x), x), [ENDS, ENDS // 2]),
+    "block sizes": (lambda x: attention.block_diffusion(*QKV, block_size=x), [ints(2, 3), ints(6, 1)]),
+    "documents": (
+        lambda x: attention.block_diffusion(*QKV, block_size=2, cu_seqlens=x),
+        [ints(0, 2, 6), ints(0, 3, 6)],
+    ),
+    "copies": (
+        lambda x: attention.block_diffusion(
+            *(x * t for t in QKV), block_size=2, num_noisy=2, rows="noisy", clean="token", order="clean_first"
+        ),
+        [torch.tensor(1.0), torch.tensor(2.0)],
+    ),
+    "offsets": (
+        lambda x: attention.block_causal(*QKV, block_size=4, q_offset=x, kv_offset=3, window=5),
+        [ints(0, 3), ints(5, 4)],
+    ),
+    "merge": (
+        lambda x: attention.merge(
+            *attention.block_causal(*QKV, block_size=4, q_offset=x, return_lse=True),
+            *attention.block_causal(*QKV, block_size=4, kv_offset=12, q_offset=x, return_lse=True),
+        )[0],
+        [ints(0, 3), ints(15, 4)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_fullgraph_without_recompiling(name):
+    function, values = ATTENTION[name]
+    call, counter = compiled(function)
+    for value in values:
+        torch.testing.assert_close(call(value), function(value))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("argument", ["block_size", "q_offset", "window"])
+def test_attention_with_python_ints_compiles_twice_at_most(argument):
+    """An int is specialised on first sight, then a symbol."""
+
+    def function(value: int) -> Tensor:
+        return attention.block_causal(*QKV, **{"block_size": 4, argument: value})
+
+    call, counter = compiled(function)
+    for value in (2, 3, 5, 7, 12):
+        torch.testing.assert_close(call(value), function(value))
+    assert counter.frame_count <= 2
+
+
+def test_attention_scales_are_constants_of_the_graph():
+    """softmax_scale is fixed in practice: each value compiles anew, and correctly."""
+    call, _ = compiled(lambda s: attention.block_causal(*QKV, block_size=4, softmax_scale=s))
+    for value in (0.1, 0.2, 1.0):
+        expected = attention.block_causal(*QKV, block_size=4, softmax_scale=value)
+        torch.testing.assert_close(call(value), expected)
+
+
+@pytest.mark.parametrize("page_size", [None, 5])
+def test_decoding_compiles_once(page_size):
+    """Two layers, a fused commit and the next commit in one graph; lengths and contents change."""
+    caches = [attention.KVCache(2, 2, 40, 2, 8, page_size=page_size) for _ in range(2)]
+
+    def step(cache: attention.KVCache, q: Tensor, causal: Tensor, advance: Tensor) -> Tensor:
+        for layer in range(2):
+            kw = {"num_commit": 4, "causal": causal, "window": 9}
+            q = attention.decode(q, QKV[1], QKV[2], cache, layer, **kw)
+        cache.commit(advance)
+        return q
+
+    call, counter = compiled(lambda *args: step(caches[0], *args))
+    for advance in (ints(3, 0), ints(4, 4), ints(1, 12), ints(0, 0)):
+        args = (QKV[0], advance > 3, advance)
+        torch.testing.assert_close(call(*args), step(caches[1], *args))
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+    assert counter.frame_count == 1
+
+
+def test_a_compiled_write_past_the_end_is_refused():
+    """Sequence 0 must not run into the rows of sequence 1."""
+    cache = attention.KVCache(1, 2, 16, 2, 8)
+    call, _ = compiled(lambda q: attention.decode(q, q, q, cache, 0))
+    call(QKV[0])
+    cache.commit(ints(12, 0))
+    before = cache.view(0)[0][:, :12].clone()
+    with pytest.raises((IndexError, RuntimeError, ValueError), match=r"out of (bounds|range)|index"):
+        call(QKV[0])
+    assert torch.equal(cache.view(0)[0][:, :12], before)
+
+
+def test_attention_trains_under_compile():
+    def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out, lse = attention.block_diffusion(q, k, v, block_size=2, return_lse=True)
+        return out.square().sum() + lse.sum()
+
+    call, _ = compiled(loss)
+    found = []
+    for function in (call, loss):
+        leaves = [x.clone().requires_grad_() for x in QKV]
+        found.append(torch.autograd.grad(function(*leaves), leaves))
+    for x, y in zip(*found, strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_python_floats_recompile_at_most_once_more():

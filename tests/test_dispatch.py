@@ -35,7 +35,7 @@ def test_a_request_that_cannot_run_raises_with_every_reason():
     with dlcore.use_backend("cpu"), pytest.raises(NotImplementedError) as error:
         categorical.stats(X.double())
     text = str(error.value)
-    assert "backend 'cpu' was asked for" in text
+    assert "backend 'cpu' was asked for and cannot run" in text
     assert "cpu: takes float32, bfloat16, float16, got float64" in text
     assert "reference: can run" in text
 
@@ -55,6 +55,8 @@ def test_questions():
     assert "chosen: cpu" in dlcore.explain("categorical.kl", X, X)
     head = dlcore.LinearLogits(X.double(), X.double())
     assert "chosen: reference" in dlcore.explain("categorical.sample", head, temperature=0.5)
+    assert "chosen: reference" in dlcore.explain("categorical.sample", key=rng.key(0), logits=X.double())
+    assert set(_dispatch.SERVED_BY.values()) <= set(_dispatch.ops())
     with dlcore.use_backend("cpu"):
         assert "would raise NotImplementedError" in dlcore.explain("categorical.stats", X.double())
 
@@ -66,7 +68,11 @@ BAD = [
     ),
     (
         lambda: dlcore.last_backend("stats"),
-        r"dlcore: op must be one of categorical.expectation, .*, got 'stats'",
+        r"dlcore: op must be one of .*categorical.expectation, .*, got 'stats'",
+    ),
+    (
+        lambda: dlcore.last_backend("uniform.step"),
+        r"dlcore: uniform.step has no op of its own, ask for categorical.sample_mixture",
     ),
     (lambda: dlcore.backends("nothing"), r"dlcore: op must be one of"),
     (lambda: dlcore.explain("nothing", X), r"dlcore: op must be one of"),

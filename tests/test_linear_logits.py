@@ -165,6 +165,16 @@ BAD = [
     ),
     (lambda: LinearLogits(H.long(), W), TypeError, r"LinearLogits: hidden must be floating"),
     (
+        lambda: LinearLogits(None, None),
+        TypeError,
+        r"LinearLogits: hidden must be a Tensor, got NoneType None",
+    ),
+    (lambda: LinearLogits([1], W), TypeError, r"LinearLogits: hidden must be a Tensor, got list \[1\]"),
+    (lambda: LinearLogits(H, None), TypeError, r"LinearLogits: weight must be a Tensor, got NoneType None"),
+    (lambda: LinearLogits(H, W, [1]), TypeError, r"LinearLogits: bias must be a Tensor, got list \[1\]"),
+    (lambda: LinearLogits(H[:, :0], W[:, :0]), ValueError, r"LinearLogits: weight must be .* D >= 1"),
+    (lambda: LinearLogits(H, W.to("meta")), ValueError, r"LinearLogits: weight must be on cpu, got meta"),
+    (
         lambda: categorical.stats(LinearLogits(H, W[:0])),
         ValueError,
         r"categorical.stats: logits must have a voc",

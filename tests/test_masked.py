@@ -372,6 +372,22 @@ BAD = [
         ValueError,
         r"masked.nelbo: x must lie in \[0, 4\), got 4",
     ),
+    (lambda: masked.corrupt(Z, 0.5, -1), ValueError, "masked.corrupt: mask_id must not be negative, got -1"),
+    (
+        lambda: masked.first_hitting(Z, 0.5, -1),
+        ValueError,
+        "masked.first_hitting: mask_id must not be negative, got -1",
+    ),
+    (
+        lambda: masked.first_hitting(Z[:, :0], 0.5, MASK),
+        ValueError,
+        r"masked.first_hitting: z must be \(B, L\), L >= 1, got \(2, 0\)",
+    ),
+    (
+        lambda: masked.nelbo(LOGITS, Z + MASK, Z, 1.0, -1.0, MASK),
+        ValueError,
+        "masked.nelbo: alpha must be below 1 where z is masked, got 1",
+    ),
     (
         lambda: masked.nelbo(LOGITS, Z, Z, 0.5, 0.1, MASK),
         ValueError,
@@ -380,7 +396,7 @@ BAD = [
     (
         lambda: masked.first_hitting(Z[0], 0.5, MASK),
         ValueError,
-        r"masked.first_hitting: z must be \(B, L\), got \(3,\)",
+        r"masked.first_hitting: z must be \(B, L\), L >= 1, got \(3,\)",
     ),
     (
         lambda: masked.first_hitting(Z, torch.zeros(3), MASK),

@@ -164,6 +164,27 @@ BAD = [
     (lambda: rng.uniform(rng.key(0), -1), ValueError, r"rng.uniform: shape must not be negative"),
     (lambda: rng.normal(rng.key(0), 2, dtype=torch.int64), TypeError, r"rng.normal: dtype must be"),
     (lambda: rng.gumbel(torch.zeros(2), 2), TypeError, r"rng.gumbel: key must be an int64"),
+    (lambda: rng.fold_in(None, 1), TypeError, r"rng.fold_in: key must be an int64 Tensor, got NoneType"),
+    (lambda: rng.uniform(None, (2,)), TypeError, r"rng.uniform: key must be an int64 Tensor, got NoneType"),
+    (
+        lambda: rng.uniform(rng.key(0), None),
+        TypeError,
+        r"rng.uniform: shape must be an int or ints, got None",
+    ),
+    (lambda: rng.uniform(rng.key(0), 2.5), TypeError, r"rng.uniform: shape must be .* got float 2.5"),
+    (lambda: rng.normal(rng.key(0), "ab"), TypeError, r"rng.normal: shape must be .* got str 'ab'"),
+    (lambda: rng.gumbel(rng.key(0), True), TypeError, r"rng.gumbel: shape must be .* got bool True"),
+    (lambda: rng.split(rng.key(0), 2.0), TypeError, r"rng.split: shape must be .* got float 2.0"),
+    (
+        lambda: rng.split(rng.key(0), (2, None)),
+        TypeError,
+        r"rng.split: shape must be .* got tuple \(2, None\)",
+    ),
+    (
+        lambda: rng.fold_in(rng.key(0), torch.zeros(2, dtype=torch.int64, device="meta")),
+        ValueError,
+        r"rng.fold_in: data must be on cpu, got meta",
+    ),
 ]
 
 

@@ -625,6 +625,27 @@ BAD = [
         "uniform.step: alpha_s must be at least alpha_t, got alpha_s 0.3 below alpha_t 0.4",
     ),
     (
+        lambda: uniform.step(LOGITS, Z, torch.tensor(0.1), 0.1),
+        ValueError,
+        "got alpha_s 0.1 below alpha_t 0.10000000149011612",
+    ),
+    (
+        lambda: uniform.step(LOGITS, Z.to("meta"), 0.1, 0.3),
+        ValueError,
+        "uniform.step: z must be on cpu, got meta",
+    ),
+    (
+        lambda: uniform.step(LOGITS, Z, 0.1, 0.3, temperature=None),
+        TypeError,
+        "temperature must be a number or a Tensor, got None",
+    ),
+    (lambda: uniform.step(LOGITS, Z, 2**70, 0.3), ValueError, "uniform.step: alpha_t is too large, got int"),
+    (
+        lambda: uniform.correct(LOGITS, Z, 0.5, 1, temperature=0.0),
+        ValueError,
+        r"uniform.correct: temperature must lie in \(0, inf\), got 0.0",
+    ),
+    (
         lambda: uniform.step(LOGITS, Z, -0.1, 0.3),
         ValueError,
         r"uniform.step: alpha_t must lie in \[0, 1\], got -0.1",

@@ -156,6 +156,8 @@ BAD = [
     (lambda: unmask.select(S.long(), C, top_k=1), TypeError, "score must be float32"),
     (lambda: unmask.select(S, C.int(), top_k=1), TypeError, "candidates must be a bool Tensor"),
     (lambda: unmask.select(S, C[0], top_k=1), ValueError, r"candidates must have shape \(2, 3\), got \(3,\)"),
+    (lambda: unmask.select(S, C.to("meta"), top_k=1), ValueError, "candidates must be on cpu, got meta"),
+    (lambda: unmask.select(S, C, top_k=2**70), ValueError, "top_k is too large, got int"),
     (lambda: unmask.select(S, C, top_k=-1), ValueError, r"top_k must lie in \[0, inf\], got -1"),
     (
         lambda: unmask.select(S, C, top_k=1.0),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import rng
-from dlcore.categorical import head
+from dlcore.categorical import Head, head
 from dlcore.linear_logits import LinearLogits
 
 PARAMETERIZATIONS = ("loo", "denoiser")
@@ -20,14 +20,10 @@ def checkable(x: Tensor) -> bool:
     return not torch.compiler.is_compiling() and checks.reads_data(x)
 
 
-def tokens(op: str, name: str, x: object, vocab: int, lead: torch.Size | None = None) -> Tensor:
-    """int64 ids in [0, vocab), of shape `lead` if given."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be an int64 Tensor, got {checks.describe(x)}")
-    checks.tokens(op, name, x, x.shape if lead is None else lead)
-    if checkable(x):
-        checks.token_range(op, name, x, vocab)
-    return x
+def tokens(op: str, name: str, x: Tensor, h: Head) -> None:
+    """int64 ids in h's vocabulary, one per row of h."""
+    checks.tokens(op, name, x, h.lead, h.logits.device)
+    checks.token_range(op, name, x, h.vocab)
 
 
 def number(op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -44,7 +40,7 @@ def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "
         ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
         if not bool(ok.all()):
             got = first(x, ~ok)
-            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got:g}")
+            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
     return x
 
 
@@ -68,7 +64,7 @@ def levels(
     if checkable(t) and checkable(s):
         wrong = s < t
         if bool(wrong.any()):
-            got = f"alpha_s {first(s, wrong):g} below alpha_t {first(t, wrong):g}"
+            got = f"alpha_s {first(s, wrong)!r} below alpha_t {first(t, wrong)!r}"
             raise ValueError(f"{op}: alpha_s must be at least alpha_t, got {got}")
     return t, s
 
@@ -96,8 +92,7 @@ def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor
 
 def vocabulary(op: str, vocab_size: int, exclude: int | None) -> int:
     """The number of tokens that noise may take."""
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, (int, torch.SymInt)):
-        raise TypeError(f"{op}: vocab_size must be an int, got {checks.describe(vocab_size)}")
+    checks.integer(op, "vocab_size", vocab_size)
     if vocab_size < 1:
         raise ValueError(f"{op}: vocab_size must be at least 1, got {vocab_size}")
     checks.token_id(op, "exclude", exclude, vocab_size)

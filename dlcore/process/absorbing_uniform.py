@@ -19,6 +19,8 @@ from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 
+__all__ = ["corrupt", "nelbo", "remask_step", "step"]
+
 Logits = Tensor | LinearLogits
 
 
@@ -27,8 +29,8 @@ def _observed(
 ) -> int:
     """The number of tokens that noise may take, after the checks."""
     h = categorical.head(op, logits)
-    rows.tokens(op, "z", z, h.vocab, h.lead)
-    rows.tokens(op, "u", u, h.vocab, h.lead)
+    rows.tokens(op, "z", z, h)
+    rows.tokens(op, "u", u, h)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
     return rows.vocabulary(op, h.vocab, exclude)
 
@@ -74,7 +76,8 @@ def corrupt(
     """
     op = "absorbing_uniform.corrupt"
     size = rows.vocabulary(op, vocab_size, exclude)
-    rows.tokens(op, "x", x, vocab_size)
+    checks.tokens(op, "x", x)
+    checks.token_range(op, "x", x, vocab_size)
     a = rows.level(op, "alpha", alpha, x.shape, x.device)
     route, which = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 2)
     u = rows.uniform_tokens(which, size, exclude)
@@ -233,7 +236,7 @@ def nelbo(
     op = "absorbing_uniform.nelbo"
     _observed(op, logits, z, u, parameterization)
     h = categorical.head(op, logits)
-    rows.tokens(op, "x", x, h.vocab, h.lead)
+    rows.tokens(op, "x", x, h)
     a = rows.level(op, "alpha", alpha, z.shape, z.device, "[)")
     da = rows.slope(op, dalpha, z.shape, z.device)
     open_ = z == u

@@ -17,6 +17,8 @@ from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 
+__all__ = ["corrupt", "first_hitting", "nelbo", "remask_probability", "step"]
+
 Logits = Tensor | LinearLogits
 
 #: sigma may pass its bound by so much, the rounding of a float32 sigma.
@@ -26,15 +28,17 @@ _SLACK = 1e-6
 def _observed(op: str, logits: Logits, z: Tensor, mask_id: int) -> Tensor:
     """Where z is masked, after checks of logits, z and mask_id."""
     h = categorical.head(op, logits)
-    rows.tokens(op, "z", z, h.vocab, h.lead)
-    _mask_token(op, mask_id)
+    rows.tokens(op, "z", z, h)
+    checks.integer(op, "mask_id", mask_id)
     checks.token_id(op, "mask_id", mask_id, h.vocab)
     return z == mask_id
 
 
-def _mask_token(op: str, mask_id: object) -> None:
-    if isinstance(mask_id, bool) or not isinstance(mask_id, (int, torch.SymInt)):
-        raise TypeError(f"{op}: mask_id must be an int, got {checks.describe(mask_id)}")
+def _mask_token(op: str, mask_id: int) -> None:
+    checks.integer(op, "mask_id", mask_id)
+    # -1 marks a broken row.
+    if mask_id < 0:
+        raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
 
 
 def _largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
@@ -56,7 +60,7 @@ def corrupt(
     Args:
         x: (...) int64 clean tokens.
         alpha: in [0, 1], broadcast to x.shape.
-        mask_id: the mask token.
+        mask_id: the mask token, not negative.
         key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
 
     Example:
@@ -67,9 +71,7 @@ def corrupt(
     """
     op = "masked.corrupt"
     _mask_token(op, mask_id)
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: x must be an int64 Tensor, got {checks.describe(x)}")
-    checks.tokens(op, "x", x, x.shape)
+    checks.tokens(op, "x", x)
     a = rows.level(op, "alpha", alpha, x.shape, x.device)
     (u,) = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 1)
     return torch.where(u < a, x, mask_id)
@@ -257,8 +259,10 @@ def nelbo(
     op = "masked.nelbo"
     is_masked = _observed(op, logits, z, mask_id)
     h = categorical.head(op, logits)
-    rows.tokens(op, "x", x, h.vocab, h.lead)
+    rows.tokens(op, "x", x, h)
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
+    if rows.checkable(a) and bool((is_masked & (a == 1)).any()):
+        raise ValueError(f"{op}: alpha must be below 1 where z is masked, got 1")
     da = rows.slope(op, dalpha, z.shape, z.device)
     log_p = categorical.log_probs(
         op, logits, torch.where(is_masked, x, -1), exclude=mask_id, target_name="x"
@@ -281,9 +285,9 @@ def first_hitting(
     the position is uniform among the n.
 
     Args:
-        z: (B, L) int64.
+        z: (B, L) int64, L at least 1.
         alpha_t: in [0, 1], a number or (B,).
-        mask_id: the mask token.
+        mask_id: the mask token, not negative.
         key: int64 (2,) or one per sequence (B, 2), see `dlcore.rng`; else from `generator` or torch's own.
 
     Returns:
@@ -300,11 +304,9 @@ def first_hitting(
     """
     op = "masked.first_hitting"
     _mask_token(op, mask_id)
-    if not isinstance(z, Tensor):
-        raise TypeError(f"{op}: z must be an int64 Tensor, got {checks.describe(z)}")
-    checks.tokens(op, "z", z, z.shape)
-    if z.dim() != 2:
-        raise ValueError(f"{op}: z must be (B, L), got {tuple(z.shape)}")
+    checks.tokens(op, "z", z)
+    if z.dim() != 2 or z.shape[1] < 1:
+        raise ValueError(f"{op}: z must be (B, L), L >= 1, got {tuple(z.shape)}")
     lead = z.shape[:-1]
     a = rows.level(op, "alpha_t", alpha_t, lead, z.device)
     when, where = rows.uniforms(rows.row_keys(op, key, generator, lead, z.device), 2)

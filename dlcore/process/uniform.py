@@ -23,13 +23,26 @@ from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 from dlcore.process import unmask
 
+__all__ = [
+    "bridge_log_probs",
+    "correct",
+    "corrupt",
+    "cross_entropy",
+    "denoiser_to_loo",
+    "log_score_to_loo",
+    "loo_to_denoiser",
+    "loo_to_log_score",
+    "nelbo",
+    "step",
+]
+
 Logits = Tensor | LinearLogits
 
 
 def _observed(op: str, logits: Logits, z: Tensor, exclude: int | None = None) -> int:
     """The number of tokens that noise may take, after checks of logits and z."""
     h = categorical.head(op, logits)
-    rows.tokens(op, "z", z, h.vocab, h.lead)
+    rows.tokens(op, "z", z, h)
     return rows.vocabulary(op, h.vocab, exclude)
 
 
@@ -69,7 +82,8 @@ def corrupt(
     """
     op = "uniform.corrupt"
     size = rows.vocabulary(op, vocab_size, exclude)
-    rows.tokens(op, "x", x, vocab_size)
+    checks.tokens(op, "x", x)
+    checks.token_range(op, "x", x, vocab_size)
     a = rows.level(op, "alpha", alpha, x.shape, x.device)
     route, which = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 2)
     return torch.where(route < a, x, rows.uniform_tokens(which, size, exclude))
@@ -182,13 +196,13 @@ def log_score_to_loo(log_score: Tensor, z: Tensor, alpha: float | Tensor) -> Ten
     """
     op = "uniform.log_score_to_loo"
     checks.floating(op, "log_score", log_score)
-    vocab = log_score.shape[-1]
-    rows.tokens(op, "z", z, vocab, log_score.shape[:-1])
+    h = categorical.Head(log_score, None, None)
+    rows.tokens(op, "z", z, h)
     x = rows.dense(op, log_score, "log_score")
     a = rows.level(op, "alpha", alpha, z.shape, x.device, "(]")
     # p(y) + 1/c rather than its multiple by alpha: no rescaling of the difference afterwards.
     share = torch.softmax(x.scatter(-1, z.unsqueeze(-1), 0), -1) / a.to(x.dtype).unsqueeze(-1)
-    p = share - ((1 - a) / (vocab * a)).to(x.dtype).unsqueeze(-1)
+    p = share - ((1 - a) / (h.vocab * a)).to(x.dtype).unsqueeze(-1)
     possible = p > 0
     log_p = torch.where(possible, p, 1).log().masked_fill(~possible, -torch.inf)
     return torch.log_softmax(log_p, -1)
@@ -389,7 +403,7 @@ def nelbo(
     size = _observed(op, logits, z)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
     h = categorical.head(op, logits)
-    rows.tokens(op, "x", x, h.vocab, h.lead)
+    rows.tokens(op, "x", x, h)
     a = rows.level(op, "alpha", alpha, z.shape, z.device, "()")
     da = rows.slope(op, dalpha, z.shape, z.device)
     shift = _as_number(_shift(parameterization, a, size), h)
@@ -425,7 +439,7 @@ def cross_entropy(
     size = _observed(op, logits, z)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
     h = categorical.head(op, logits)
-    rows.tokens(op, "x", x, h.vocab, h.lead)
+    rows.tokens(op, "x", x, h)
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
     if parameterization == "denoiser":
         return -categorical.log_probs(op, logits, x, target_name="x")[0]
@@ -480,13 +494,13 @@ def correct(
             "random".
         tau: positive; lower chooses more greedily. Broadcast to z.shape, as alpha.
         parameterization, exclude, key: as in `step`.
-        temperature: as in `step`; the law is invariant at 1 only.
+        temperature: as in `step`, but positive; the law is invariant at 1 only.
 
     Returns:
         (B, L) int64.
 
     Raises:
-        TypeError: dtypes. ValueError: z is not (B, L), other shapes, ids, levels, score, tau.
+        TypeError: dtypes. ValueError: z is not (B, L), other shapes, ids, levels, score, tau, temperature.
 
     Source:
         arXiv 2605.22765, predictor-corrector sampling.
@@ -507,6 +521,9 @@ def correct(
         raise ValueError(f"{op}: z must be (B, L), got {tuple(z.shape)}")
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
     greed = rows.within(op, "tau", rows.number(op, "tau", tau, z.shape, z.device), 0, torch.inf, "()")
+    rows.within(
+        op, "temperature", rows.number(op, "temperature", temperature, z.shape, z.device), 0, torch.inf, "()"
+    )
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     shift = _shift(parameterization, a, size)
     priority = rng.gumbel(keys, (), dtype=torch.float64)

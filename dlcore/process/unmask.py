@@ -8,6 +8,8 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore.process import _rows as rows
 
+__all__ = ["select"]
+
 
 def _per_sequence(op: str, name: str, value: float | Tensor, score: Tensor, dtype: torch.dtype) -> Tensor:
     x = checks.per_row(op, name, value, score.shape[:-1], score.device, dtype)
@@ -92,6 +94,7 @@ def select(
         raise ValueError(
             f"{op}: candidates must have shape {tuple(score.shape)}, got {tuple(candidates.shape)}"
         )
+    checks.on_device(op, "candidates", candidates, score.device)
     rules = {"top_k": top_k, "threshold": threshold, "factor": factor, "entropy_bound": entropy_bound}
     given = [name for name, value in rules.items() if value is not None]
     if len(given) != 1:
