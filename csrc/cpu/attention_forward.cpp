@@ -202,18 +202,20 @@ void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
   });
 }
 
-// Few rows, so that reading the keys takes the time: heads that lie together are visited together, and few
-// pieces of work are made more by dividing the keys; their parts are merged in order. What is summed depends
-// on the shape of one sequence alone, hence not on threads or on the batch.
+// Few rows, so that reading the keys takes the time: heads that lie together are visited together, and where
+// a sequence has few heads its keys are divided and the parts merged in order. What is summed depends on the
+// shape of one sequence alone, hence not on threads or on the batch.
 class FewRows {
  public:
   FewRows(const AttentionArguments& a, const AttentionPlan& plan)
       : a_(a),
         plan_(plan),
-        abreast_(std::max<int64_t>(1, std::min(a.kv_heads, kTogether / columns_bytes(a)))),
-        groups_((a.kv_heads + abreast_ - 1) / abreast_),
         tiles_(plan.head_chunks * plan.row_tiles),
-        parts_(std::max<int64_t>(1, std::min(kPieces / (groups_ * tiles_), a.keys / kKeyTile / kPartVisits))),
+        parts_(std::clamp<int64_t>(kPieces / (a.kv_heads * tiles_), 1,
+                                   std::max<int64_t>(1, a.keys / kKeyTile / kPartVisits))),
+        abreast_(std::clamp<int64_t>(a.batch * a.kv_heads * tiles_ * parts_ / (2 * a.threads), 1,
+                                     std::clamp<int64_t>(kTogether / row_bytes(a), 1, a.kv_heads))),
+        groups_((a.kv_heads + abreast_ - 1) / abreast_),
         width_(round_up(std::min(a.rows, plan.queries_abreast) * plan.heads_abreast, kLanes)) {}
 
   void run() {
@@ -232,7 +234,7 @@ class FewRows {
   // Bytes that a machine recognises as lying together.
   static constexpr int64_t kTogether = 1024;
 
-  static int64_t columns_bytes(const AttentionArguments& a) {
+  static int64_t row_bytes(const AttentionArguments& a) {
     return std::max(a.head_dim, a.value_dim) * (a.k.dtype == DType::kFloat32 ? 4 : 2);
   }
   int64_t state_floats() const { return round_up(Accumulator::floats(a_, width_), kLanes); }
@@ -281,7 +283,7 @@ class FewRows {
 
   const AttentionArguments& a_;
   const AttentionPlan& plan_;
-  int64_t abreast_, groups_, tiles_, parts_, width_;
+  int64_t tiles_, parts_, abreast_, groups_, width_;
   float* states_ = nullptr;
 };
 
