@@ -99,7 +99,7 @@ Heads heads(const py::tuple& t) {
           stride[2]};
 }
 
-// (q, k, v, out, lse, starts, stops, page table, page size, scale, softcap).
+// (q, k, v, out, lse, (starts, shared), stops, (page table, pages) or None, scale, softcap).
 void read_attention(const py::tuple& t, AttentionArguments& a) {
   const auto q = t[0].cast<py::tuple>(), k = t[1].cast<py::tuple>(), v = t[2].cast<py::tuple>();
   a.q = heads(q);

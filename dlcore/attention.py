@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._ops import MAX_HEAD_DIM
 from dlcore.kv_cache import KVCache
 from dlcore.reference import attention as reference
 
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
 
 __all__ = ["KVCache", "block_causal", "block_diffusion", "decode", "intervals", "merge"]
 
-MAX_HEAD_DIM = 512
+#: Positions fit int32.
+MOST_ROWS = 2**31 - 1
 
 
 def _heads(op: str, name: str, x: object) -> Tensor:
@@ -33,16 +35,16 @@ def _heads(op: str, name: str, x: object) -> Tensor:
     assert isinstance(x, Tensor)
     if x.dim() != 4:
         raise ValueError(f"{op}: {name} must be (B, S, H, D), got {tuple(x.shape)}")
-    if x.shape[-1] > MAX_HEAD_DIM:
-        raise ValueError(
-            f"{op}: {name} must have a head dimension of at most {MAX_HEAD_DIM}, got {x.shape[-1]}"
-        )
     return x
 
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         _heads(op, name, x)
+        if x.shape[-1] > MAX_HEAD_DIM:
+            raise ValueError(
+                f"{op}: {name} must have a head dimension of at most {MAX_HEAD_DIM}, got {x.shape[-1]}"
+            )
         if x.dtype != q.dtype:
             raise TypeError(f"{op}: {name} must have q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
@@ -66,8 +68,8 @@ def _scale(op: str, softmax_scale: float | None, head_dim: int) -> float:
 def _number(op: str, name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {name} must be a number, got {checks.describe(value)}")
-    if not abs(value) < float("inf"):
-        raise ValueError(f"{op}: {name} must be finite, got {value}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{op}: {name} must be a finite float32, got {value}")
     return float(value)
 
 
@@ -83,7 +85,8 @@ def _positive(op: str, name: str, value: int) -> int:
         raise TypeError(f"{op}: {name} must be an int, got {checks.describe(value)}")
     if value < 1:
         raise ValueError(f"{op}: {name} must be at least 1, got {value}")
-    return value
+    # More changes nothing, and sums of positions must not wrap.
+    return value if isinstance(value, torch.SymInt) else min(value, MOST_ROWS)
 
 
 def _block_size(op: str, value: int | Tensor, batch: int, device: torch.device) -> int | Tensor:
@@ -94,7 +97,7 @@ def _block_size(op: str, value: int | Tensor, batch: int, device: torch.device) 
     if value.shape != (batch,):
         raise ValueError(f"{op}: block_size must have shape {(batch,)}, got {tuple(value.shape)}")
     checks.value_range(op, "block_size", value, 1)
-    return value.to(device=device, dtype=torch.int64).unsqueeze(1)
+    return value.to(device=device, dtype=torch.int64).clamp(max=MOST_ROWS).unsqueeze(1)
 
 
 def _documents(op: str, cu_seqlens: Tensor | None, length: int, device: torch.device) -> Intervals:
@@ -343,7 +346,7 @@ def block_causal(
     query_at = _offset(op, "q_offset", q_offset, batch, device)
     key_at = _offset(op, "kv_offset", kv_offset, batch, device)
     if window is not None:
-        _positive(op, "window", window)
+        window = _positive(op, "window", window)
     position = torch.arange(rows, device=device) + query_at
     if cu_seqlens is not None:
         if rows != keys or any(isinstance(o, Tensor) or o != 0 for o in (q_offset, kv_offset)):
@@ -390,7 +393,8 @@ def decode(
     or what is denoised) and the block whole; with "row" to the positions less than W away from the row, on
     both sides. Calling it again overwrites: `cache.commit(n)` keeps the first n rows. Returns out
     (B, S, Hq, Dv), with `return_lse` also lse (B, Hq, S); `intervals` describes scores and errors. No
-    gradients. ValueError, and nothing is written, where the cache is full.
+    gradients. ValueError, and nothing is written, where the cache is full: all sequences write S rows, also
+    one that is finished.
 
     Example:
         >>> import torch
@@ -407,11 +411,14 @@ def decode(
     batch, rows, device = q.shape[0], q.shape[1], q.device
     if k.shape[1] != rows:
         raise ValueError(f"{op}: k must have q's {rows} rows, got {k.shape[1]}")
-    if isinstance(num_commit, bool) or not isinstance(num_commit, int) or not 0 <= num_commit <= rows:
-        raise ValueError(f"{op}: num_commit must be an int in [0, {rows}], got {num_commit!r}")
+    checks.integer(op, "num_commit", num_commit)
+    if not 0 <= num_commit <= rows:
+        raise ValueError(f"{op}: num_commit must lie in [0, {rows}], got {num_commit}")
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
     checks.option(op, "window_anchor", window_anchor, ("block", "row"))
     if window is not None:
-        _positive(op, "window", window)
+        window = _positive(op, "window", window)
     if isinstance(causal, Tensor):
         if causal.dtype != torch.bool:
             raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
@@ -421,6 +428,7 @@ def decode(
     elif not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
     scale, softcap = _scale(op, softmax_scale, q.shape[3]), _softcap(op, softcap)
+    cache.check_room(op, rows)
     cache.write(layer, k, v)
     keys, values = cache.view(layer)
     length = cache.lengths.long().unsqueeze(1)

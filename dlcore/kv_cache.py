@@ -87,6 +87,10 @@ class KVCache:
         layer = self._layer("view", layer)
         return self._keys[layer], self._values[layer]
 
+    def check_room(self, op: str, rows: int) -> None:
+        """ValueError in the name of `op` unless every sequence has room for so many more rows. Reads data."""
+        self._check_room(op, self.lengths + rows)
+
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor | None = None) -> None:
         """Write rows k (batch, n, H, D) and v from `start` on (int or (batch,); default `lengths`).
 
@@ -129,7 +133,10 @@ class KVCache:
         self.lengths.zero_()
 
     def reorder(self, index: Tensor) -> None:
-        """Make sequence i what sequence index[i] was: (batch,) int64; entries may repeat (beams)."""
+        """Make sequence i what sequence index[i] was: (batch,) int64; entries may repeat (beams).
+
+        Rows are copied: a page that two sequences list would be written twice.
+        """
         op = "KVCache.reorder"
         checks.tokens(op, "index", index, torch.Size((self.batch,)))
         checks.token_range(op, "index", index, self.batch)
@@ -143,10 +150,9 @@ class KVCache:
         self.lengths.copy_(self.lengths[index])
 
     def _layer(self, method: str, layer: int) -> int:
-        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < self.num_layers:
-            raise ValueError(
-                f"KVCache.{method}: layer must be an int in [0, {self.num_layers}), got {layer!r}"
-            )
+        checks.integer(f"KVCache.{method}", "layer", layer)
+        if not 0 <= layer < self.num_layers:
+            raise ValueError(f"KVCache.{method}: layer must lie in [0, {self.num_layers}), got {layer}")
         return layer
 
     def _rows(self, op: str, name: str, value: int | Tensor) -> Tensor:
@@ -178,12 +184,13 @@ class KVCache:
 
     def _store(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> None:
         keys, values = (x.flatten(0, 1) for x in self.view(layer))
+        inside = (position >= 0) & (position < self.max_len)
         if self.page_table is None or self.page_size is None:
             row = position + self.max_len * torch.arange(self.batch, device=position.device).unsqueeze(1)
-            # Past its end a sequence would run into the next one; index_copy_ refuses a row past all.
-            row = torch.where(position < self.max_len, row, keys.shape[0])
         else:
-            page = self.page_table.long().gather(1, position // self.page_size)
+            page = self.page_table.long().gather(1, torch.where(inside, position, 0) // self.page_size)
             row = page * self.page_size + position % self.page_size
+        # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
+        row = torch.where(inside, row, keys.shape[0])
         for store, x in ((keys, k), (values, v)):
             store.index_copy_(0, row.flatten(), x.detach().flatten(0, 1))

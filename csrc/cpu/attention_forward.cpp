@@ -162,7 +162,7 @@ class Forward {
     for (int64_t n = 0; n < count; ++n) {
       const Floats d = load(scores + n * stride) - base;
       Floats e = exp2(max(kExponentFloor, d));
-      if constexpr (!full) e = select(less(d, kExponentFloor), 0.0f, e);
+      e = select(less(d, kExponentFloor), 0.0f, e);
       store(scores + n * stride, e);
       sum = sum + e;
     }
@@ -181,7 +181,8 @@ class Forward {
 // Many rows: a piece of work is a head, or every `strands`-th row tile of it.
 void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
   const int64_t chunks = plan.head_chunks, tiles = plan.row_tiles, heads = a.batch * a.kv_heads * chunks;
-  const int64_t strands = std::max<int64_t>(1, std::min(tiles, kPieces / heads));
+  const int64_t strands =
+      std::max<int64_t>(1, std::min(tiles, std::max<int64_t>(kPieces, 4 * a.threads) / heads));
   parallel_for(heads * strands, a.threads, [&](int64_t piece) {
     const int64_t head = piece / strands / chunks, chunk = piece / strands % chunks;
     const int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads;
@@ -203,8 +204,8 @@ void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
 }
 
 // Few rows, so that reading the keys takes the time: heads that lie together are visited together, and where
-// a sequence has few heads its keys are divided and the parts merged in order. What is summed depends on the
-// shape of one sequence alone, hence not on threads or on the batch.
+// a sequence has few heads its keys are divided and the parts merged in order. How they are divided depends
+// on the shape of one sequence and its cache alone, hence not on threads or on the batch.
 class FewRows {
  public:
   FewRows(const AttentionArguments& a, const AttentionPlan& plan)
@@ -253,6 +254,9 @@ class FewRows {
     std::vector<RowTile> rows;
     std::vector<Forward> forwards;
     std::vector<Accumulator> states;
+    rows.reserve(static_cast<size_t>(heads));
+    forwards.reserve(static_cast<size_t>(heads));
+    states.reserve(static_cast<size_t>(heads));
     for (int64_t h = 0; h < heads; ++h) {
       rows.push_back(row_tile(batch, first_head + h, tile));
       forwards.emplace_back(a_, batch, first_head + h, true, buffers, memory);

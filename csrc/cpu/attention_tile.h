@@ -93,20 +93,24 @@ inline void multiply(const Operands& p, int64_t rows, int64_t sixteens) {
   multiply_lanes<kWidest, by_column>(p, rows, sixteens, 0);
 }
 
-// The same where a factor of 0, from a key that a row does not see, must hide even NaN and infinity.
+// The same bits where a factor of 0, from a key that a row does not see, must hide even NaN and infinity.
 // `zeros_in_a`: the factors that may be 0 are a's, else b's.
 template <bool by_column, bool zeros_in_a>
 inline void multiply_guarded(const Operands& p, int64_t rows, int64_t sixteens) {
   for (int64_t j = 0; j < rows; ++j)
-    for (int64_t lane = 0; lane < sixteens * kLanes; ++lane) {
-      float& c = p.c[j * p.ldc + lane];
-      float sum = p.add ? c : 0;
-      if (p.factor) sum *= p.factor[lane];
+    for (int64_t lane = 0; lane < sixteens * kLanes; lane += kLanes) {
+      float* c = p.c + j * p.ldc + lane;
+      Floats sum = p.add ? load(c) : broadcast(0.0f);
+      if (p.factor) sum = sum * load(p.factor + lane);
       for (int64_t k = 0; k < p.depth; ++k) {
-        const float x = by_column ? p.a[k * p.lda + j] : p.a[j * p.lda + k], y = p.b[k * p.ldb + lane];
-        if ((zeros_in_a ? x : y) != 0) sum += x * y;
+        const float x = by_column ? p.a[k * p.lda + j] : p.a[j * p.lda + k];
+        const Floats y = load(p.b + k * p.ldb + lane);
+        if constexpr (zeros_in_a)
+          sum = x == 0 ? sum : fused(y, x, sum);
+        else
+          sum = fused(y, select(equal(y, 0.0f), broadcast(0.0f), broadcast(x)), sum);
       }
-      c = sum;
+      store(c, sum);
     }
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <string>
 #include <thread>
 #include <vector>
@@ -62,14 +63,21 @@ struct Loop {
   int64_t count;
   int64_t chunk;
   std::atomic<int64_t> next{0};
+  std::atomic<bool> failed{false};
+  std::exception_ptr error = nullptr;
 };
 
 void work(void* data) {
   auto* loop = static_cast<Loop*>(data);
   for (;;) {
     const int64_t begin = loop->next.fetch_add(loop->chunk, std::memory_order_relaxed);
-    if (begin >= loop->count) return;
-    loop->function(loop->context, begin, std::min(begin + loop->chunk, loop->count));
+    if (begin >= loop->count || loop->failed) return;
+    try {
+      loop->function(loop->context, begin, std::min(begin + loop->chunk, loop->count));
+    } catch (...) {
+      // It must not leave the parallel region: the caller throws it again.
+      if (!loop->failed.exchange(true)) loop->error = std::current_exception();
+    }
   }
 }
 
@@ -88,12 +96,13 @@ void parallel_ranges(RangeFunction function, void* context, int64_t count, int t
   Loop loop{function, context, count, std::max<int64_t>(1, count / (8 * threads))};
   if (runtime().parallel) {
     runtime().parallel(work, &loop, static_cast<unsigned>(threads), 0);
-    return;
+  } else {
+    std::vector<std::thread> helpers;
+    for (int i = 1; i < threads; ++i) helpers.emplace_back(work, &loop);
+    work(&loop);
+    for (auto& helper : helpers) helper.join();
   }
-  std::vector<std::thread> helpers;
-  for (int i = 1; i < threads; ++i) helpers.emplace_back(work, &loop);
-  work(&loop);
-  for (auto& helper : helpers) helper.join();
+  if (loop.error) std::rethrow_exception(loop.error);
 }
 
 }  // namespace dlcore

@@ -44,7 +44,7 @@ def _attend(
         scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(pairs, scores, -torch.inf)
     lse = torch.logsumexp(scores, -1)
-    probs = torch.exp(scores - torch.where(pairs.any(-1), lse, 0).unsqueeze(-1))
+    probs = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1))
     out = probs @ values if finite else (probs.unsqueeze(-2) @ values).squeeze(-2)
     return out.transpose(1, 2).to(q.dtype).contiguous(), lse
 
@@ -62,6 +62,9 @@ def intervals(
     """out (B, S, Hq, Dv) in q's dtype and lse (B, Hq, S): 0 and -inf for a row that sees nothing."""
     k, v = gathered(k, page_table), gathered(v, page_table)
     mask = visible(starts, stops, k.shape[1])
+    if not _finite(k, v):
+        # Unused slots of a cache may hold anything; what is left takes the slow way.
+        k, v = (torch.where(mask.any(1)[..., None, None], x, 0) for x in (k, v))
     return _attend(q, k, v, mask, scale, softcap, _finite(q, k, v))
 
 
