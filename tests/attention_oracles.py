@@ -5,17 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-import dlcore
-
-OP = "attention.intervals"
-
-
-def missing(backend: str) -> str:
-    """Why attention can't run on a backend at all; empty where it can."""
-    reasons = dlcore.backends(OP)
-    assert isinstance(reasons, dict)
-    return "; ".join(reasons[backend])
-
 
 def dtype_of(backend: str) -> torch.dtype:
     """float64 where the backend takes it."""

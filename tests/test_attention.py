@@ -12,19 +12,12 @@ from attention_oracles import (
     dense,
     dtype_of,
     layout,
-    missing,
     normal,
     qkv,
     training_mask,
 )
 
 from dlcore import attention
-
-
-@pytest.fixture(autouse=True)
-def _present(request):
-    if "backend" in request.fixturenames and missing(request.getfixturevalue("backend")):
-        pytest.skip(missing(request.getfixturevalue("backend")))
 
 
 def same(got, wanted) -> None:

@@ -13,19 +13,12 @@ from attention_oracles import (
     decode_mask,
     dense,
     dtype_of,
-    missing,
     normal,
     qkv,
 )
 
 from dlcore import attention
 from dlcore.attention import KVCache
-
-
-@pytest.fixture(autouse=True)
-def _present(request):
-    if "backend" in request.fixturenames and missing(request.getfixturevalue("backend")):
-        pytest.skip(missing(request.getfixturevalue("backend")))
 
 
 @pytest.fixture(params=[None, 1, 16], ids=lambda p: f"page{p}")

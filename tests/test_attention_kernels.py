@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_oracles import close, dense, dtype_of, missing, normal, qkv, training_mask
+from attention_oracles import close, dense, dtype_of, normal, qkv, training_mask
 from conftest import levels
 from torch.nn import functional as F
 
@@ -14,13 +14,6 @@ from dlcore.cpu import choose_capability
 from dlcore.reference import attention as reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-compiled = pytest.mark.skipif(bool(missing("cpu")), reason=missing("cpu"))
-
-
-@pytest.fixture(autouse=True)
-def _present(request):
-    if "backend" in request.fixturenames and missing(request.getfixturevalue("backend")):
-        pytest.skip(missing(request.getfixturevalue("backend")))
 
 
 def results(call, tensors, seeds=(7, 8)):
@@ -70,7 +63,6 @@ def rms(x):
     return x.square().mean().sqrt()
 
 
-@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("length", "block", "kw"),
@@ -87,14 +79,12 @@ def test_parity_over_masks(length, block, kw, dtype, poisoned):
     assert_as_good_as_sdpa(length, block, (4, 2), (64, 64), dtype, **kw)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("group", [1, 2, 4, 6, 8, 16, 65])
 def test_parity_over_groups(group, dtype, poisoned):
     assert_as_good_as_sdpa(33, 8, (2 * group, 2), (64, 64), dtype)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "dims",
@@ -112,7 +102,6 @@ def test_parity_over_head_dims(dims, dtype, poisoned):
     assert_as_good_as_sdpa(33, 8, (2, 1), dims, dtype)
 
 
-@compiled
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [4, 16, 32])
@@ -120,7 +109,6 @@ def test_parity_at_length_1024(block, dtype):
     assert_as_good_as_sdpa(1024, block, (4, 2), (64, 64), dtype)
 
 
-@compiled
 @pytest.mark.parametrize("length", [64, 600])
 def test_levels_agree(length):
     tensors = qkv(2, 2 * length, 2 * length, (4, 2), (64, 48), torch.float32)
@@ -139,7 +127,6 @@ def test_levels_agree(length):
         choose_capability(current)
 
 
-@compiled
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("batch", "rows", "keys"), [(1, 16, 1500), (3, 100, 400), (1, 600, 600)])
 def test_results_are_bit_equal_for_any_number_of_threads(batch, rows, keys, dtype):
@@ -176,7 +163,6 @@ def test_gradcheck(softcap):
         assert torch.autograd.gradcheck(call, (q, k, v))
 
 
-@compiled
 @pytest.mark.parametrize("softcap", [0.3, 5.0])
 @pytest.mark.parametrize("scale", [1.0, -0.2])
 def test_softcap_and_scale(softcap, scale):
@@ -194,7 +180,6 @@ def test_softcap_and_scale(softcap, scale):
         torch.testing.assert_close(got.double(), truth, rtol=1e-4, atol=1e-5 * truth.abs().max().item())
 
 
-@compiled
 def test_gradient_of_one_output_only():
     """A loss on lse alone, or on out alone."""
     tensors = qkv(1, 30, 30, dtype=torch.float32)
@@ -439,7 +424,6 @@ def test_first_tiles_masked(first, backend):
             close(x, y)
 
 
-@compiled
 def test_a_sequence_does_not_depend_on_its_batch():
     tensors = qkv(3, 80, 80, dtype=torch.float32)
     whole = results(lambda *x: attention.block_diffusion(*x, block_size=8, return_lse=True), tensors)
@@ -452,7 +436,6 @@ def test_a_sequence_does_not_depend_on_its_batch():
         assert torch.equal(x, y[1:2])
 
 
-@compiled
 @pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30])
 def test_unseen_garbage_changes_no_bit(garbage):
     """Partly visible tiles with something that isn't finite take another path, to the same numbers."""

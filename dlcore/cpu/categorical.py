@@ -82,6 +82,7 @@ def stats(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """argmax (...) and its row's numbers (6, ...), by one read."""
     lead = logits.shape[:-1]
     softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
     state = scan((logits, weight, bias), softmax)
@@ -105,6 +106,7 @@ def sample(
     min_p: Tensor | None,
     key: Tensor,
 ) -> tuple[Tensor, Tensor]:
+    """Tokens and argmax (2, ...), numbers (7, ...): one read; to truncate, a search and a second read."""
     lead, key = logits.shape[:-1], key.contiguous()
     head = (logits, weight, bias)
     softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
@@ -189,6 +191,7 @@ def sample_mixture(
     exclude: int | None,
     key: Tensor,
 ) -> Tensor:
+    """Tokens (...); rows whose z surely stays are not read."""
     lead, key = logits.shape[:-1], key.contiguous()
     rows = lead.numel()
     softmax = Softmax(lead, z, shift, temperature, softcap, exclude)
@@ -222,6 +225,7 @@ def log_probs(
     softcap: float | None,
     exclude: int | None,
 ) -> Tensor:
+    """(3, ...): log p[target], log p[index], logsumexp, under a shift at `index`; 0 where target < 0."""
     lead, target = logits.shape[:-1], target.contiguous()
     softmax = Softmax(lead, index, shift, None, softcap, exclude)
     state = scan((logits, weight, bias), softmax, target=target)
@@ -286,6 +290,7 @@ def log_probs_backward(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the head, tile by tile from the logsumexp."""
     target, grad, numbers = target.contiguous(), grad.contiguous(), numbers.contiguous()
     softmax = Softmax(logits.shape[:-1], index, shift, None, softcap, exclude)
     result = HeadGradient(logits, weight, bias)
@@ -322,6 +327,7 @@ def kl(
     q_bias: Tensor | None,
     temperature: Tensor | None,
 ) -> Tensor:
+    """(3, ...): KL(p || q), and the two logsumexps."""
     lead = p_logits.shape[:-1]
     temperature = per_row(temperature, lead)
     state = scratch("kl summaries", lead.numel() * _C.KL_SUMMARY_BYTES)
@@ -344,6 +350,7 @@ def kl_backward(
     q_bias: Tensor | None,
     temperature: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of both heads, tile by tile from the logsumexps."""
     p_head, q_head = (p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)
     temperature = per_row(temperature, p_logits.shape[:-1])
     grad, numbers = grad.contiguous(), numbers.contiguous()
@@ -386,6 +393,7 @@ def expectation(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax = Softmax(lead, None, None, temperature, softcap, exclude)
     lse = torch.empty(lead, dtype=torch.float64)
@@ -408,6 +416,7 @@ def expectation_backward(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of the head and of the table, tile by tile from the logsumexp."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax = Softmax(lead, None, None, temperature, softcap, exclude)
     flat = grad.reshape(lead.numel(), table.shape[1]).float()

@@ -24,18 +24,22 @@ def _fill(noise: int, key: Tensor, shape: list[int], dtype: torch.dtype) -> Tens
 
 
 def uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """(*lead, *shape) in [0, 1)."""
     return _fill(_UNIFORM, key, shape, dtype)
 
 
 def normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """(*lead, *shape) standard normal."""
     return _fill(_NORMAL, key, shape, dtype)
 
 
 def gumbel(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """(*lead, *shape) standard Gumbel."""
     return _fill(_GUMBEL, key, shape, dtype)
 
 
 def fold_in(key: Tensor, data: Tensor) -> Tensor:
+    """Keys (..., 2) with data (...) hashed into their offsets."""
     key, data = key.contiguous(), data.contiguous()
     out = torch.empty((*data.shape, 2), dtype=torch.int64)
     _C.fold_in(key.data_ptr(), 2, data.data_ptr(), 1, data.numel(), out.data_ptr())
