@@ -77,6 +77,11 @@ def bridge_given_clean(alpha_t: float, alpha_s: float, vocab: int) -> Tensor:
     return joint / joint.sum(-1, keepdim=True)
 
 
+def point(z: Tensor, vocab: int) -> Tensor:
+    """The law that is all at z, (..., vocab) float64."""
+    return torch.nn.functional.one_hot(z, vocab).double()
+
+
 def law(shape: int | tuple[int, ...], seed: int, zeros: bool = False) -> Tensor:
     """Random distributions over the last dimension, float64."""
     weight = torch.rand(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) ** 2 + 0.05
