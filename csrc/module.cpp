@@ -241,6 +241,28 @@ void nelbo_gradient(const py::tuple& logits, int64_t first_token, int64_t vocab,
   run(kernels().nelbo_backward, a, threads);
 }
 
+// (address, dtype, shape, stride) each; one of a matrix's strides is 1.
+void multiply(const py::tuple& a, const py::tuple& b, Address bias, const py::tuple& out, bool add,
+              const py::object& softcap, int threads) {
+  using Pair = std::array<int64_t, 2>;
+  const auto a_shape = a[2].cast<Pair>(), a_stride = a[3].cast<Pair>(), b_stride = b[3].cast<Pair>();
+  MatmulArguments m;
+  m.a = at<const float>(a[0].cast<Address>());
+  m.a_by_column = a_stride[1] != 1;
+  m.a_stride = a_stride[m.a_by_column ? 1 : 0];
+  m.b = at<const char>(b[0].cast<Address>());
+  m.b_dtype = static_cast<DType>(b[1].cast<int>());
+  m.b_by_column = b_stride[1] != 1;
+  m.b_stride = b_stride[m.b_by_column ? 1 : 0];
+  m.bias = at<const float>(bias);
+  m.out = at<float>(out[0].cast<Address>());
+  m.out_stride = out[3].cast<Pair>()[0];
+  m.rows = a_shape[0], m.depth = a_shape[1], m.columns = b[2].cast<Pair>()[1];
+  m.add = add;
+  m.softcap = softcap.is_none() ? 0 : softcap.cast<float>();
+  run(kernels().matmul, m, threads);
+}
+
 void bind_categorical(py::module_& m) {
   m.attr("SUMMARY_BYTES") = sizeof(Summary);
   m.attr("KL_SUMMARY_BYTES") = sizeof(KLSummary);
@@ -282,6 +304,10 @@ void bind_categorical(py::module_& m) {
   m.def("finish_logsumexp", [](Address state, int64_t rows, Address logsumexp) {
     finish_logsumexp(at<Summary>(state), rows, at<double>(logsumexp));
   });
+  m.def("follow_largest", [](Address state, int64_t rows, bool start, Address references, Address factor) {
+    return follow_largest(at<Summary>(state), rows, start, at<double>(references), at<float>(factor));
+  });
+  m.def("matmul", multiply);
   m.def("softmax_tile", softmax_rows);
   m.def("finish_log_probs", [](Address state, const py::object& target, bool with_index, int64_t rows,
                                Address numbers) {

@@ -288,10 +288,39 @@ _define(
 )
 
 
-def _setup_expectation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _check_sample_expectation(*args: Any) -> None:
+    logits, weight, _, _, temperature, _, _, index, _ = args
+    _check_row("categorical.sample_expectation", logits, weight, index, temperature, greedy=False)
+
+
+_define(
+    "categorical.sample_expectation",
+    f"({_EXPECTATION}, Tensor? index, Tensor key) -> (Tensor, Tensor, Tensor, Tensor)",
+    lambda logits, weight, bias, table, *_: (
+        logits.new_empty((*logits.shape[:-1], table.shape[1]), dtype=result_dtype(logits)),
+        logits.new_empty(logits.shape[:-1], dtype=torch.float64),
+        logits.new_empty((2, *logits.shape[:-1]), dtype=torch.int64),
+        _numbers(logits, 7),
+    ),
+    _check_sample_expectation,
+    differentiable=True,
+)
+
+
+def _save_expectation(ctx: Any, inputs: tuple[Any, ...], mean: Tensor, lse: Tensor) -> None:
     *tensors, ctx.softcap, ctx.exclude = inputs
+    ctx.save_for_backward(mean, lse, *tensors)
+
+
+def _setup_expectation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(*output, *tensors)
+    _save_expectation(ctx, inputs, *output)
+
+
+def _setup_sample_expectation(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mean, lse, tokens, numbers = output
+    ctx.mark_non_differentiable(lse, tokens, numbers)
+    _save_expectation(ctx, inputs[:-2], mean, lse)
 
 
 def _backward_expectation(
@@ -304,7 +333,14 @@ def _backward_expectation(
     return (*_given((logits, weight, bias), grads[:3]), grads[3], None, None, None)
 
 
+def _backward_sample_expectation(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, lse_grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
+    return (*_backward_expectation(ctx, saved, grad, lse_grad), None, None)
+
+
 _autograd("categorical.expectation", _setup_expectation, _backward_expectation)
+_autograd("categorical.sample_expectation", _setup_sample_expectation, _backward_sample_expectation)
 
 # --- uniform -----------------------------------------------------------------------------------------------
 

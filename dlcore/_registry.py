@@ -45,6 +45,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "categorical.kl_backward": _backward(categorical.kl, (0, 1, 2, 3, 4, 5)),
     "categorical.expectation": categorical.expectation,
     "categorical.expectation_backward": _expectation_backward,
+    "categorical.sample_expectation": categorical.sample_expectation,
     "uniform.nelbo": uniform.nelbo,
     "uniform.nelbo_backward": _backward(lambda *a: uniform.nelbo(*a)[0], (0, 1, 2)),
 }

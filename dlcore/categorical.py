@@ -24,6 +24,7 @@ __all__ = [
     "expectation",
     "kl",
     "sample",
+    "sample_expectation",
     "sample_mixture",
     "stats",
 ]
@@ -419,7 +420,64 @@ def expectation(
         tensor([[0.2500, 0.2500, 0.2500, 0.2500],
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    op = "categorical.expectation"
+    h = _with_table("categorical.expectation", logits, table, softcap, exclude)
+    result: Tensor = torch.ops.dlcore.categorical_expectation(
+        *h, table, _temperature("categorical.expectation", temperature, h), softcap, exclude
+    )[0]
+    return result
+
+
+def sample_expectation(
+    logits: Tensor | LinearLogits,
+    table: Tensor,
+    index: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    exclude: int | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Draw, Tensor]:
+    """The draw of `sample` and the soft embedding of `expectation` from one sweep over the vocabulary.
+
+    A whole step of a language model that feeds its own soft embedding back (DiffusionGemma's
+    self-conditioning, flow language models): each logit is computed once, and none is kept. The draw equals
+    that of `sample` under the same key. The soft embedding (..., E) is differentiable, once, in logits (or
+    hidden, weight and bias) and in table; the draw is not.
+
+    Args:
+        logits: (..., V).
+        table: (V, E), floating; with tied embeddings the very weight of the logits.
+        temperature: positive, for both. index, softcap, exclude: as in `stats`.
+        key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
+
+    Example:
+        >>> import torch, dlcore
+        >>> embeddings = torch.randn(1000, 16)
+        >>> logits = dlcore.LinearLogits(torch.randn(2, 3, 16), embeddings)
+        >>> draw, soft = dlcore.categorical.sample_expectation(logits, embeddings, key=dlcore.rng.key(7))
+        >>> draw.tokens.shape, draw.stats.entropy.shape, soft.shape
+        (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2, 3, 16]))
+    """
+    op = "categorical.sample_expectation"
+    h = _with_table(op, logits, table, softcap, exclude)
+    _index(op, "index", index, None, h)
+    mean, _, tokens, numbers = torch.ops.dlcore.categorical_sample_expectation(
+        *h,
+        table,
+        _temperature(op, temperature, h),
+        softcap,
+        exclude,
+        index,
+        checks.key(op, key, generator, h.lead, h.logits.device),
+    )
+    return Draw(tokens, numbers, index is not None), mean
+
+
+def _with_table(
+    op: str, logits: Tensor | LinearLogits, table: Tensor, softcap: float | None, exclude: int | None
+) -> Head:
+    """Check logits and the table that they weigh."""
     h = head(op, logits)
     checks.floating(op, "table", table)
     if table.dim() != 2 or table.shape[0] != h.vocab:
@@ -427,7 +485,4 @@ def expectation(
     checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
-    result: Tensor = torch.ops.dlcore.categorical_expectation(
-        *h, table, _temperature(op, temperature, h), softcap, exclude
-    )[0]
-    return result
+    return h

@@ -1,4 +1,4 @@
-"""Cross-entropy, KL and expectation: values, gradients, rows that are not read, bad input."""
+"""Cross-entropy, KL and expectation, alone or with a draw: values, gradients, unread rows, bad input."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import dlcore
-from dlcore import LinearLogits, categorical
+from dlcore import LinearLogits, categorical, rng
 from dlcore.process import uniform
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,6 +35,8 @@ def with_gradients(f: Callable[..., Tensor], *inputs: Tensor) -> list[Tensor]:
 
 
 TEMPERATURE = torch.tensor([0.5, 1.0, 2.0, 0.8])
+KEY = rng.key(4)
+OPS = {"c": "log_probs", "k": "kl", "e": "expectation", "s": "sample_expectation"}
 
 
 def cases(vocab: int) -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int, ...], ...]]]:
@@ -42,6 +44,7 @@ def cases(vocab: int) -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int,
     x, row, head = targets(vocab), (*LEAD, vocab), (*LEAD, 6)
     weight, table, last = (vocab, 6), (vocab, 5), vocab - 1
     ce, kl, mean = categorical.cross_entropy, categorical.kl, categorical.expectation
+    both = categorical.sample_expectation
     return {
         "cross_entropy": (lambda a: ce(a, x), (row,)),
         "cross_entropy softcap": (lambda a: ce(a, x, softcap=3.0), (row,)),
@@ -61,6 +64,19 @@ def cases(vocab: int) -> dict[str, tuple[Callable[..., Tensor], tuple[tuple[int,
             (row, table),
         ),
         "expectation linear": (lambda h, w, t: mean(LinearLogits(h, w), t), (head, weight, table)),
+        "sample_expectation": (lambda a, t: both(a, t, x, key=KEY)[1], (row, table)),
+        "sample_expectation all": (
+            lambda h, w, b, t: both(
+                LinearLogits(h, w, b),
+                t,
+                temperature=TEMPERATURE,
+                softcap=3.0,
+                exclude=last if last else None,
+                key=KEY,
+            )[1],
+            (head, weight, (vocab,), table),
+        ),
+        "sample_expectation tied": (lambda h, w: both(LinearLogits(h, w), w, key=KEY)[1], (head, weight)),
     }
 
 
@@ -72,10 +88,7 @@ def test_parity(vocab, dtype, case, poisoned):
     loss, shapes = cases(vocab)[case]
     inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     mine = with_gradients(loss, *inputs)
-    assert (
-        dlcore.last_backend("categorical." + {"c": "log_probs", "k": "kl", "e": "expectation"}[case[0]])
-        == "cpu"
-    )
+    assert dlcore.last_backend(f"categorical.{OPS[case[0]]}") == "cpu"
     with dlcore.use_backend("reference"):
         torch_own = with_gradients(loss, *inputs)
         truth = with_gradients(loss, *(x.double() for x in inputs))
@@ -156,7 +169,12 @@ def test_hostile_rows_give_nan(hostile, backend):
     assert torch.equal(loss[::2], clean[::2])
     assert categorical.kl(logits, logits.nan_to_num(posinf=0))[1].isnan()
     assert categorical.kl(logits.nan_to_num(posinf=0), logits)[1].isnan()
-    assert categorical.expectation(logits, normal(400, 3))[1].isnan().all()
+    table = normal(400, 3)
+    assert categorical.expectation(logits, table)[1].isnan().all()
+    draw, mean = categorical.sample_expectation(logits, table)
+    assert mean[1].isnan().all()
+    assert mean[::2].isfinite().all()
+    assert (draw.tokens < 0).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("offset", [1e4, -1e4])
@@ -178,6 +196,7 @@ def test_a_common_offset_costs_no_digits(offset):
 
 def test_no_rows(backend):
     assert categorical.expectation(torch.randn(0, 3), torch.randn(3, 2)).shape == (0, 2)
+    assert categorical.sample_expectation(torch.randn(0, 3), torch.randn(3, 2))[1].shape == (0, 2)
     leaf = torch.randn(2, 0, 3).requires_grad_()
     categorical.expectation(leaf, torch.randn(3, 2)).sum().backward()
     assert leaf.grad is not None
@@ -283,6 +302,26 @@ BAD = [
         lambda: categorical.kl(X, X, temperature=0),
         ValueError,
         r"kl: temperature must lie in .*, got 0",
+    ),
+    (
+        lambda: categorical.sample_expectation(X, X),
+        ValueError,
+        r"categorical.sample_expectation: table must be \(5, E\), got \(2, 3, 5\)",
+    ),
+    (
+        lambda: categorical.sample_expectation(X, torch.zeros(5, 2), T + 5),
+        ValueError,
+        r"categorical.sample_expectation: index must lie in \[0, 5\)",
+    ),
+    (
+        lambda: categorical.sample_expectation(X, torch.zeros(5, 2), temperature=0),
+        ValueError,
+        r"categorical.sample_expectation: temperature must",
+    ),
+    (
+        lambda: categorical.sample_expectation(X, torch.zeros(5, 2), key=T),
+        ValueError,
+        r"categorical.sample_expectation: key must",
     ),
     (
         lambda: categorical.expectation(X, X),

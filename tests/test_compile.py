@@ -59,6 +59,7 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
         "categorical.log_probs": (*head(), z, z, shift, 5.0, 2),
         "categorical.kl": (*head(), *head(), temperature),
         "categorical.expectation": (*head(), normal(VOCAB, 4), temperature, 5.0, 2),
+        "categorical.sample_expectation": (*head(), normal(VOCAB, 4), temperature, 5.0, 2, z, KEY),
         "uniform.nelbo": (*head(), z, (z + 1) % VOCAB, level, slope, shift),
     }
     return packs[op]
@@ -67,7 +68,7 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
 FORWARD = [op for op in _dispatch.ops() if not op.endswith("_backward")]
 HEADLESS = [op for op in FORWARD if op.startswith(("rng.", "attention."))]
 LOSSES = ["categorical.log_probs", "categorical.kl", "categorical.expectation", "uniform.nelbo"]
-DIFFERENTIABLE = [*LOSSES, "attention.intervals"]
+DIFFERENTIABLE = [*LOSSES, "categorical.sample_expectation", "attention.intervals"]
 
 
 @pytest.mark.parametrize("op", FORWARD)
@@ -128,6 +129,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
     "kl": lambda t: categorical.kl(X, X.flip(0), temperature=t),
     "expectation": lambda t: categorical.expectation(X, X.T, temperature=t),
     "cross_entropy": lambda t: categorical.cross_entropy(X * t, Z),
+    "sample and mean": lambda t: categorical.sample_expectation(X, X.T, Z, temperature=t, key=KEY)[1],
     "linear": lambda t: categorical.sample(HEAD, temperature=t, key=KEY).tokens,
     "noise": lambda t: rng.normal(rng.fold_in(KEY, 3), (4,)) * t,
 }

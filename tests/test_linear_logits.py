@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlcore
 from dlcore import LinearLogits, categorical, rng
 from dlcore.cpu import categorical as compiled
-from dlcore.cpu import tensors, uniform
+from dlcore.cpu import linear_logits, uniform
 from dlcore.process import masked
 from dlcore.process import uniform as uniform_process
 
@@ -39,7 +39,7 @@ Z = torch.randint(0, VOCAB, ROWS, generator=torch.Generator().manual_seed(1))
 def test_draws_equal_those_of_materialised_logits(dtype, bias):
     """Tiles of 3,328 tokens: each row's scan is merged from several."""
     head = make(dtype, bias)
-    assert tensors.tile_width(ROWS[0] * ROWS[1]) < VOCAB
+    assert linear_logits.tile_width(ROWS[0] * ROWS[1]) < VOCAB
     dense = head.materialize()
     calls: list[Callable[[Any], Tensor]] = [
         lambda a: (
@@ -50,11 +50,42 @@ def test_draws_equal_those_of_materialised_logits(dtype, bias):
         lambda a: categorical.sample_mixture(a, Z, torch.tensor([1.0, 3, 0.2, 3, 0.8, 0]), key=KEY),
         lambda a: uniform_process.step(a, Z, 0.5, 0.7, key=KEY),
         lambda a: masked.step(a, torch.full(ROWS, 7), 0.2, 0.9, 7, key=KEY),
+        lambda a: categorical.sample_expectation(a, head.weight, softcap=20.0, exclude=3, key=KEY)[0].tokens,
     ]
     for call in calls:
         assert (call(head) == call(dense)).double().mean() == 1
     for a, b in zip(categorical.stats(head, Z), categorical.stats(dense, Z), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_draw_with_a_soft_embedding_is_both(dtype, linear, backend):
+    """The same draw and statistics as `sample`, the same mean as `expectation`."""
+    head, table = make(dtype), torch.randn(VOCAB, 5, generator=torch.Generator().manual_seed(2)).to(dtype)
+    logits = head if linear else head.materialize()
+    row: dict[str, Any] = {"temperature": torch.linspace(0.5, 2, 75), "softcap": 9.0, "exclude": 3}
+    draw, mean = categorical.sample_expectation(logits, table, Z, key=KEY, **row)
+    assert dlcore.last_backend("categorical.sample_expectation") == backend
+    alone = categorical.sample(logits, Z, key=KEY, **row)
+    assert torch.equal(draw.tokens, alone.tokens)
+    assert torch.equal(draw.stats.argmax, alone.stats.argmax)
+    torch.testing.assert_close(draw.logprob, alone.logprob, rtol=2e-6, atol=2e-6)
+    for a, b in zip(draw.stats, alone.stats, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    expected = categorical.expectation(logits, table, **row)
+    assert mean.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(mean, expected, rtol=1e-5, atol=1e-6)
+    assert categorical.sample_expectation(logits, table, key=KEY)[0].stats.index_logprob is None
+
+
+def test_a_soft_embedding_follows_a_rising_maximum():
+    """The largest logit grows from tile to tile, by more than float32's exp can hold."""
+    logits = torch.linspace(-300, 300, VOCAB).expand(300, VOCAB) + torch.arange(300.0).unsqueeze(-1)
+    table = torch.stack([torch.ones(VOCAB), torch.arange(float(VOCAB))], -1)
+    _, mean = categorical.sample_expectation(logits, table, key=KEY)
+    exact = torch.softmax(logits.double(), -1) @ table.double()
+    torch.testing.assert_close(mean.double(), exact, rtol=1e-5, atol=0)
 
 
 class Largest(TorchDispatchMode):
@@ -92,6 +123,7 @@ def test_logits_never_exist():
         lambda: compiled.kl(*triple, *triple, None),
         lambda: compiled.kl_backward(grad, numbers, *triple, *triple, None),
         lambda: compiled.expectation(*triple, table, *none),
+        lambda: compiled.sample_expectation(*triple, table, *none, Z, KEY),
         lambda: compiled.expectation_backward(out, out, logsumexp, *triple, table, *none),
         lambda: uniform.nelbo(*triple, Z, Z, level, slope, None),
         lambda: uniform.nelbo_backward(grad[0], saved, *triple, Z, Z, level, slope, None),

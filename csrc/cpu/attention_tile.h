@@ -6,92 +6,11 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "attention_plan.h"
-#include "rows.h"
+#include "product.h"
 
 namespace dlcore::DLCORE_ISA {
-
-inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
-
-// Registers that a product may fill with sums, in sixteens.
-constexpr int kSums = kParts == 1 ? 16 : kParts == 2 ? 4 : 2;
-constexpr int kWidest = kParts == 1 ? 4 : 1;
-
-// c[j][0..16W) = c·factor + Σ_k A(j, k)·b[k][0..16W) for j < N, where A(j, k) is a[j·lda + k], or a[k·lda +
-// j] `by_column`. Without a factor c is set to the sum, or added to.
-template <int W, int N, bool by_column>
-inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           int64_t depth, bool add, const float* factor) {
-  Floats sum[N][W];
-  for (int j = 0; j < N; ++j)
-    for (int w = 0; w < W; ++w) {
-      sum[j][w] = add ? load(c + j * ldc + w * kLanes) : broadcast(0.0f);
-      if (factor) sum[j][w] = sum[j][w] * load(factor + w * kLanes);
-    }
-  // One pointer for four rows of A: with one for each there would not be registers enough.
-  constexpr int kQuad = by_column ? N : 4;
-  const float* quad[(N + kQuad - 1) / kQuad];
-  for (int i = 0; i * kQuad < N; ++i) quad[i] = a + i * kQuad * (by_column ? 1 : lda);
-#pragma GCC unroll 1
-  for (int64_t k = 0; k < depth; ++k) {
-    Floats x[W];
-    for (int w = 0; w < W; ++w) x[w] = load(b + k * ldb + w * kLanes);
-    for (int j = 0; j < N; ++j) {
-      const float s = quad[j / kQuad][j % kQuad * (by_column ? 1 : lda)];
-      for (int w = 0; w < W; ++w) sum[j][w] = fused(x[w], s, sum[j][w]);
-    }
-    for (const float*& p : quad) p += by_column ? lda : 1;
-  }
-  for (int j = 0; j < N; ++j)
-    for (int w = 0; w < W; ++w) store(c + j * ldc + w * kLanes, sum[j][w]);
-}
-
-// A product's operands; all rows of b and c are whole sixteens.
-struct Operands {
-  const float* a;
-  int64_t lda;
-  const float* b;
-  int64_t ldb;
-  float* c;
-  int64_t ldc;
-  int64_t depth;
-  bool add = false;
-  const float* factor = nullptr;
-
-  // The rows of c from `row` on; `step` lies between rows of A.
-  Operands from_row(int64_t row, int64_t step) const {
-    Operands rest = *this;
-    rest.a += row * step;
-    rest.c += row * ldc;
-    return rest;
-  }
-};
-
-template <int W, int N, bool by_column>
-inline void multiply_rows(const Operands& p, int64_t from, int64_t rows, int64_t lane) {
-  for (; from + N <= rows; from += N)
-    multiply_panel<W, N, by_column>(p.a + from * (by_column ? 1 : p.lda), p.lda, p.b + lane, p.ldb,
-                                    p.c + from * p.ldc + lane, p.ldc, p.depth, p.add,
-                                    p.factor ? p.factor + lane : nullptr);
-  if constexpr (N > 1)
-    if (from < rows) multiply_rows<W, N / 2, by_column>(p, from, rows, lane);
-}
-
-template <int W, bool by_column>
-inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane) {
-  for (; sixteens >= W; sixteens -= W, lane += W * kLanes)
-    multiply_rows<W, kSums / W, by_column>(p, 0, rows, lane);
-  if constexpr (W > 1)
-    if (sixteens > 0) multiply_lanes<W / 2, by_column>(p, rows, sixteens, lane);
-}
-
-// `rows` rows of c, `sixteens` times sixteen lanes wide.
-template <bool by_column>
-inline void multiply(const Operands& p, int64_t rows, int64_t sixteens) {
-  multiply_lanes<kWidest, by_column>(p, rows, sixteens, 0);
-}
 
 // The same bits where a factor of 0, from a key that a row does not see, must hide even NaN and infinity.
 // `zeros_in_a`: the factors that may be 0 are a's, else b's.
@@ -100,8 +19,7 @@ inline void multiply_guarded(const Operands& p, int64_t rows, int64_t sixteens) 
   for (int64_t j = 0; j < rows; ++j)
     for (int64_t lane = 0; lane < sixteens * kLanes; lane += kLanes) {
       float* c = p.c + j * p.ldc + lane;
-      Floats sum = p.add ? load(c) : broadcast(0.0f);
-      if (p.factor) sum = sum * load(p.factor + lane);
+      Floats sum = broadcast(0.0f);
       for (int64_t k = 0; k < p.depth; ++k) {
         const float x = by_column ? p.a[k * p.lda + j] : p.a[j * p.lda + k];
         const Floats y = load(p.b + k * p.ldb + lane);
@@ -110,7 +28,7 @@ inline void multiply_guarded(const Operands& p, int64_t rows, int64_t sixteens) 
         else
           sum = fused(y, select(equal(y, 0.0f), broadcast(0.0f), broadcast(x)), sum);
       }
-      store(c, sum);
+      store(c, p.add ? added(c, p.factor ? p.factor + lane : nullptr, sum) : sum);
     }
 }
 
@@ -146,67 +64,6 @@ inline void read_row(const T* p, int64_t count, float scale, float* out, Largene
   T tail[kLanes] = {};
   std::memcpy(tail, p + i, static_cast<size_t>(count - i) * sizeof(T));
   put(load(tail));
-}
-
-// Swaps the off-diagonal blocks, `size` wide, of a square of registers.
-template <int size>
-inline void swap_blocks(FloatPart (&row)[kPartLanes]) {
-  IntPart upper, lower;
-  for (int i = 0; i < kPartLanes; ++i) {
-    upper[i] = i & size ? kPartLanes + i - size : i;
-    lower[i] = i & size ? kPartLanes + i : i + size;
-  }
-  for (int i = 0; i < kPartLanes; ++i) {
-    if (i & size) continue;
-    const FloatPart x = row[i], y = row[i + size];
-    row[i] = __builtin_shuffle(x, y, upper);
-    row[i + size] = __builtin_shuffle(x, y, lower);
-  }
-}
-
-// out[c][r] = in[r][c] for 16 rows and 16 columns.
-inline void transpose(const float* in, int64_t in_stride, float* out, int64_t out_stride) {
-  for (int64_t r = 0; r < kLanes; r += kPartLanes)
-    for (int64_t c = 0; c < kLanes; c += kPartLanes) {
-      FloatPart row[kPartLanes];
-      for (int i = 0; i < kPartLanes; ++i) std::memcpy(&row[i], in + (r + i) * in_stride + c, sizeof row[i]);
-      if constexpr (kPartLanes > 8) swap_blocks<8>(row);
-      if constexpr (kPartLanes > 4) swap_blocks<4>(row);
-      swap_blocks<2>(row);
-      swap_blocks<1>(row);
-      for (int i = 0; i < kPartLanes; ++i)
-        std::memcpy(out + (c + i) * out_stride + r, &row[i], sizeof row[i]);
-    }
-}
-
-// A thread's memory, kept from call to call.
-class Scratch {
- public:
-  // `count` floats from a cache line on, until the next `reset`.
-  float* take(int64_t count) {
-    float* p = data_.get() + used_;
-    used_ += round_up(count, 16);
-    return p;
-  }
-  void reset(int64_t floats) {
-    used_ = 0;
-    if (floats + 16 <= size_) return;
-    size_ = floats + 16;
-    data_.reset(static_cast<float*>(
-        ::operator new(static_cast<size_t>(size_) * sizeof(float), std::align_val_t{kCacheLine})));
-  }
-
- private:
-  struct Free {
-    void operator()(float* p) const { ::operator delete(p, std::align_val_t{kCacheLine}); }
-  };
-  std::unique_ptr<float[], Free> data_;
-  int64_t size_ = 0, used_ = 0;
-};
-
-inline Scratch& scratch() {
-  thread_local Scratch kept;
-  return kept;
 }
 
 // What the calling thread lends to all.

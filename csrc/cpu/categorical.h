@@ -146,6 +146,10 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers);
 
+// references (2, rows): the largest logit so far or -inf, and the same with 0 for -inf, which exp is taken
+// relative to. `factor` scales what was summed before; false if it is 1 for all rows.
+bool follow_largest(const Summary* state, int64_t rows, bool start, double* references, float* factor);
+
 void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp);
 
 // numbers (3, rows): KL, and the two logsumexps.

@@ -69,6 +69,18 @@ void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_in
   }
 }
 
+bool follow_largest(const Summary* state, int64_t rows, bool start, double* references, float* factor) {
+  bool moved = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    const double before = start ? -kInfinity : references[r], top = state[r].top;
+    factor[r] = before > -kInfinity ? static_cast<float>(std::exp(before - top)) : 0.0f;
+    moved |= !start && before != top;
+    references[r] = top;
+    references[rows + r] = top > -kInfinity ? top : 0;
+  }
+  return moved;
+}
+
 void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp) {
   for (int64_t r = 0; r < rows; ++r) logsumexp[r] = state[r].logsumexp();
 }

@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "categorical.h"
+#include "linear_logits.h"
 #include "uniform.h"
 
 namespace dlcore {
@@ -17,6 +18,7 @@ struct Kernels {
   void (*log_probs_backward)(const LogProbsBackwardArguments&);
   void (*kl)(const KLArguments&);
   void (*kl_backward)(const KLBackwardArguments&);
+  void (*matmul)(const MatmulArguments&);
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
   float (*read)(const float*, int64_t count, int threads);
@@ -35,6 +37,7 @@ void histogram(const HistogramArguments&);
 void log_probs_backward(const LogProbsBackwardArguments&);
 void kl(const KLArguments&);
 void kl_backward(const KLBackwardArguments&);
+void matmul(const MatmulArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
 float read(const float*, int64_t count, int threads);

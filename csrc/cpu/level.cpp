@@ -17,6 +17,7 @@ const Kernels& level() {
       log_probs_backward,
       kl,
       kl_backward,
+      matmul,
       nelbo,
       nelbo_backward,
       read,

@@ -8,40 +8,34 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore.cpu.tensors import (
-    flat_hidden,
-    keyed,
-    per_row,
-    scratch,
-    strided,
-    threads,
-    tile_width,
-    tiles,
-    view,
-    vocab_size,
-    workspace,
-)
-
-Head = tuple[Tensor, Tensor | None, Tensor | None]
+from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
+from dlcore.cpu.tensors import keyed, per_row, scratch, strided, threads, view, workspace
 
 
 class Softmax:
-    """Softmax's parameters for the compiled module; holds the tensors that they point to."""
+    """Softmax's parameters for the compiled module; holds the tensors that they point to.
+
+    `packed` is for logits as they are; a head's tiles may be asked for softcapped, by `cap`: `packed_capped`.
+    """
 
     def __init__(
         self,
-        lead: torch.Size,
+        head: Head,
         index: Tensor | None = None,
         shift: Tensor | None = None,
         temperature: Tensor | None = None,
         softcap: float | None = None,
         exclude: int | None = None,
     ) -> None:
+        lead = head[0].shape[:-1]
         self.index = None if index is None else index.contiguous()
         self.shift = per_row(shift, lead)
         self.temperature = per_row(temperature, lead)
         at_index = None if self.index is None else (self.index.data_ptr(), 1)
-        self.packed = (at_index, strided(self.shift), strided(self.temperature), softcap, exclude)
+        row = (at_index, strided(self.shift), strided(self.temperature))
+        self.packed = (*row, softcap, exclude)
+        self.cap = None if head[1] is None else softcap
+        self.packed_capped = self.packed if self.cap is None else (*row, None, exclude)
 
 
 def scan(
@@ -54,22 +48,33 @@ def scan(
     state: str = "summaries",
 ) -> int:
     """One read of the logits: the address of a summary per row, kept until the next scan of that name."""
-    summaries = scratch(state, head[0].shape[:-1].numel() * _C.SUMMARY_BYTES)
+    summaries = _summaries(head, state)
+    for _ in scanned_tiles(head, softmax, summaries, target, key, skip, cuts):
+        pass
+    return summaries
+
+
+def _summaries(head: Head, name: str = "summaries") -> int:
+    return scratch(name, head[0].shape[:-1].numel() * _C.SUMMARY_BYTES)
+
+
+def scanned_tiles(
+    head: Head,
+    softmax: Softmax,
+    summaries: int,
+    target: Tensor | None = None,
+    key: Tensor | None = None,
+    skip: int = 0,
+    cuts: int = 0,
+    width: int | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """(first token, tile): each tile once the summaries know it."""
     at_target = None if target is None else (target.data_ptr(), 1)
     at_key = None if key is None else keyed(key)
-    for first, tile in tiles(*head):
-        _C.scan(
-            view(tile),
-            first,
-            softmax.packed,
-            at_target,
-            at_key,
-            skip,
-            cuts,
-            summaries,
-            threads(tile.numel()),
-        )
-    return summaries
+    for first, tile in tiles(head, softcap=softmax.cap, width=width):
+        used = threads(tile.numel())
+        _C.scan(view(tile), first, softmax.packed_capped, at_target, at_key, skip, cuts, summaries, used)
+        yield first, tile
 
 
 def stats(
@@ -83,9 +88,9 @@ def stats(
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
     """argmax (...) and its row's numbers (6, ...), by one read."""
-    lead = logits.shape[:-1]
-    softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
-    state = scan((logits, weight, bias), softmax)
+    lead, head = logits.shape[:-1], (logits, weight, bias)
+    softmax = Softmax(head, index, shift, temperature, softcap, exclude)
+    state = scan(head, softmax)
     argmax = torch.empty(lead, dtype=torch.int64)
     numbers = torch.empty((6, *lead), dtype=torch.float32)
     _C.finish_stats(state, argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
@@ -109,17 +114,21 @@ def sample(
     """Tokens and argmax (2, ...), numbers (7, ...): one read; to truncate, a search and a second read."""
     lead, key = logits.shape[:-1], key.contiguous()
     head = (logits, weight, bias)
-    softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
+    softmax = Softmax(head, index, shift, temperature, softcap, exclude)
     if top_k is None and top_p is None and min_p is None:
         state = drawn = scan(head, softmax, key=key)
     else:
         state = scan(head, softmax)
         cuts = _cuts(head, softmax, state, top_k, top_p, min_p)
         drawn = scan(head, softmax, key=key, cuts=cuts, state="drawn summaries")
+    return _drawn(state, drawn, lead)
+
+
+def _drawn(state: int, drawn: int, lead: torch.Size) -> tuple[Tensor, Tensor]:
+    """Tokens and argmax (2, ...), numbers (7, ...)."""
     tokens = torch.empty((2, *lead), dtype=torch.int64)
     numbers = torch.empty((7, *lead), dtype=torch.float32)
-    rows = lead.numel()
-    _C.finish_sample(state, drawn, rows, tokens.data_ptr(), numbers.data_ptr())
+    _C.finish_sample(state, drawn, lead.numel(), tokens.data_ptr(), numbers.data_ptr())
     return tokens, numbers
 
 
@@ -162,12 +171,12 @@ def _select(
     bins = workspace("bins", rows * _C.BINS_BYTES // 4)
     for level in range(_C.LEVELS):
         bins.zero_()
-        for first, tile in tiles(*head):
+        for first, tile in tiles(head, softcap=softmax.cap):
             _C.histogram(
                 view(tile),
                 first,
                 vocab,
-                softmax.packed,
+                softmax.packed_capped,
                 state,
                 selections,
                 level,
@@ -193,8 +202,8 @@ def sample_mixture(
 ) -> Tensor:
     """Tokens (...); rows whose z surely stays are not read."""
     lead, key = logits.shape[:-1], key.contiguous()
-    rows = lead.numel()
-    softmax = Softmax(lead, z, shift, temperature, softcap, exclude)
+    head, rows = (logits, weight, bias), lead.numel()
+    softmax = Softmax(head, z, shift, temperature, softcap, exclude)
     assert softmax.index is not None
     shared = coefficients.numel() == 6
     coefficients = coefficients.contiguous() if shared else coefficients.expand(*lead, 6).contiguous()
@@ -209,7 +218,7 @@ def sample_mixture(
     )
     skip = scratch("skip", rows)
     _C.plan_mixture(mixture, rows, skip)
-    state = scan((logits, weight, bias), softmax, key=key, skip=skip)
+    state = scan(head, softmax, key=key, skip=skip)
     tokens = torch.empty(lead, dtype=torch.int64)
     _C.finish_mixture(mixture, rows, state, skip, tokens.data_ptr())
     return tokens
@@ -226,56 +235,13 @@ def log_probs(
     exclude: int | None,
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp, under a shift at `index`; 0 where target < 0."""
-    lead, target = logits.shape[:-1], target.contiguous()
-    softmax = Softmax(lead, index, shift, None, softcap, exclude)
-    state = scan((logits, weight, bias), softmax, target=target)
+    lead, head, target = logits.shape[:-1], (logits, weight, bias), target.contiguous()
+    softmax = Softmax(head, index, shift, None, softcap, exclude)
+    state = scan(head, softmax, target=target)
     numbers = torch.empty((3, *lead), dtype=torch.float64)
     at_target = (target.data_ptr(), 1)
     _C.finish_log_probs(state, at_target, index is not None, lead.numel(), numbers.data_ptr())
     return numbers
-
-
-class HeadGradient:
-    """Collects the gradient of a head from gradients of its tiles of logits."""
-
-    def __init__(
-        self, logits: Tensor, weight: Tensor | None, bias: Tensor | None, *, buffer: str = "gradient"
-    ) -> None:
-        self.logits, self.weight, self.bias, self.buffer = logits, weight, bias, buffer
-        if weight is None:
-            self.out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-            return
-        self.flat = flat_hidden(logits)
-        self.hidden_grad = torch.zeros_like(self.flat)
-        self.weight_grad = torch.empty(weight.shape, dtype=torch.float32)
-        self.bias_grad = None if bias is None else torch.empty(bias.shape, dtype=torch.float32)
-
-    def tile(self, first: int, like: Tensor) -> Tensor:
-        """Where the gradient of the tile at token `first` is to be written, (rows, n)."""
-        if self.weight is None:
-            return self.out.view(-1, self.out.shape[-1])[:, first : first + like.shape[-1]]
-        return workspace(self.buffer, like.numel()).view(like.shape)
-
-    def add(self, first: int, gradient: Tensor) -> None:
-        """Take in the gradient of the tile at token `first`."""
-        if self.weight is None:
-            return
-        tokens = slice(first, first + gradient.shape[-1])
-        self.hidden_grad.addmm_(gradient, self.weight[tokens].float())
-        torch.mm(gradient.mT, self.flat, out=self.weight_grad[tokens])
-        if self.bias_grad is not None:
-            torch.sum(gradient, 0, out=self.bias_grad[tokens])
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of logits or hidden, of weight and of bias; empty where there is none."""
-        empty = self.logits.new_empty(0)
-        if self.weight is None:
-            return self.out, empty, empty.clone()
-        hidden = self.hidden_grad.view(self.logits.shape).to(self.logits.dtype)
-        weight = self.weight_grad.to(self.weight.dtype)
-        if self.bias is None or self.bias_grad is None:
-            return hidden, weight, empty
-        return hidden, weight, self.bias_grad.to(self.bias.dtype)
 
 
 def log_probs_backward(
@@ -292,9 +258,10 @@ def log_probs_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the head, tile by tile from the logsumexp."""
     target, grad, numbers = target.contiguous(), grad.contiguous(), numbers.contiguous()
-    softmax = Softmax(logits.shape[:-1], index, shift, None, softcap, exclude)
-    result = HeadGradient(logits, weight, bias)
-    for first, tile in tiles(logits, weight, bias):
+    head = (logits, weight, bias)
+    softmax = Softmax(head, index, shift, None, softcap, exclude)
+    result = HeadGradient(head)
+    for first, tile in tiles(head):
         gradient = result.tile(first, tile)
         _C.log_probs_backward(
             view(tile),
@@ -313,7 +280,7 @@ def log_probs_backward(
 def _pairs(p: Head, q: Head) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Tiles of two heads side by side."""
     width = None if p[1] is None and q[1] is None else tile_width(p[0].shape[:-1].numel())
-    left, right = tiles(*p, width=width, buffer="tile p"), tiles(*q, width=width, buffer="tile q")
+    left, right = tiles(p, width=width, buffer="tile p"), tiles(q, width=width, buffer="tile q")
     for (first, p_tile), (_, q_tile) in zip(left, right, strict=True):
         yield first, p_tile, q_tile
 
@@ -355,8 +322,8 @@ def kl_backward(
     temperature = per_row(temperature, p_logits.shape[:-1])
     grad, numbers = grad.contiguous(), numbers.contiguous()
     p_result, q_result = (
-        HeadGradient(*p_head, buffer="gradient p"),
-        HeadGradient(*q_head, buffer="gradient q"),
+        HeadGradient(p_head, buffer="gradient p"),
+        HeadGradient(q_head, buffer="gradient q"),
     )
     for first, p, q in _pairs(p_head, q_head):
         p_grad, q_grad = p_result.tile(first, p), q_result.tile(first, q)
@@ -375,13 +342,31 @@ def kl_backward(
     return (*p_result.result(), *q_result.result())
 
 
-def _probabilities(head: Head, softmax: Softmax, lse: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(first token, tile of logits, tile of softmax (rows, n) float32)."""
-    rows = head[0].shape[:-1].numel()
-    for first, tile in tiles(*head, width=tile_width(rows)):
+def _weigh(
+    head: Head, softmax: Softmax, table: Tensor, key: Tensor | None = None
+) -> tuple[int, Tensor, Tensor]:
+    """Summaries, Σ_k softmax_k table[k] (rows, E) and the logsumexp (...): each logit is computed once.
+
+    What is summed refers to the largest logit so far, and is scaled down when a larger one appears.
+    """
+    lead = head[0].shape[:-1]
+    rows, width = lead.numel(), tile_width(lead.numel())
+    mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32)
+    references = torch.empty((2, rows), dtype=torch.float64)
+    factor = torch.empty((rows, 1), dtype=torch.float32)
+    summaries = _summaries(head)
+    for first, tile in scanned_tiles(head, softmax, summaries, key=key, width=width):
+        moved = _C.follow_largest(summaries, rows, first == 0, references.data_ptr(), factor.data_ptr())
+        if moved:
+            mean.mul_(factor)
         p = workspace("probabilities", tile.numel()).view(rows, tile.shape[-1])
-        _C.softmax_tile(view(tile), first, softmax.packed, lse.data_ptr(), view(p), threads(tile.numel()))
-        yield first, tile, p
+        used = threads(tile.numel())
+        _C.softmax_tile(view(tile), first, softmax.packed_capped, references[1].data_ptr(), view(p), used)
+        matmul(p, table[first : first + p.shape[1]], mean, add=True)
+    lse = torch.empty(lead, dtype=torch.float64)
+    _C.finish_logsumexp(summaries, rows, lse.data_ptr())
+    mean.mul_((references[1] - lse.view(rows)).exp().float().unsqueeze(-1))
+    return summaries, mean.view(*lead, table.shape[1]), lse
 
 
 def expectation(
@@ -394,14 +379,26 @@ def expectation(
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
     """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
+    head = (logits, weight, bias)
+    return _weigh(head, Softmax(head, None, None, temperature, softcap, exclude), table)[1:]
+
+
+def sample_expectation(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    index: Tensor | None,
+    key: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`expectation`'s mean and logsumexp, `sample`'s tokens and numbers."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
-    softmax = Softmax(lead, None, None, temperature, softcap, exclude)
-    lse = torch.empty(lead, dtype=torch.float64)
-    _C.finish_logsumexp(scan(head, softmax), lead.numel(), lse.data_ptr())
-    out = torch.zeros((lead.numel(), table.shape[1]), dtype=torch.float32)
-    for first, _, p in _probabilities(head, softmax, lse):
-        out.addmm_(p, table[first : first + p.shape[1]].float())
-    return out.view(*lead, table.shape[1]), lse
+    softmax = Softmax(head, index, None, temperature, softcap, exclude)
+    state, mean, lse = _weigh(head, softmax, table, key.contiguous())
+    return mean, lse, *_drawn(state, state, lead)
 
 
 def expectation_backward(
@@ -418,18 +415,21 @@ def expectation_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the head and of the table, tile by tile from the logsumexp."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
-    softmax = Softmax(lead, None, None, temperature, softcap, exclude)
-    flat = grad.reshape(lead.numel(), table.shape[1]).float()
+    rows = lead.numel()
+    softmax = Softmax(head, None, None, temperature, softcap, exclude)
+    flat = grad.reshape(rows, table.shape[1]).float().contiguous()
     # d/da_k = p_k (g · table_k - g · output) / temperature.
     mean = (flat * output.reshape(flat.shape)).sum(-1, keepdim=True)
     inverse = None if temperature is None else 1 / temperature.expand(lead).reshape(-1, 1)
-    result = HeadGradient(*head)
+    result = HeadGradient(head)
     table_grad = torch.empty(table.shape, dtype=torch.float32)
-    for first, tile, p in _probabilities(head, softmax, lse):
-        tokens = slice(first, first + p.shape[1])
-        torch.mm(p.mT, flat, out=table_grad[tokens])
+    for first, tile in tiles(head, width=tile_width(rows)):
+        tokens = slice(first, first + tile.shape[-1])
+        p = workspace("probabilities", tile.numel()).view(rows, tile.shape[-1])
+        _C.softmax_tile(view(tile), first, softmax.packed, lse.data_ptr(), view(p), threads(tile.numel()))
+        matmul(p.mT, flat, table_grad[tokens])
         pull = workspace("pull", p.numel()).view(p.shape)
-        torch.mm(flat, table[tokens].float().mT, out=pull)
+        matmul(flat, table[tokens].mT, pull)
         pull.sub_(mean).mul_(p)
         if inverse is not None:
             pull.mul_(inverse)

@@ -1,10 +1,9 @@
-"""Tensors as the compiled module takes them, and linear heads as tiles of logits."""
+"""Tensors as the compiled module takes them."""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,10 +15,6 @@ DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 #: Fewer elements than this are not worth waking another thread.
 _SERIAL = 1 << 15
-#: A head's tile of logits stays in the cache: 2^20 floats.
-_TILE = 1 << 20
-#: Tokens that share a Gumbel number; tiles start at its multiples.
-_GROUP = 256
 
 _workspaces = threading.local()
 
@@ -75,55 +70,6 @@ def _kept(name: str, elements: int) -> Tensor:
     if buffer is None or buffer.numel() < elements:
         buffer = kept[name] = torch.empty(elements, dtype=torch.float32)
     return buffer
-
-
-def tiles(
-    logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    *,
-    width: int | None = None,
-    buffer: str = "tile",
-) -> Iterator[tuple[int, Tensor]]:
-    """(first token, logits of the tokens from there on): a head's tile by tile, dense ones whole.
-
-    A tile of a head is (rows, n) float32 in a workspace that the next one overwrites. With a `width`, dense
-    logits come as (..., width) pieces too.
-    """
-    if weight is None:
-        dense = rows_contiguous(logits)
-        if width is None:
-            yield 0, dense
-            return
-        for first in range(0, dense.shape[-1], width):
-            yield first, dense[..., first : first + width]
-        return
-    # Gradients are the registered backward's business.
-    hidden, weight = flat_hidden(logits).detach(), weight.detach()
-    bias = None if bias is None else bias.detach()
-    width = width or tile_width(hidden.shape[0])
-    for first in range(0, weight.shape[0], width):
-        piece = weight[first : first + width].float()
-        tile = workspace(buffer, hidden.shape[0] * piece.shape[0]).view(hidden.shape[0], piece.shape[0])
-        torch.mm(hidden, piece.mT, out=tile)
-        if bias is not None:
-            tile += bias[first : first + width]
-        yield first, tile
-
-
-def flat_hidden(hidden: Tensor) -> Tensor:
-    """(rows, D) float32."""
-    return hidden.reshape(-1, hidden.shape[-1]).float()
-
-
-def tile_width(rows: int) -> int:
-    """How many tokens a tile of so many rows has: whole groups, at least one."""
-    return max(_GROUP, _TILE // max(rows, 1) // _GROUP * _GROUP)
-
-
-def vocab_size(logits: Tensor, weight: Tensor | None) -> int:
-    """V."""
-    return logits.shape[-1] if weight is None else weight.shape[0]
 
 
 def reasons(*args: Any) -> list[str]:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore.cpu.categorical import HeadGradient, Softmax, scan
-from dlcore.cpu.tensors import per_row, strided, threads, tiles, view, vocab_size
+from dlcore.cpu.categorical import Softmax, scan
+from dlcore.cpu.linear_logits import HeadGradient, tiles, vocab_size
+from dlcore.cpu.tensors import per_row, strided, threads, view
 
 
 def nelbo(
@@ -23,13 +24,13 @@ def nelbo(
     lead, head, vocab = logits.shape[:-1], (logits, weight, bias), vocab_size(logits, weight)
     z, x, rows = z.contiguous(), x.contiguous(), lead.numel()
     alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
-    softmax = Softmax(lead, z, shift)
+    softmax = Softmax(head, z, shift)
     saved = torch.zeros((5, *lead), dtype=torch.float64)
     # A dense row is scanned and summed at once; a head's tiles are scanned first, then made again.
     target = (x.data_ptr(), 1) if weight is None else None
     if weight is not None:
         _C.start_nelbo(scan(head, softmax, target=x), rows, saved.data_ptr())
-    for first, tile in tiles(*head):
+    for first, tile in tiles(head):
         used = threads(tile.numel())
         _C.nelbo(view(tile), first, vocab, softmax.packed, strided(alpha), target, saved.data_ptr(), used)
     loss = torch.empty(lead, dtype=torch.float32)
@@ -58,12 +59,12 @@ def nelbo_backward(
     dalpha: Tensor,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    lead, vocab = logits.shape[:-1], vocab_size(logits, weight)
+    lead, head, vocab = logits.shape[:-1], (logits, weight, bias), vocab_size(logits, weight)
     z, x, grad, saved = z.contiguous(), x.contiguous(), grad.contiguous(), saved.contiguous()
     alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
-    softmax = Softmax(lead, z, shift)
-    result = HeadGradient(logits, weight, bias)
-    for first, tile in tiles(logits, weight, bias):
+    softmax = Softmax(head, z, shift)
+    result = HeadGradient(head)
+    for first, tile in tiles(head):
         gradient = result.tile(first, tile)
         _C.nelbo_backward(
             view(tile),

@@ -268,3 +268,21 @@ def expectation(
     lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x, exclude), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
+
+
+def sample_expectation(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    index: Tensor | None,
+    key: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`expectation`'s mean and logsumexp, `sample`'s tokens and numbers."""
+    row = (temperature, softcap, exclude)
+    with torch.no_grad():
+        drawn = sample(logits, weight, bias, index, None, *row, None, None, None, key)
+    return *expectation(logits, weight, bias, table, *row), *drawn
