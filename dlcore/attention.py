@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
-from dlcore._ops import MAX_HEAD_DIM
+from dlcore._ops.attention import MAX_HEAD_DIM
 from dlcore.kv_cache import KVCache
 from dlcore.reference import attention as reference
 

@@ -65,7 +65,8 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
     return packs[op]
 
 
-FORWARD = [op for op in _dispatch.ops() if not op.endswith("_backward")]
+FAMILIES = ("attention", "categorical", "rng", "uniform")
+FORWARD = [op for op in _dispatch.ops() if op.split(".")[0] in FAMILIES and not op.endswith("_backward")]
 HEADLESS = [op for op in FORWARD if op.startswith(("rng.", "attention."))]
 LOSSES = ["categorical.log_probs", "categorical.kl", "categorical.expectation", "uniform.nelbo"]
 DIFFERENTIABLE = [*LOSSES, "categorical.sample_expectation", "attention.intervals"]

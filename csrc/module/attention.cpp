@@ -1,0 +1,60 @@
+// The bindings of attention.
+#include "module.h"
+
+namespace dlcore {
+namespace {
+
+// (address, dtype, shape, stride) of a (batch, rows, heads, columns) tensor with contiguous columns.
+Heads heads(const py::tuple& t) {
+  const auto stride = t[3].cast<std::array<int64_t, 4>>();
+  return {at<char>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), stride[0], stride[1],
+          stride[2]};
+}
+
+// (q, k, v, out, lse, (starts, shared), stops, (page table, pages) or None, scale, softcap).
+void read_attention(const py::tuple& t, AttentionArguments& a) {
+  const auto q = t[0].cast<py::tuple>(), k = t[1].cast<py::tuple>(), v = t[2].cast<py::tuple>();
+  a.q = heads(q);
+  a.k = heads(k);
+  a.v = heads(v);
+  a.out = heads(t[3].cast<py::tuple>());
+  a.lse = at<float>(t[4].cast<Address>());
+  const auto q_shape = q[2].cast<std::array<int64_t, 4>>(), k_shape = k[2].cast<std::array<int64_t, 4>>();
+  a.batch = q_shape[0], a.rows = q_shape[1], a.heads = q_shape[2], a.head_dim = q_shape[3];
+  a.keys = k_shape[1], a.kv_heads = k_shape[2];
+  a.value_dim = v[2].cast<std::array<int64_t, 4>>()[3];
+  const auto starts = t[5].cast<std::pair<Address, bool>>();
+  a.starts = at<const int32_t>(starts.first);
+  a.shared_bounds = starts.second;
+  a.stops = at<const int32_t>(t[6].cast<Address>());
+  if (!t[7].is_none()) {
+    const auto pages = t[7].cast<std::pair<Address, int64_t>>();
+    a.pages = {at<const int32_t>(pages.first), pages.second, a.keys};
+    a.keys *= pages.second;
+  }
+  a.scale = t[8].cast<float>();
+  a.softcap = t[9].cast<float>();
+}
+
+}  // namespace
+
+void bind_attention(py::module_& m) {
+  m.def("attention", [](const py::tuple& parameters, int threads) {
+    AttentionArguments a;
+    read_attention(parameters, a);
+    run(kernels().attention, a, threads);
+  });
+  m.def("attention_backward", [](const py::tuple& parameters, const py::tuple& grad_out, Address grad_lse,
+                                 const py::tuple& grads, int threads) {
+    AttentionBackwardArguments a;
+    read_attention(parameters, a);
+    a.grad_out = heads(grad_out);
+    a.grad_lse = at<const float>(grad_lse);
+    a.grad_q = heads(grads[0]);
+    a.grad_k = heads(grads[1]);
+    a.grad_v = heads(grads[2]);
+    run(kernels().attention_backward, a, threads);
+  });
+}
+
+}  // namespace dlcore

@@ -1,0 +1,117 @@
+"""Attention over key intervals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore._ops.declare import autograd, define, result_dtype
+
+_ATTENTION = (
+    "Tensor q, Tensor k, Tensor v, Tensor starts, Tensor stops, "
+    "Tensor? page_table, float scale, float softcap"
+)
+
+
+MAX_HEAD_DIM = 512
+
+
+def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
+    """Shapes that a kernel relies on, whoever calls it; `batch` sequences, or pages, of k and v."""
+    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
+        raise ValueError(f"{op}: q, k and v must be (B, S, H, D), {shapes}")
+    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != q.shape[3]:
+        raise ValueError(
+            f"{op}: k and v must have the same (B, T, H), q's batch and head dimension, {shapes}"
+        )
+    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"{op}: q must have a multiple of k's heads, {shapes}")
+    if not all(1 <= x.shape[3] <= MAX_HEAD_DIM for x in (q, v)):
+        raise ValueError(f"{op}: head dimensions must lie in [1, {MAX_HEAD_DIM}], {shapes}")
+    if q.dtype != k.dtype or q.dtype != v.dtype:
+        raise TypeError(f"{op}: k and v must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
+
+
+def _check_attention(*args: Any) -> None:
+    q, k, v, starts, stops, page_table, *_ = args
+    op = "attention.intervals"
+    batch, rows = q.shape[0], q.shape[1]
+    _check_heads(op, q, k, v, batch if page_table is None else k.shape[0])
+    if page_table is not None and (page_table.dim() != 2 or page_table.shape[0] != batch):
+        raise ValueError(f"{op}: page_table must be ({batch}, pages), got {tuple(page_table.shape)}")
+    if starts.dim() != 3 or starts.shape[0] not in (1, batch) or starts.shape[1:] != (rows, 2):
+        raise ValueError(f"{op}: starts must be ({batch} or 1, {rows}, 2), got {tuple(starts.shape)}")
+    keys = k.shape[1] if page_table is None else page_table.shape[1] * k.shape[1]
+    for name, x in (("starts", starts), ("stops", stops), ("page_table", page_table)):
+        if x is not None and x.dtype != torch.int32:
+            raise TypeError(f"{op}: {name} must be int32, got {x.dtype}")
+    if starts.shape != stops.shape:
+        wanted = tuple(starts.shape)
+        raise ValueError(f"{op}: stops must have starts' shape {wanted}, got {tuple(stops.shape)}")
+    checks.token_range(op, "starts", starts, keys + 1)
+    checks.token_range(op, "stops", stops, keys + 1)
+    checks.token_range(op, "page_table", page_table, k.shape[0])
+
+
+def _check_attention_backward(*args: Any) -> None:
+    grad, grad_lse, out, lse, q, k, v, starts, stops, *_ = args
+    op = "attention.intervals_backward"
+    _check_attention(q, k, v, starts, stops, None)
+    shape, lse_shape = (*q.shape[:3], v.shape[3]), (q.shape[0], q.shape[2], q.shape[1])
+    for name, x, wanted in (("grad", grad, shape), ("out", out, shape)):
+        if x.shape != wanted or x.dtype != q.dtype:
+            raise ValueError(f"{op}: {name} must be {q.dtype} {wanted}, got {x.dtype} {tuple(x.shape)}")
+    for name, x in (("grad_lse", grad_lse), ("lse", lse)):
+        if x.shape != lse_shape or x.dtype != result_dtype(q):
+            wanted_dtype = result_dtype(q)
+            raise ValueError(
+                f"{op}: {name} must be {wanted_dtype} {lse_shape}, got {x.dtype} {tuple(x.shape)}"
+            )
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    batch, rows, heads, _d = q.shape
+    return (
+        q.new_empty((batch, rows, heads, v.shape[3])),
+        q.new_empty((batch, heads, rows), dtype=result_dtype(q)),
+    )
+
+
+define(
+    "attention.intervals",
+    f"({_ATTENTION}) -> (Tensor, Tensor)",
+    _attention_fake,
+    _check_attention,
+    differentiable=True,
+)
+define(
+    "attention.intervals_backward",
+    "(Tensor grad, Tensor grad_lse, Tensor out, Tensor lse, Tensor q, Tensor k, Tensor v, "
+    "Tensor starts, Tensor stops, float scale, float softcap) -> (Tensor, Tensor, Tensor)",
+    lambda grad, grad_lse, out, lse, q, k, v, *_: tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)
+    ),
+    _check_attention_backward,
+)
+
+
+def _setup_attention(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, starts, stops, page_table, ctx.scale, ctx.softcap = inputs
+    ctx.paged = page_table is not None
+    ctx.save_for_backward(*output, q, k, v, starts, stops)
+
+
+def _backward_attention(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, grad_lse: Tensor
+) -> tuple[Tensor | None, ...]:
+    if ctx.paged:
+        raise NotImplementedError("attention.intervals: a paged cache has no gradient")
+    grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
+    return (*grads, None, None, None, None, None)
+
+
+autograd("attention.intervals", _setup_attention, _backward_attention)

@@ -1,0 +1,74 @@
+"""How an op is declared: schema, value checks, dispatch, fake and autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dlcore import _dispatch
+
+_library = torch.library.Library("dlcore", "DEF")
+
+
+def define(
+    op: str,
+    schema: str,
+    fake: Callable[..., Any],
+    check: Callable[..., None] | None = None,
+    *,
+    differentiable: bool = False,
+) -> None:
+    """Declare dlcore::family_name; eager calls check their values, then run the chosen backend."""
+    name = op.replace(".", "_")
+    _library.define(f"{name}{schema}")
+
+    def run(*args: Any) -> Any:
+        if check is not None:
+            check(*args)
+        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+            return _dispatch.run(op, *args)
+        # Precision is the kernels' own.
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return _dispatch.run(op, *args)
+
+    _library.impl(name, run, "CompositeExplicitAutograd")
+    if not differentiable:
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")
+    torch.library.register_fake(f"dlcore::{name}", fake, lib=_library)
+
+
+class _Once(torch.autograd.Function):
+    """Hands gradients on, hung on all that they come from, so that a second derivative raises."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.op = op
+        return tuple(None if x is None else x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise NotImplementedError(f"{ctx.op}: has a first derivative only, a second one was asked for")
+
+
+def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients."""
+
+    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        with torch.no_grad():
+            results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *saved, *grads)
+        return handed
+
+    name = "dlcore::" + op.replace(".", "_")
+    torch.library.register_autograd(name, once, setup_context=setup, lib=_library)
+
+
+def result_dtype(x: Tensor) -> torch.dtype:
+    """float32, or the input's dtype if wider."""
+    return torch.promote_types(x.dtype, torch.float32)
