@@ -2,7 +2,9 @@
 //
 // A segment of 65,536 tokens is scanned twice, the second time from the cache: first the largest entry of
 // every group of 256, then Σ exp of the groups that can still matter. What may be skipped is thus known
-// before any exponential is taken, and the same whatever the order, the threads or the ISA.
+// before any exponential is taken, and the same whatever the order, the threads or the ISA. The first pass,
+// bound by memory, runs beside the second of the segment before, bound by arithmetic.
+#include <type_traits>
 #include <vector>
 
 #include "categorical.h"
@@ -20,6 +22,9 @@ constexpr float kResolution = 17.4f;
 constexpr float kLogGroup = 5.5451775f;
 // Rounding of a group's score can't reach this.
 constexpr float kSlack = 1e-3f;
+// How many bytes ahead of the first pass the second-level cache is filled, the first being busy; found by
+// trial.
+constexpr uintptr_t kFetchAhead = 65536;
 
 // Lane by lane; their horizontal sums, a chain of latencies, are taken for several groups together.
 struct GroupSum {
@@ -31,7 +36,7 @@ template <class T>
 inline Floats group_largest(const T* p, Floats& check) {
   Floats m[2] = {broadcast(kNone), broadcast(kNone)}, total[2] = {broadcast(0.0f), broadcast(0.0f)};
   for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
-    prefetch<kAbreast * kLanes>(p + i, kAhead);
+    prefetch_lines<kAbreast * kLanes * sizeof(T), 0, 2>(p + i, kFetchAhead);
     const WideFloats x = load_wide(p + i);
     for (int k = 0; k < kAbreast; ++k) {
       m[k % 2] = max(slice(x, k), m[k % 2]);
@@ -42,14 +47,31 @@ inline Floats group_largest(const T* p, Floats& check) {
   return max(m[0], m[1]);
 }
 
-// Σ e and Σ e·d with e = exp((x - top)/T), d = log2 e.
-template <class T>
-inline GroupSum group_sum(const T* p, float top, float scale) {
+// d = log2 exp((x - top)/T). With `fold` it is x·scale - product, one operation, which is too large by
+// `excess`.
+struct Relative {
+  float top = 0, scale = 1, product = 0;
+  bool fold = false;
+  double excess = 0;
+
+  Relative() = default;
+  Relative(float top, float scale) : top(top), scale(scale), product(top * scale) {
+    // Only a fused product keeps its digits, and it must not overflow.
+    fold = kFused && std::fabs(product) < 1e30f;
+    if (fold) excess = static_cast<double>(top) * scale - product;
+  }
+};
+
+// Σ 2^d and Σ 2^d·d.
+template <bool fold, class T>
+inline GroupSum group_sum(const T* p, const Relative& relative) {
+  const float top = relative.top, scale = relative.scale, product = relative.product;
   const Floats zero = broadcast(0.0f);
   Floats total[2] = {zero, zero}, weighted[2] = {zero, zero};
 #pragma GCC unroll 1
   for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
-    const WideFloats d = max(kExponentFloor, (load_wide(p + i) - top) * scale);
+    const WideFloats x = load_wide(p + i);
+    const WideFloats d = max(kExponentFloor, fold ? fused(x, scale, -product) : (x - top) * scale);
     const WideFloats e = exp2(d);
     for (int k = 0; k < kAbreast; ++k) {
       total[k % 2] = total[k % 2] + slice(e, k);
@@ -68,28 +90,54 @@ bool holds_invalid(const T* p, int64_t count) {
   return false;
 }
 
-// One segment of one row: `count` tokens from id `first`.
+// One segment of one row.
 template <class T>
 class Segment {
  public:
-  // `next`: what is read after this segment, or null; it is fetched while this one is computed.
-  Segment(const T* data, int64_t first, int64_t count, const RowSoftmax& row, const T* next)
-      : data_(data),
-        next_(next),
-        first_(first),
-        count_(count),
-        groups_((count + kGroup - 1) / kGroup),
-        row_(row) {}
+  // `count` tokens from id `first`; without a key nothing is drawn.
+  void open(const T* data, int64_t first, int64_t count, const RowSoftmax& row, const Key* key) {
+    data_ = data;
+    first_ = first;
+    count_ = count;
+    groups_ = (count + kGroup - 1) / kGroup;
+    row_ = row;
+    draws_ = key != nullptr;
+    if (key) key_ = *key;
+    // Draws come in pairs, so an odd first group is the second of its pair.
+    noise_ = noise_buffer_ + first / kGroup % 2;
+    looked_ = drawn_ = 0;
+    check_ = broadcast(0.0f);
+    invalid_ = false;
+  }
 
-  Summary scan(const Key* key, int64_t target) {
+  // The first pass over one more group, if there is one.
+  void look() {
+    if (looked_ == groups_) return;
+    const int64_t g = looked_++;
+    if (draws_) fill_group_noise(g);
+    Floats padded = check_;
+    if (plain(g)) {
+      lanes_[g % kLanes] = group_largest(data_ + g * kGroup, check_);
+    } else {
+      // It may hold -inf by right (past the end, excluded), so it is checked by itself.
+      lanes_[g % kLanes] = group_largest(buffered(g), padded);
+      invalid_ |= holds_invalid(buffer_, std::min(kGroup, count_ - g * kGroup));
+    }
+    if (looked_ % kLanes == 0 || looked_ == groups_)
+      for (int64_t i = g / kLanes * kLanes; i <= g; ++i) largest_[i] = largest(lanes_[i % kLanes]);
+  }
+
+  // The rest of the first pass and the second one; `beside` is called once a group.
+  template <class Beside>
+  Summary close(int64_t target, Beside beside) {
     Summary s;
+    while (looked_ < groups_) look();
     find_largest(s);
     if (s.empty()) return s;
-    if (key) fill_group_noise(*key);
-    mark_live(key != nullptr);
-    sum_live(s);
+    mark_live();
+    sum_live(s, beside);
     s.argmax = first_ + best_ * kGroup + find_best_in_group(s);
-    if (key) draw(*key, s);
+    if (draws_) draw(s);
     s.index_logit = logit(row_.index);
     s.target_logit = logit(target);
     return s;
@@ -100,34 +148,23 @@ class Segment {
 
   int64_t padded_groups() const { return (groups_ + kLanes - 1) / kLanes * kLanes; }
 
-  // What is read next, asked for at an even pace, into the second-level cache: the first is busy.
-  template <int64_t tokens>
-  void fetch() {
-    if (!next_) return;
-    prefetch_lines<tokens * sizeof(T), 0, 2>(next_, fetched_);
-    fetched_ += tokens * sizeof(T);
-  }
-
   const float* buffered(int64_t g) {
     const int64_t at = g * kGroup;
     read_transformed(data_ + at, std::min(kGroup, count_ - at), first_ + at, row_, buffer_);
     return buffer_;
   }
 
+  // The noise up to group g, a few groups ahead.
+  void fill_group_noise(int64_t g) {
+    const int64_t odd = noise_ - noise_buffer_, first = first_ / kGroup - odd;
+    for (; drawn_ <= g + odd; drawn_ += 2 * kLanes)
+      fill_gumbel(key_, Domain::kGroup, first + drawn_, 2 * kLanes, noise_buffer_ + drawn_);
+  }
+
   void find_largest(Summary& s) {
-    Floats check = broadcast(0.0f), lanes[kLanes];
-    for (int64_t g = 0; g < groups_; ++g) {
-      Floats padded = check;
-      lanes[g % kLanes] =
-          plain(g) ? group_largest(data_ + g * kGroup, check) : group_largest(buffered(g), padded);
-      fetch<kGroup / 4>();
-      // A group of its own may hold -inf by right (past the end, excluded): it is looked at by itself.
-      if (!plain(g)) s.invalid |= holds_invalid(buffer_, std::min(kGroup, count_ - g * kGroup));
-      if (g % kLanes == kLanes - 1 || g + 1 == groups_)
-        for (int64_t i = g / kLanes * kLanes; i <= g; ++i) largest_[i] = largest(lanes[i % kLanes]);
-    }
+    s.invalid = invalid_;
     // Finite sums and -inf are fine; anything else may also be an overflow, so look closer.
-    if (!(sum(check) < std::numeric_limits<float>::infinity()))
+    if (!(sum(check_) < std::numeric_limits<float>::infinity()))
       for (int64_t g = 0; g < groups_; ++g)
         s.invalid |= plain(g) && holds_invalid(data_ + g * kGroup, kGroup);
     std::fill(largest_ + groups_, largest_ + padded_groups(), kNone);
@@ -135,35 +172,34 @@ class Segment {
     best_ = best.at;
     top_ = best.value;
     s.top = static_cast<double>(top_) * row_.inverse_temperature;
-  }
-
-  // Draws come in pairs, so an odd first group is the second of its pair.
-  void fill_group_noise(const Key& key) {
-    const int64_t first = first_ / kGroup, odd = first % 2;
-    fill_gumbel(key, Domain::kGroup, first - odd, groups_ + odd, noise_buffer_);
-    noise_ = noise_buffer_ + odd;
+    relative_ = Relative(top_, row_.inverse_temperature * kLog2E);
   }
 
   // A group matters for the sum if it is above float32's resolution, for the draw if it could still win.
-  void mark_live(bool with_draw) {
+  void mark_live() {
     const float scale = row_.inverse_temperature;
     const float sum_limit = -kResolution - std::log(static_cast<float>(groups_ * kGroup));
     const auto relative = [&](int64_t g) { return (load(largest_ + g) - top_) * scale; };
     float lead = 0;
-    if (with_draw) {
+    if (draws_) {
       Floats most = broadcast(kNone);
       for (int64_t g = 0; g < groups_; g += kLanes) most = max(relative(g) + load(noise_ + g), most);
       lead = largest(most) - kLogGroup - kSlack;
     }
     for (int64_t g = 0; g < groups_; g += kLanes) {
       Floats above = relative(g) - sum_limit;
-      if (with_draw) above = max(above, relative(g) + load(noise_ + g) - lead);
+      if (draws_) above = max(above, relative(g) + load(noise_ + g) - lead);
       store(live_ + g, above);
     }
   }
 
-  void sum_live(Summary& s) {
-    const float scale = row_.inverse_temperature * kLog2E;
+  template <class U>
+  GroupSum sum_group(const U* p) const {
+    return relative_.fold ? group_sum<true>(p, relative_) : group_sum<false>(p, relative_);
+  }
+
+  template <class Beside>
+  void sum_live(Summary& s, Beside& beside) {
     std::fill(sums_, sums_ + padded_groups(), 0.0f);
     int64_t groups[kLanes];
     GroupSum parts[kLanes];
@@ -176,15 +212,16 @@ class Segment {
       waiting = 0;
     };
     for (int64_t g = 0; g < groups_; ++g) {
+      beside();
       if (!(live_[g] >= 0) || largest_[g] == kNone) continue;
-      fetch<kGroup - kGroup / 4>();
       groups[waiting] = g;
-      parts[waiting] =
-          plain(g) ? group_sum(data_ + g * kGroup, top_, scale) : group_sum(buffered(g), top_, scale);
+      parts[waiting] = plain(g) ? sum_group(data_ + g * kGroup) : sum_group(buffered(g));
       if (++waiting == kLanes) add_up();
     }
     add_up();
-    s.weighted *= kLn2;
+    const double excess = relative_.excess, factor = std::exp2(-excess);
+    s.weighted = factor * kLn2 * (s.weighted - excess * s.sum);
+    s.sum *= factor;
   }
 
   // The first entry equal to the largest; the largest other entry of the whole segment goes to s.second.
@@ -201,7 +238,7 @@ class Segment {
     return at;
   }
 
-  void draw(const Key& key, Summary& s) {
+  void draw(Summary& s) {
     float* scores = sums_;
     for (int64_t i = 0; i < groups_; i += kLanes) {
       const Floats total = load(sums_ + i);
@@ -209,19 +246,19 @@ class Segment {
       store(scores + i, select(equal(total, 0.0f), kNone, score));
     }
     const Largest winner = first_largest(scores, padded_groups());
-    s.score = s.top + winner.value;
+    s.score = s.top + (winner.value - relative_.excess * kLn2);
     if (row_.greedy) {
       s.token = s.argmax;
       s.token_logit = s.top;
       return;
     }
-    draw_in_group(key, winner.at, s);
+    draw_in_group(winner.at, s);
   }
 
-  void draw_in_group(const Key& key, int64_t g, Summary& s) {
+  void draw_in_group(int64_t g, Summary& s) {
     const float* x = buffered(g);
     alignas(64) float noise[kGroup];
-    fill_gumbel(key, Domain::kToken, first_ + g * kGroup, kGroup, noise);
+    fill_gumbel(key_, Domain::kToken, first_ + g * kGroup, kGroup, noise);
     for (int64_t i = 0; i < kGroup; i += kLanes)
       store(noise + i, fused(load(x + i) - top_, row_.inverse_temperature, load(noise + i)));
     const int64_t best = first_largest(noise, kGroup).at;
@@ -235,12 +272,15 @@ class Segment {
            row_.inverse_temperature;
   }
 
-  const T* data_;
-  const T* next_;
-  uintptr_t fetched_ = 0;
-  int64_t first_, count_, groups_, best_ = 0;
+  const T* data_ = nullptr;
+  int64_t first_ = 0, count_ = 0, groups_ = 0, best_ = 0;
+  int64_t looked_ = 0, drawn_ = 0;  // groups seen by the first pass, and draws made for them
+  bool draws_ = false, invalid_ = false;
   float top_ = kNone;
-  const RowSoftmax row_;
+  Relative relative_;
+  Key key_ = {};
+  RowSoftmax row_;
+  Floats check_, lanes_[kLanes];
   alignas(64) float buffer_[kGroup];
   alignas(64) float largest_[kSegmentGroups];
   alignas(64) float noise_buffer_[kSegmentGroups + 2 * kLanes];
@@ -296,68 +336,92 @@ const float* copy_transformed(const T* p, int64_t count, int64_t first, const Ro
   return out.data();
 }
 
-template <class T>
-Summary scan_segment(const ScanArguments& a, int64_t r, int64_t begin) {
-  const int64_t first = a.first_token + begin, count = std::min(kSegment, a.logits.columns - begin);
-  const T* row_data = a.logits.row<const T>(r);
-  const T* data = row_data + begin;
-  RowSoftmax row(a.softmax, r);
-  const Key key = a.keys ? a.keys[r] : Key{};
-  const Key* draw = a.keys ? &key : nullptr;
-  const int64_t target = a.target ? a.target[r] : -1;
-  if (row.softcap == 0 && !a.cuts) {
-    const T* next = row_data;
-    if (begin + count < a.logits.columns)
-      next = data + count;
-    else
-      next = r + 1 < a.logits.rows ? a.logits.row<const T>(r + 1) : nullptr;
-    return Segment<T>(data, first, count, row, next).scan(draw, target);
-  }
-  thread_local std::vector<float> copy;
-  const float* transformed = copy_transformed(data, count, first, row, a.cuts ? a.cuts + r : nullptr, copy);
-  row.softcap = row.shift = 0;
-  row.exclude = -1;
-  return Segment<float>(transformed, first, count, row, nullptr).scan(draw, target);
-}
-
-Summary scan_at(const ScanArguments& a, int64_t r, int64_t begin) {
-  Summary s;
-  with_dtype(a.logits.dtype, [&](auto type) { s = scan_segment<decltype(type)>(a, r, begin); });
-  return s;
-}
-
 bool unread(const ScanArguments& a, int64_t r) {
   return (a.skip && a.skip[r]) || (a.target && a.target[r] < 0);
 }
 
+int64_t segments_of(const ScanArguments& a) { return (a.logits.columns + kSegment - 1) / kSegment; }
+
+// Scans the segments [begin, end), counted through all rows, less those of unread rows; done(i, summary) of
+// each in order. `copies`: the logits must be transformed or cut first.
+template <class T, bool copies, class Done>
+void scan_segments(const ScanArguments& a, int64_t begin, int64_t end, Done done) {
+  using Read = std::conditional_t<copies, float, T>;
+  thread_local std::vector<float> copied[2];
+  Segment<Read> pair[2];
+  const int64_t segments = segments_of(a);
+  const auto read_from = [&](int64_t i) {
+    while (i < end && unread(a, i / segments)) i += segments - i % segments;
+    return std::min(i, end);
+  };
+  const auto open = [&](int64_t i, int which) {
+    const int64_t r = i / segments, at = i % segments * kSegment, first = a.first_token + at;
+    const int64_t count = std::min(kSegment, a.logits.columns - at);
+    const T* data = a.logits.row<const T>(r) + at;
+    RowSoftmax row(a.softmax, r);
+    const Key key = a.keys ? a.keys[r] : Key{};
+    const Key* draw = a.keys ? &key : nullptr;
+    if constexpr (copies) {
+      Cut* cut = a.cuts ? a.cuts + r : nullptr;
+      const float* copy = copy_transformed(data, count, first, row, cut, copied[which]);
+      row.softcap = row.shift = 0;
+      row.exclude = -1;
+      pair[which].open(copy, first, count, row, draw);
+    } else {
+      pair[which].open(data, first, count, row, draw);
+    }
+  };
+  int64_t at = read_from(begin);
+  if (at < end) open(at, 0);
+  for (int which = 0; at < end; which = 1 - which) {
+    const int64_t next = read_from(at + 1);
+    Segment<Read>* following = next < end ? &pair[1 - which] : nullptr;
+    if (following) open(next, 1 - which);
+    const int64_t target = a.target ? a.target[at / segments] : -1;
+    done(at, pair[which].close(target, [following] {
+      if (following) following->look();
+    }));
+    at = next;
+  }
+}
+
+template <class Done>
+void scan_segments(const ScanArguments& a, int64_t begin, int64_t end, Done done) {
+  with_dtype(a.logits.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (a.softmax.softcap > 0 || a.cuts)
+      scan_segments<T, true>(a, begin, end, done);
+    else
+      scan_segments<T, false>(a, begin, end, done);
+  });
+}
+
 }  // namespace
 
-Summary scan_row(const ScanArguments& a, int64_t r) {
-  Summary s;
-  for (int64_t begin = 0; begin < a.logits.columns; begin += kSegment) s = merge(s, scan_at(a, r, begin));
-  return s;
+void scan_rows(const ScanArguments& a, int64_t begin, int64_t end, const RowDone& done) {
+  const int64_t segments = segments_of(a);
+  Summary row;
+  scan_segments(a, begin * segments, end * segments, [&](int64_t i, const Summary& s) {
+    row = merge(i % segments == 0 ? Summary{} : row, s);
+    if ((i + 1) % segments == 0) done(i / segments, row);
+  });
 }
 
 void scan(const ScanArguments& a) {
-  const int64_t segments = (a.logits.columns + kSegment - 1) / kSegment;
+  const int64_t rows = a.logits.rows, segments = segments_of(a);
+  if (a.first_token == 0) std::fill_n(a.state, rows, Summary{});
+  const auto take = [&](int64_t r, const Summary& s) { a.state[r] = merge(a.state[r], s); };
   // Ties are used up in order, and whole rows merge without a workspace; few long rows are shared by segment.
-  if (a.cuts || segments == 1 || a.logits.rows >= 4 * a.threads) {
-    parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
-      if (a.first_token == 0) a.state[r] = {};
-      if (!unread(a, r)) a.state[r] = merge(a.state[r], scan_row(a, r));
-    });
+  if (a.cuts || segments == 1 || rows >= 4 * a.threads) {
+    parallel_ranges(rows, a.threads, [&](int64_t begin, int64_t end) { scan_rows(a, begin, end, take); });
     return;
   }
-  std::vector<Summary> parts(static_cast<size_t>(a.logits.rows * segments));
-  parallel_for(a.logits.rows * segments, a.threads, [&](int64_t i) {
-    if (!unread(a, i / segments))
-      parts[static_cast<size_t>(i)] = scan_at(a, i / segments, i % segments * kSegment);
+  std::vector<Summary> parts(static_cast<size_t>(rows * segments));
+  parallel_ranges(rows * segments, a.threads, [&](int64_t begin, int64_t end) {
+    scan_segments(a, begin, end, [&](int64_t i, const Summary& s) { parts[static_cast<size_t>(i)] = s; });
   });
-  for (int64_t i = 0; i < a.logits.rows * segments; ++i) {
-    Summary& s = a.state[i / segments];
-    if (a.first_token == 0 && i % segments == 0) s = {};
-    if (!unread(a, i / segments)) s = merge(s, parts[static_cast<size_t>(i)]);
-  }
+  for (int64_t i = 0; i < rows * segments; ++i)
+    if (!unread(a, i / segments)) take(i / segments, parts[static_cast<size_t>(i)]);
 }
 
 }  // namespace dlcore::DLCORE_ISA

@@ -1,6 +1,8 @@
 // The kernels of one ISA level, and the choice between levels.
 #pragma once
 
+#include <functional>
+
 #include "attention.h"
 #include "categorical.h"
 #include "linear_logits.h"
@@ -30,7 +32,9 @@ struct Kernels {
 namespace DLCORE_ISA {
 void attention(const AttentionArguments&);
 void attention_backward(const AttentionBackwardArguments&);
-Summary scan_row(const ScanArguments&, int64_t r);
+// done(row, summary) of each row in [begin, end) that is read, in order.
+using RowDone = std::function<void(int64_t, const Summary&)>;
+void scan_rows(const ScanArguments&, int64_t begin, int64_t end, const RowDone& done);
 void scan(const ScanArguments&);
 void softmax_tile(const SoftmaxTileArguments&);
 void histogram(const HistogramArguments&);

@@ -16,13 +16,17 @@ void parallel_ranges(RangeFunction function, void* context, int64_t count, int t
 const char* parallel_runtime();
 
 template <class Body>
+void parallel_ranges(int64_t count, int threads, Body&& body) {
+  parallel_ranges([](void* context, int64_t begin,
+                     int64_t end) { (*static_cast<std::remove_reference_t<Body>*>(context))(begin, end); },
+                  &body, count, threads);
+}
+
+template <class Body>
 void parallel_for(int64_t count, int threads, Body&& body) {
-  parallel_ranges(
-      [](void* context, int64_t begin, int64_t end) {
-        auto& run = *static_cast<std::remove_reference_t<Body>*>(context);
-        for (int64_t i = begin; i < end; ++i) run(i);
-      },
-      &body, count, threads);
+  parallel_ranges(count, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
 }
 
 }  // namespace dlcore

@@ -183,6 +183,7 @@ struct RowSoftmax {
   float softcap = 0;
   bool greedy = false;
 
+  RowSoftmax() = default;
   RowSoftmax(const Softmax& softmax, int64_t row) : exclude(softmax.exclude), softcap(softmax.softcap) {
     if (softmax.index) index = softmax.index[row];
     if (softmax.shift) shift = softmax.shift[row];

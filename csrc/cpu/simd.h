@@ -247,6 +247,13 @@ inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return max(spread(a), y); }, b);
 }
 
+// Whether `fused` rounds once.
+#if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
+constexpr bool kFused = true;
+#else
+constexpr bool kFused = false;
+#endif
+
 // a·b + c, rounded once where the machine can.
 inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)

@@ -67,8 +67,7 @@ void nelbo(const NelboArguments& a) {
   scan.logits = a.logits;
   scan.softmax = a.softmax;
   scan.target = a.target;
-  parallel_for(rows, a.threads, [&](int64_t r) {
-    if (a.scan) start_nelbo(scan_row(scan, r), r, rows, a.saved);
+  const auto add_row = [&](int64_t r) {
     const RowSoftmax row(a.softmax, r);
     const NelboRow state(a.alpha[r], -1, a.vocab);
     const Probability scaled(a.saved[r], state.c);
@@ -88,6 +87,13 @@ void nelbo(const NelboArguments& a) {
     });
     a.saved[3 * rows + r] += sums.logs;
     a.saved[4 * rows + r] += sums.ratios;
+  };
+  if (!a.scan) return parallel_for(rows, a.threads, add_row);
+  parallel_ranges(rows, a.threads, [&](int64_t begin, int64_t end) {
+    scan_rows(scan, begin, end, [&](int64_t r, const Summary& s) {
+      start_nelbo(s, r, rows, a.saved);
+      add_row(r);
+    });
   });
 }
 
