@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import dlcore
 from bench import peers
 from bench.case import (
     Case,
@@ -128,26 +127,6 @@ def _expectation(shape: Shape, width: int = 128) -> Work:
     )
 
 
-def _head(shape: Shape) -> Work:
-    """shape is (rows, D, V)."""
-    count, inner, vocab = shape
-    hidden, weight = normal((count, inner)) / inner**0.5, normal((vocab, inner), seed=2)
-
-    def check(result: Tensor, weight: Tensor, hidden: Tensor) -> None:
-        tokens_in_range(result, hidden.new_empty(1).expand(count, vocab))
-
-    return Work(
-        inputs=(weight, hidden),
-        functions={
-            "dlcore": lambda weight, hidden: categorical.sample(dlcore.LinearLogits(hidden, weight)).tokens,
-            "eager": lambda weight, hidden: peers.sample_head(hidden, weight),
-        },
-        check=check,
-        bytes=nbytes(hidden, weight),
-        flops=2 * count * inner * vocab,
-    )
-
-
 def _after_torch(shape: Shape, size: int = 512) -> Work:
     """The same draw alone and right after a product by torch, whose threads may still spin."""
     logits, a = normal(shape), normal((size, size), seed=2)
@@ -188,7 +167,6 @@ CASES = (
     _of(SAMPLE, TOP_K, "top_k=50", providers=QUICK),
     _of(SAMPLE, TOP_P, "top_p=0.9", providers=QUICK),
     _of(SAMPLE, _host, "host overhead", shape=(4, 1000), tiny=(2, 100)),
-    _of(SAMPLE, _head, "rows × D × V of a linear head", shape=(256, 512, 32768), tiny=(6, 16, 1003)),
     _of("categorical.stats", _stats),
     _of("categorical.sample_mixture", _mixture),
     _of(

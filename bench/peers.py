@@ -66,11 +66,6 @@ def sample_top_p(logits: Tensor, top_p: float) -> Tensor:
     return sample(logits.masked_fill(drop.scatter(-1, order, drop), -torch.inf))
 
 
-def sample_head(hidden: Tensor, weight: Tensor) -> Tensor:
-    """A language-model head, then softmax and race."""
-    return sample(hidden @ weight.T)
-
-
 def stats(logits: Tensor) -> Numbers:
     """logsumexp, argmax, its log-probability, margin and entropy."""
     log_p = torch.log_softmax(logits, -1, dtype=torch.float32)
@@ -86,6 +81,12 @@ def sample_mixture(logits: Tensor, z: Tensor, keep: float, draw: float) -> Tenso
     q = draw * torch.softmax(logits, -1) + (1 - keep - draw) / logits.shape[-1]
     q.scatter_add_(-1, z.unsqueeze(-1), torch.full_like(q[..., :1], keep))
     return race(q)
+
+
+def sample_expectation(logits: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A denoising step's soft embedding, draw, argmax and entropy, all from one softmax."""
+    p = torch.softmax(logits, -1, dtype=torch.float32)
+    return p.to(table.dtype) @ table, race(p), p.argmax(-1), torch.special.entr(p).sum(-1)
 
 
 def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
