@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -32,6 +35,18 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn."""
     with dlcore.use_backend(request.param):
         yield request.param
+
+
+def run_python(code: str, **variables: str) -> str:
+    """What a process of its own prints, errors included."""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout + done.stderr
 
 
 def levels() -> list[str]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
-import sys
 import time
 
 import pytest
 import torch
+from conftest import run_python
 
 import dlcore
 from dlcore import _C, _dispatch, categorical, rng
@@ -90,17 +89,6 @@ def test_a_bad_variable_is_named(monkeypatch):
     monkeypatch.setenv("DLCORE_BACKEND", "tpu")
     with pytest.raises(ValueError, match=r"DLCORE_BACKEND: backend must be one of cpu, reference, got 'tpu'"):
         categorical.stats(X)
-
-
-def run_python(code: str, **variables: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)
