@@ -1,4 +1,4 @@
-"""dlcore inside Hugging Face transformers.
+"""dlcore inside Hugging Face transformers: `accelerate` a DiffusionGemma.
 
 Importing this registers the attention "dlcore" with transformers (``attn_implementation="dlcore"``). It needs
 ``pip install 'dlcore[transformers]'`` and raises ImportError without.
@@ -18,5 +18,8 @@ except ImportError as error:
     ) from error
 
 from dlcore.integrations.transformers import attention
+from dlcore.integrations.transformers.swap import accelerate, restore
+
+__all__ = ["accelerate", "restore"]
 
 attention.register()
