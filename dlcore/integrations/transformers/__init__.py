@@ -1,4 +1,4 @@
-"""dlcore inside Hugging Face transformers: `accelerate` a DiffusionGemma.
+"""dlcore inside Hugging Face transformers: `accelerate` a DiffusionGemma, `unmask` with a masked model.
 
 Importing this registers the attention "dlcore" with transformers (``attn_implementation="dlcore"``). It needs
 ``pip install 'dlcore[transformers]'`` and raises ImportError without.
@@ -18,8 +18,9 @@ except ImportError as error:
     ) from error
 
 from dlcore.integrations.transformers import attention
+from dlcore.integrations.transformers.masked_lm import unmask
 from dlcore.integrations.transformers.swap import accelerate, restore
 
-__all__ = ["accelerate", "restore"]
+__all__ = ["accelerate", "restore", "unmask"]
 
 attention.register()
