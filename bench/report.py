@@ -30,6 +30,8 @@ HEADER = (
     "÷ dlcore",
     "time, warm",
     "÷ dlcore, warm",
+    "peak memory",
+    "÷ dlcore's",
 )
 
 
@@ -118,7 +120,7 @@ def _time(record: Record | None) -> str:
 def table(plain: Record, warm: Record | None = None) -> str:
     """Markdown, aligned so that it also reads well in a terminal."""
     by_row = {_row(b): b for b in warm["benchmarks"]} if warm else {}
-    ours, ours_warm = _ours(plain), _ours(warm)
+    ours, ours_warm, peaks = _ours(plain), _ours(warm), _peaks(plain)
     lines, last = [HEADER], ""
     for b in plain["benchmarks"]:
         info, other = b["extra_info"], by_row.get(_row(b))
@@ -134,6 +136,7 @@ def table(plain: Record, warm: Record | None = None) -> str:
                 _slower(b, ours),
                 _time(other),
                 _slower(other, ours_warm),
+                *_memory(b, peaks),
             )
         )
         last = b["group"]
@@ -151,6 +154,24 @@ def _attention(info: Record) -> tuple[str, ...]:
         return ("",) * 5
     keys = ("percent_of_read", "gflop_per_s", "percent_of_mm", "percent_of_onednn", "ns_per_pair")
     return tuple(_number(info[key], ".3g") for key in keys)
+
+
+def _peaks(run: Record) -> dict[str, int]:
+    """What dlcore's call needs at its peak, where that was measured."""
+    infos = {
+        b["group"]: b["extra_info"] for b in run["benchmarks"] if b["extra_info"]["provider"] == "dlcore"
+    }
+    return {group: info["peak_bytes"] for group, info in infos.items() if "peak_bytes" in info}
+
+
+def _memory(record: Record, ours: dict[str, int]) -> tuple[str, str]:
+    """The peak, and how many times dlcore's it is."""
+    info = record["extra_info"]
+    if "peak_bytes" not in info:
+        return "", ""
+    others = info["provider"] != "dlcore" and record["group"] in ours
+    ratio = f"{info['peak_bytes'] / ours[record['group']]:.3g}" if others else ""
+    return f"{info['peak_bytes'] / 2**20:,.0f} MiB", ratio
 
 
 def _row(record: Record) -> tuple[str, str]:

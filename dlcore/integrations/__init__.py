@@ -1,0 +1,1 @@
+"""dlcore inside other libraries, each an optional extra that `import dlcore` never imports."""
