@@ -94,14 +94,17 @@ bool holds_invalid(const T* p, int64_t count) {
 template <class T>
 class Segment {
  public:
-  // `count` tokens from id `first`; without a key nothing is drawn.
-  void open(const T* data, int64_t first, int64_t count, const RowSoftmax& row, const Key* key) {
+  // `count` tokens from id `first`. Without a key nothing is drawn, nor where the draw's score is below
+  // `beaten`.
+  void open(const T* data, int64_t first, int64_t count, const RowSoftmax& row, const Key* key,
+            double beaten) {
     data_ = data;
     first_ = first;
     count_ = count;
     groups_ = (count + kGroup - 1) / kGroup;
     row_ = row;
     draws_ = key != nullptr;
+    beaten_ = beaten;
     if (key) key_ = *key;
     // Draws come in pairs, so an odd first group is the second of its pair.
     noise_ = noise_buffer_ + first / kGroup % 2;
@@ -247,6 +250,7 @@ class Segment {
     }
     const Largest winner = first_largest(scores, padded_groups());
     s.score = s.top + (winner.value - relative_.excess * kLn2);
+    if (!(s.score > beaten_)) return;
     if (row_.greedy) {
       s.token = s.argmax;
       s.token_logit = s.top;
@@ -276,6 +280,7 @@ class Segment {
   int64_t first_ = 0, count_ = 0, groups_ = 0, best_ = 0;
   int64_t looked_ = 0, drawn_ = 0;  // groups seen by the first pass, and draws made for them
   bool draws_ = false, invalid_ = false;
+  double beaten_ = -kInfinity;
   float top_ = kNone;
   Relative relative_;
   Key key_ = {};
@@ -361,14 +366,15 @@ void scan_segments(const ScanArguments& a, int64_t begin, int64_t end, Done done
     RowSoftmax row(a.softmax, r);
     const Key key = a.keys ? a.keys[r] : Key{};
     const Key* draw = a.keys ? &key : nullptr;
+    const double beaten = draw ? a.state[r].score : -kInfinity;
     if constexpr (copies) {
       Cut* cut = a.cuts ? a.cuts + r : nullptr;
       const float* copy = copy_transformed(data, count, first, row, cut, copied[which]);
       row.softcap = row.shift = 0;
       row.exclude = -1;
-      pair[which].open(copy, first, count, row, draw);
+      pair[which].open(copy, first, count, row, draw, beaten);
     } else {
-      pair[which].open(data, first, count, row, draw);
+      pair[which].open(data, first, count, row, draw, beaten);
     }
   };
   int64_t at = read_from(begin);

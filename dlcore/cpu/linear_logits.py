@@ -15,8 +15,8 @@ logger = logging.getLogger("dlcore")
 
 Head = tuple[Tensor, Tensor | None, Tensor | None]
 
-#: A tile of logits stays in the cache: 2^19 floats.
-_TILE = 1 << 19
+#: A tile of logits stays in the cache: 2^20 floats.
+_TILE = 1 << 20
 #: Tokens that share a Gumbel number; tiles start at its multiples.
 _GROUP = 256
 
