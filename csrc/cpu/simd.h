@@ -247,6 +247,23 @@ inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return max(spread(a), y); }, b);
 }
 
+// The square root, correctly rounded.
+inline FloatPart root(FloatPart x) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kPartLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+inline Floats root(const Floats& x) {
+  return each([](FloatPart v) { return root(v); }, x);
+}
+
 // a·b + c, rounded once where the machine can.
 inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)
