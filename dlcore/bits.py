@@ -90,18 +90,16 @@ def _inputs(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(tensors.values())
 
 
-def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.0) -> Tensor:
-    """A parameter in float64 that broadcasts to x: one per row, or of x's number of dimensions."""
+def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.0) -> float | Tensor:
+    """A parameter that broadcasts to x: one per row, or of x's number of dimensions; a number as it is."""
+    if not isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        return _real(op, name, value, low, LIMITS.max)
     per_element = isinstance(value, Tensor) and value.dim() == x.dim()
-    level = checks.per_row(
-        op, name, value, x.shape if per_element else x.shape[:-1], x.device, torch.float64
-    )
+    lead = x.shape if per_element else x.shape[:-1]
+    level = checks.per_row(op, name, value, lead, x.device, torch.float64)
     if level is None:
         raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
-    if isinstance(value, (int, float)):
-        _real(op, name, value, low, LIMITS.max)
-    else:
-        checks.value_range(op, name, level, low, LIMITS.max)
+    checks.value_range(op, name, level, low, LIMITS.max)
     return level if per_element else level.unsqueeze(-1)
 
 
@@ -109,14 +107,28 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _slope(sigma: Tensor, coding: tuple[float, float]) -> Tensor:
+def _for(x: Tensor, *parameters: float | Tensor) -> Tensor:
+    """Parameters (n, ...) that broadcast to x, in the dtype of its results."""
+    if not any(isinstance(p, Tensor) for p in parameters):
+        return torch.tensor(parameters, dtype=_result_dtype(x), device=x.device).unsqueeze(-1)
+    like = next(p for p in parameters if isinstance(p, Tensor))
+    tensors = (p if isinstance(p, Tensor) else torch.full_like(like, p) for p in parameters)
+    return torch.stack(torch.broadcast_tensors(*tensors)).to(_result_dtype(x))
+
+
+def _slope(sigma: float | Tensor, coding: tuple[float, float]) -> float | Tensor:
     """The matched filter's logit per unit of x."""
-    return (coding[1] - coding[0]) / (sigma * sigma).clamp(min=LEAST_VARIANCE)
+    variance = sigma * sigma
+    if isinstance(variance, Tensor):
+        return (coding[1] - coding[0]) / variance.clamp(min=LEAST_VARIANCE)
+    return (coding[1] - coding[0]) / max(variance, LEAST_VARIANCE)
 
 
-def _spread(sigma: Tensor, gamma: Tensor, noise_scale: Tensor) -> Tensor:
+def _spread(
+    sigma: float | Tensor, gamma: float | Tensor, noise_scale: float | Tensor
+) -> float | Tensor:
     """The deviation of noise that lifts sigma to sigma·(1 + gamma)."""
-    return noise_scale * sigma * (gamma * (2 + gamma)).sqrt()
+    return noise_scale * sigma * (gamma * (2 + gamma)) ** 0.5
 
 
 def _width(op: str, width: int) -> None:
@@ -289,7 +301,7 @@ def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip
     code = _coding(op, coding)
     (x,) = _inputs(op, x=x)
     assert x is not None
-    slope = _slope(_level(op, "sigma", sigma, x), code).to(_result_dtype(x))
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     filtered: Tensor = torch.ops.dlcore.bits_matched_filter(x, slope, sum(code) / 2, _clip(op, clip))
     return filtered
 
@@ -323,7 +335,7 @@ def posterior(
     op = "bits.posterior"
     code = _coding(op, coding)
     x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
-    slope = _slope(_level(op, "sigma", sigma, x), code).to(_result_dtype(x))
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     probs: Tensor = torch.ops.dlcore.bits_posterior(x, residual, slope, sum(code) / 2, clip)
     return probs
@@ -400,10 +412,10 @@ def churn(
 
 
 def _perturb(
-    op: str, x: Tensor, spread: Tensor, key: Tensor | None, generator: torch.Generator | None
+    op: str, x: Tensor, spread: float | Tensor, key: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     key = checks.key(op, key, generator, x.shape[:-1], x.device)
-    noisy: Tensor = torch.ops.dlcore.bits_perturb(x, spread.to(_result_dtype(x)), key)
+    noisy: Tensor = torch.ops.dlcore.bits_perturb(x, _for(x, spread)[0], key)
     return noisy
 
 
@@ -457,16 +469,14 @@ def step(
     x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
     here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
     noisy = isinstance(gamma_next, Tensor) or gamma_next != 0
-    parameters = [_slope(here, code), there / here]
-    if noisy:
+    spread: float | Tensor = 0.0
+    if isinstance(gamma_next, Tensor) or gamma_next != 0:
         gamma = _level(op, "gamma_next", gamma_next, x)
-        parameters.append(_spread(there, gamma, _level(op, "noise_scale", noise_scale, x)))
+        spread = _spread(there, gamma, _level(op, "noise_scale", noise_scale, x))
         key = checks.key(op, key, generator, x.shape[:-1], x.device)
     else:
-        _real(op, "gamma_next", gamma_next, 0.0)  # type: ignore[arg-type]
-        parameters.append(torch.zeros_like(here))
         key = None
-    coefficients = torch.stack(torch.broadcast_tensors(*parameters)).to(_result_dtype(x))
+    coefficients = _for(x, _slope(here, code), there / here, spread)
     clip = _clip(op, clip)
     moved: tuple[Tensor, Tensor] = torch.ops.dlcore.bits_step(x, residual, coefficients, *code, clip, key)
     return moved
@@ -498,7 +508,7 @@ def euler_step(
     low, high = _coding(op, coding)
     x, probs = _inputs(op, x=x, probs=probs)  # type: ignore[assignment]
     here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
-    ratio = (there / here).to(_result_dtype(x))
+    (ratio,) = _for(x, there / here)
     x = x.to(ratio.dtype)
     mean = low + (high - low) * probs.to(ratio.dtype)
     return torch.where(ratio == 1, x, mean + ratio * (x - mean))
@@ -544,6 +554,7 @@ def heun_step(
     )
     here = _level(op, "sigma", sigma, x_next, LIMITS.tiny)
     there = _level(op, "sigma_next", sigma_next, x_next)
+    here, there = _for(x_next.double(), here, there)
     weight = torch.where(there > 0, here / torch.where(there > 0, there, 1) - 1, 0) * (high - low) / 2
     weight = weight.to(_result_dtype(x_next))
     return x_next + weight * (probs_next.to(weight.dtype) - probs.to(weight.dtype))
@@ -630,7 +641,7 @@ def loss(
     code = _coding(op, coding)
     checks.option(op, "kind", kind, ("squared", "bce"))
     residual, x, bits = _inputs(op, residual=residual, x=x, bits=bits)  # type: ignore[assignment]
-    slope = _slope(_level(op, "sigma", sigma, x), code).to(_result_dtype(x))
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     mean: Tensor = torch.ops.dlcore.bits_loss(residual, x, bits, slope, *code, clip, kind == "squared")
     return mean
@@ -664,5 +675,6 @@ def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tens
     op = "bits.scale_input"
     low, high = _coding(op, coding)
     (x,) = _inputs(op, x=x)  # type: ignore[assignment]
-    scale = torch.hypot(_level(op, "sigma", sigma, x), torch.tensor((high - low) / 2, dtype=torch.float64))
-    return (x.to(_result_dtype(x)) - (low + high) / 2) / scale.to(_result_dtype(x))
+    level, deviation = _level(op, "sigma", sigma, x), (high - low) / 2
+    (scale,) = _for(x, (level * level + deviation * deviation) ** -0.5)
+    return (x.to(scale.dtype) - (low + high) / 2) * scale

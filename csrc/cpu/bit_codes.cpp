@@ -44,11 +44,16 @@ int64_t decode_row(const BitDecodeArguments& a, const T* row, int width) {
   uint64_t code = 0;
   uint32_t broken = 0;
   for (int at = 0; at < width; at += kLanes) {
-    T padded[kLanes] = {};
-    const bool whole = at + kLanes <= width;
-    if (!whole) std::memcpy(padded, row + at, static_cast<size_t>(width - at) * sizeof(T));
-    const Floats x = load(whole ? row + at : padded);
-    const uint32_t valid = whole ? 0xFFFFu : (1u << (width - at)) - 1;
+    Floats x;
+    uint32_t valid = 0xFFFFu;
+    if (at + kLanes <= width) {
+      x = load(row + at);
+    } else {
+      T padded[kLanes] = {};
+      std::memcpy(padded, row + at, static_cast<size_t>(width - at) * sizeof(T));
+      x = load(padded);
+      valid = (1u << (width - at)) - 1;
+    }
     code |= static_cast<uint64_t>(lane_bits(less(broadcast(a.threshold), x)) & valid) << at;
     broken |= ~lane_bits(equal(x, x)) & valid;
   }

@@ -1,6 +1,8 @@
 // The posterior, the step and the losses of bits, each in one pass. Compiled once per ISA level.
 #include "bits.h"
 
+#include <type_traits>
+
 #include "kernels.h"
 #include "normal.h"
 #include "parallel.h"
@@ -14,45 +16,93 @@ struct alignas(64) Group {
   float at[kGroup];
 };
 
-template <class T>
-void read_lanes(const T* p, int64_t count, float* out) {
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) store(out + i, load(p + i));
-  if (i == count) return;
-  T tail[kLanes] = {};
-  std::memcpy(tail, p + i, static_cast<size_t>(count - i) * sizeof(T));
-  store(out + i, load(tail));
-}
-
 // Where a group stands.
 struct Place {
   int64_t row, first, count;
+  bool whole() const { return count % kLanes == 0; }
 };
 
-void read_lanes(const View& v, const Place& place, Group& out) {
-  with_dtype(v.dtype, [&](auto type) {
-    read_lanes(v.row<const decltype(type)>(place.row) + place.first, place.count, out.at);
-  });
+// The entries at a place: where they lie if they are floats and whole lanes, else copied to `group`.
+template <class T>
+const float* lanes(const T* p, const Place& place, Group& group) {
+  if constexpr (std::is_same_v<T, float>)
+    if (place.whole()) return p;
+  int64_t i = 0;
+  for (; i + kLanes <= place.count; i += kLanes) store(group.at + i, load(p + i));
+  if (i == place.count) return group.at;
+  T tail[kLanes] = {};
+  std::memcpy(tail, p + i, static_cast<size_t>(place.count - i) * sizeof(T));
+  store(group.at + i, load(tail));
+  return group.at;
 }
 
-// The k-th parameter along a span: filled in once where a row shares it.
+const float* lanes(const View& v, const Place& place, Group& group) {
+  const float* found = nullptr;
+  with_dtype(v.dtype, [&](auto type) {
+    found = lanes(v.row<const decltype(type)>(place.row) + place.first, place, group);
+  });
+  return found;
+}
+
+// Where results of a place are stored lane by lane, and what is then left to do.
+class Result {
+ public:
+  template <class T>
+  Result(T* out, const Place& place, Group& group) : count_(place.count), group_(group) {
+    if constexpr (std::is_same_v<T, float>)
+      if (place.whole()) direct_ = out;
+  }
+  float* at() { return direct_ ? direct_ : group_.at; }
+  template <class T>
+  void finish(T* out) const {
+    if (!direct_) write_group(out, count_, group_.at);
+  }
+
+ private:
+  int64_t count_;
+  Group& group_;
+  float* direct_ = nullptr;
+};
+
+// Numbers along a group: one for all, or one of each place.
+struct Numbers {
+  const float* at;
+  int64_t mask;  // 0: one for all
+  Floats operator[](int64_t i) const { return load(at + (i & mask)); }
+};
+
+// The k-th parameter of a row.
 class Parameter {
  public:
-  Parameter(const BitParameters& p, int k, int64_t row, int64_t count)
-      : data_(p.data + k * p.apart + row * p.row), own_(p.column != 0) {
-    if (own_) return;
-    const Floats value = broadcast(*data_);
-    for (int64_t i = 0; i < std::min(count, kGroup); i += kLanes) store(group_.at + i, value);
+  Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {
+    own_ = p.column != 0;
+    if (!own_) store(group_.at, broadcast(*data_));
   }
-  void move_to(const Place& place) {
-    if (own_) read_lanes(data_ + place.first, place.count, group_.at);
+  Numbers along(const Place& place) {
+    if (!own_) return {group_.at, 0};
+    return {lanes(data_ + place.first, place, group_), -1};
   }
-  Floats operator[](int64_t i) const { return load(group_.at + i); }
   bool all_zero() const { return !own_ && *data_ == 0; }
 
  private:
   const float* data_;
   bool own_;
+  Group group_;
+};
+
+// The residual of a row, or zeros.
+class Residual {
+ public:
+  explicit Residual(const View& view) : view_(view) {
+    if (!view.data) store(group_.at, broadcast(0.0f));
+  }
+  Numbers along(const Place& place) {
+    if (!view_.data) return {group_.at, 0};
+    return {lanes(view_, place, group_), -1};
+  }
+
+ private:
+  const View& view_;
   Group group_;
 };
 
@@ -73,14 +123,13 @@ void for_groups(int64_t row, int64_t first, int64_t count, Body body) {
     body(Place{row, at, std::min(kGroup, first + count - at)});
 }
 
-// max and min that hand NaN on.
-Floats clamped(const Floats& x, float limit) { return 0.0f - max(-limit, 0.0f - max(-limit, x)); }
+Floats clamped(const Floats& x, float limit) { return max(-limit, min(limit, x)); }
 
 Floats magnitude(const Floats& x) { return floats_of(words_of(x) & 0x7FFFFFFFu); }
 
-// e^-x for x >= 0, relative error 2^-22 down to e^-86, and no less.
-Floats exp_minus(const Floats& x) {
-  const Floats y = max(-86.0f, 0.0f - x);
+// e^x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
+Floats exp_within(const Floats& x) {
+  const Floats y = clamped(x, 86.0f);
   const auto n = each([](FloatPart v) { return Exponent(v); }, y * kLog2E);
   // y·log2(e) less n, with the digits of log2(e) that a float lacks.
   Floats f = fused(y, kLog2E, 0.0f - each([](Exponent e) { return e.value(); }, n));
@@ -88,18 +137,18 @@ Floats exp_minus(const Floats& x) {
   return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
 }
 
+Floats sigmoid(const Floats& l) { return 1.0f / (exp_within(0.0f - l) + 1.0f); }
+
 // sigmoid(l) and 1 - sigmoid(l), both with small relative errors, and exp(-|l|).
 struct Sigmoid {
   Floats set, clear, tail;
-  explicit Sigmoid(const Floats& l) : tail(exp_minus(magnitude(l))) {
+  explicit Sigmoid(const Floats& l) : tail(exp_within(0.0f - magnitude(l))) {
     const Floats large = 1.0f / (tail + 1.0f), small = tail * large;
     const Mask negative = less(l, 0.0f);
     set = select(negative, small, large);
     clear = select(negative, large, small);
   }
 };
-
-Floats sigmoid(const Floats& l) { return Sigmoid(l).set; }
 
 // What a coding makes of x.
 struct Filter {
@@ -109,27 +158,24 @@ struct Filter {
   Floats operator()(const Floats& x, const Floats& slope) const { return clamped(raw(x, slope), clip); }
 };
 
-void read_residual(const View& v, const Place& place, Group& out) {
-  if (v.data) return read_lanes(v, place, out);
-  for (int64_t i = 0; i < place.count; i += kLanes) store(out.at + i, broadcast(0.0f));
-}
-
 }  // namespace
 
 void bit_logits(const BitLogitsArguments& a) {
   const Filter filter(a.coding);
   for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter slope(a.slope, 0, row, count);
-    Group x, residual;
+    Parameter slopes(a.slope, 0, row);
+    Residual residuals(a.residual);
+    Group x_group, out_group;
     for_groups(row, first, count, [&](const Place& place) {
-      read_lanes(a.x, place, x);
-      read_residual(a.residual, place, residual);
-      slope.move_to(place);
+      const float* x = lanes(a.x, place, x_group);
+      const Numbers residual = residuals.along(place), slope = slopes.along(place);
+      float* out = a.out + row * a.x.columns + place.first;
+      Result result(out, place, out_group);
       for (int64_t i = 0; i < place.count; i += kLanes) {
-        const Floats l = load(residual.at + i) + filter(load(x.at + i), slope[i]);
-        store(x.at + i, a.sigmoid ? sigmoid(l) : l);
+        const Floats l = residual[i] + filter(load(x + i), slope[i]);
+        store(result.at() + i, a.sigmoid ? sigmoid(l) : l);
       }
-      write_group(a.out + row * a.x.columns + place.first, place.count, x.at);
+      result.finish(out);
     });
   });
 }
@@ -138,80 +184,91 @@ void bit_step(const BitStepArguments& a) {
   const Filter filter(a.coding);
   const float low = a.coding.low, width = a.coding.high - a.coding.low;
   for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter slope(a.parameters, 0, row, count), ratio(a.parameters, 1, row, count),
-        spread(a.parameters, 2, row, count);
-    const bool noisy = a.keys && !spread.all_zero();
+    Parameter slopes(a.parameters, 0, row), ratios(a.parameters, 1, row), spreads(a.parameters, 2, row);
+    Residual residuals(a.residual);
+    const bool noisy = a.keys && !spreads.all_zero();
     const Key key = noisy ? a.keys[row] : Key{};
-    Group x, residual, noise, probs;
+    Group x_group, noise, next_group, probs_group;
     for_groups(row, first, count, [&](const Place& place) {
-      read_lanes(a.x, place, x);
-      read_residual(a.residual, place, residual);
-      slope.move_to(place);
-      ratio.move_to(place);
-      if (noisy) {
-        spread.move_to(place);
-        fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
-      }
-      for (int64_t i = 0; i < place.count; i += kLanes) {
-        const Floats here = load(x.at + i);
-        const Floats p = sigmoid(load(residual.at + i) + filter(here, slope[i]));
+      const float* x = lanes(a.x, place, x_group);
+      const Numbers residual = residuals.along(place);
+      const Numbers slope = slopes.along(place), ratio = ratios.along(place), spread = spreads.along(place);
+      const int64_t at = row * a.x.columns + place.first;
+      Result next(a.next + at, place, next_group), probs(a.probs + at, place, probs_group);
+      if (noisy) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
+      const auto move = [&](auto churned, int64_t i) {
+        const Floats here = load(x + i);
+        const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
         const Floats mean = fused(p, width, low);
         // Where σ stays, so does x, to the bit.
-        Floats next = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
-        if (noisy) next = fused(spread[i], load(noise.at + i), next);
-        store(probs.at + i, p);
-        store(x.at + i, next);
-      }
-      const int64_t at = row * a.x.columns + place.first;
-      write_group(a.probs + at, place.count, probs.at);
-      write_group(a.next + at, place.count, x.at);
+        Floats moved = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
+        if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
+        store(probs.at() + i, p);
+        store(next.at() + i, moved);
+      };
+      if (noisy)
+        for (int64_t i = 0; i < place.count; i += kLanes) move(std::true_type{}, i);
+      else
+        for (int64_t i = 0; i < place.count; i += kLanes) move(std::false_type{}, i);
+      probs.finish(a.probs + at);
+      next.finish(a.next + at);
     });
   });
 }
 
 void bit_perturb(const BitPerturbArguments& a) {
   for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter spread(a.spread, 0, row, count);
+    Parameter spreads(a.spread, 0, row);
     const Key key = a.keys[row];
-    Group x, noise;
+    Group x_group, noise, out_group;
     for_groups(row, first, count, [&](const Place& place) {
-      read_lanes(a.x, place, x);
-      spread.move_to(place);
+      const float* x = lanes(a.x, place, x_group);
+      const Numbers spread = spreads.along(place);
+      float* out = a.out + row * a.x.columns + place.first;
+      Result result(out, place, out_group);
       fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
       for (int64_t i = 0; i < place.count; i += kLanes)
-        store(x.at + i, fused(spread[i], load(noise.at + i), load(x.at + i)));
-      write_group(a.out + row * a.x.columns + place.first, place.count, x.at);
+        store(result.at() + i, fused(spread[i], load(noise.at + i), load(x + i)));
+      result.finish(out);
     });
   });
 }
 
 namespace {
 
-// One group of a loss: its logits' parts, read once for the value or the gradient.
-struct LossGroup {
-  const BitLossArguments& a;
-  Filter filter;
-  float low, inverse_width, weight;
-  Parameter slope;
-  Group x, residual, bits;
-
-  LossGroup(const BitLossArguments& a, int64_t row, int64_t count)
-      : a(a),
-        filter(a.coding),
-        low(a.coding.low),
+// A row of a loss, read group by group.
+class LossRow {
+ public:
+  const float weight, inverse_width;
+  LossRow(const BitLossArguments& a, int64_t row)
+      : weight((a.coding.high - a.coding.low) * (a.coding.high - a.coding.low)),
         inverse_width(1 / (a.coding.high - a.coding.low)),
-        weight((a.coding.high - a.coding.low) * (a.coding.high - a.coding.low)),
-        slope(a.slope, 0, row, count) {}
+        a_(a),
+        filter_(a.coding),
+        slopes_(a.slope, 0, row) {}
 
-  void read(const Place& place) {
-    read_lanes(a.x, place, x);
-    read_lanes(a.residual, place, residual);
-    read_lanes(a.bits, place, bits);
-    slope.move_to(place);
+  void move_to(const Place& place) {
+    x_ = lanes(a_.x, place, x_group_);
+    residual_ = lanes(a_.residual, place, residual_group_);
+    bits_ = lanes(a_.bits, place, bits_group_);
+    slope_ = slopes_.along(place);
   }
-  Floats raw(int64_t i) const { return filter.raw(load(x.at + i), slope[i]); }
-  Floats logit(int64_t i) const { return load(residual.at + i) + clamped(raw(i), filter.clip); }
-  Floats bit(int64_t i) const { return (load(bits.at + i) - low) * inverse_width; }
+  Floats slope(int64_t i) const { return slope_[i]; }
+  Floats raw(int64_t i) const { return filter_.raw(load(x_ + i), slope_[i]); }
+  Floats logit(int64_t i) const { return load(residual_ + i) + clamped(raw(i), filter_.clip); }
+  Floats bit(int64_t i) const { return (load(bits_ + i) - a_.coding.low) * inverse_width; }
+  // 0 in lanes where the clip binds.
+  Floats unclipped(int64_t i, const Floats& gradient) const {
+    return select(less(broadcast(filter_.clip), magnitude(raw(i))), 0.0f, gradient);
+  }
+
+ private:
+  const BitLossArguments& a_;
+  Filter filter_;
+  Parameter slopes_;
+  Numbers slope_{nullptr, 0};
+  const float *x_ = nullptr, *residual_ = nullptr, *bits_ = nullptr;
+  Group x_group_, residual_group_, bits_group_;
 };
 
 // p - b without cancellation at either end.
@@ -222,22 +279,33 @@ Floats error(const Sigmoid& s, const Floats& bit) { return fused(s.set, 1.0f - b
 void bit_loss(const BitLossArguments& a) {
   const int64_t columns = a.x.columns, spans = bit_spans(columns);
   for_spans(a.x.rows, columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    LossGroup group(a, row, count);
+    LossRow loss(a, row);
     double total = 0;
     for_groups(row, first, count, [&](const Place& place) {
-      group.read(place);
-      Group losses;
-      for (int64_t i = 0; i < place.count; i += kLanes) {
-        const Floats l = group.logit(i), b = group.bit(i);
-        const Sigmoid s(l);
-        const Floats d = error(s, b);
-        store(losses.at + i, a.squared ? d * d * group.weight : max(0.0f, l) - b * l + log1p(s.tail));
-      }
-      // What lies past the end counts nothing.
-      const int64_t whole = (place.count + kLanes - 1) / kLanes * kLanes;
-      std::fill(losses.at + place.count, losses.at + whole, 0.0f);
+      loss.move_to(place);
+      const auto squared = [&](int64_t i) {
+        const Floats d = error(Sigmoid(loss.logit(i)), loss.bit(i));
+        return d * d * loss.weight;
+      };
+      const auto cross_entropy = [&](int64_t i) {
+        const Floats l = loss.logit(i);
+        return max(0.0f, l) - loss.bit(i) * l + log1p(Sigmoid(l).tail);
+      };
       Floats sums = broadcast(0.0f);
-      for (int64_t i = 0; i < whole; i += kLanes) sums = sums + load(losses.at + i);
+      const auto add = [&](auto of) {
+        int64_t i = 0;
+        for (; i + kLanes <= place.count; i += kLanes) sums = sums + of(i);
+        if (i == place.count) return;
+        // What lies past the end counts nothing.
+        float tail[kLanes];
+        store(tail, of(i));
+        std::fill(tail + (place.count - i), tail + kLanes, 0.0f);
+        sums = sums + load(tail);
+      };
+      if (a.squared)
+        add(squared);
+      else
+        add(cross_entropy);
       total += sum(sums);
     });
     a.sums[row * spans + first / kBitSpan] = total;
@@ -247,26 +315,27 @@ void bit_loss(const BitLossArguments& a) {
 void bit_loss_backward(const BitLossBackwardArguments& b) {
   const BitLossArguments& a = b.loss;
   for_spans(a.x.rows, a.x.columns, b.threads, [&](int64_t row, int64_t first, int64_t count) {
-    LossGroup group(a, row, count);
-    const float scale = b.grad[row] * (a.squared ? 2 * group.weight : 1);
+    LossRow loss(a, row);
+    const float scale = b.grad[row] * (a.squared ? 2 * loss.weight : 1);
+    Group group;
     for_groups(row, first, count, [&](const Place& place) {
-      group.read(place);
-      Group residual_grad, x_grad;
-      for (int64_t i = 0; i < place.count; i += kLanes) {
-        const Sigmoid s(group.logit(i));
-        Floats g = error(s, group.bit(i)) * scale;
-        if (a.squared) g = g * (s.set * s.clear);
-        store(residual_grad.at + i, g);
-        const Mask clipped = less(broadcast(group.filter.clip), magnitude(group.raw(i)));
-        store(x_grad.at + i, select(clipped, 0.0f, g * group.slope[i]));
-      }
-      const auto write = [&](const View& out, const Group& values) {
+      loss.move_to(place);
+      const auto gradient = [&](int64_t i) {
+        const Sigmoid s(loss.logit(i));
+        const Floats g = error(s, loss.bit(i)) * scale;
+        return a.squared ? g * (s.set * s.clear) : g;
+      };
+      const auto write = [&](const View& out, auto of) {
         with_dtype(out.dtype, [&](auto type) {
-          write_group(out.row<decltype(type)>(row) + place.first, place.count, values.at);
+          auto* to = out.row<decltype(type)>(row) + place.first;
+          Result result(to, place, group);
+          for (int64_t i = 0; i < place.count; i += kLanes) store(result.at() + i, of(i));
+          result.finish(to);
         });
       };
-      write(b.residual_grad, residual_grad);
-      if (b.x_grad.data) write(b.x_grad, x_grad);
+      write(b.residual_grad, gradient);
+      if (b.x_grad.data)
+        write(b.x_grad, [&](int64_t i) { return loss.unclipped(i, gradient(i) * loss.slope(i)); });
     });
   });
 }

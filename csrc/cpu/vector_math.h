@@ -69,8 +69,12 @@ inline Floats log1p(const Floats& x) {
 
 // Unsigned words to float, rounded once: both halves convert exactly.
 inline Floats to_float(const Words& x) {
+#if defined(__AVX512F__)
+  return each([](WordPart v) { return (FloatPart)_mm512_maskz_cvtepu32_ps(0xFFFF, (__m512i)v); }, x);
+#else
   const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
   return fused(each(convert, x >> 16), 65536.0f, each(convert, x & 0xFFFFu));
+#endif
 }
 
 // The 64 bits high·2^32 + low as a number in (0, 1].
@@ -80,11 +84,13 @@ inline Floats unit(const Words& high, const Words& low) {
 
 // -log1p(-u) for 64 bits u, without loss at either end.
 inline Floats exponential(const Words& high, const Words& low) {
-  const Floats u = unit(high, low);
-  // 1 - u: from the complemented bits where u is large, else rounded, with its rounding given back below.
+  // The lesser of u and 1 - u: the latter from the complemented bits.
+  const Words large = each([](WordPart h) { return (WordPart)((IntPart)h >> 31); }, high);
+  const Floats lesser = unit(high ^ large, low ^ large);
+  // 1 - u, where it is the greater rounded, with its rounding given back below.
   const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
-  const Floats w = select(small, 1.0f - u, unit(high ^ 0xFFFFFFFFu, low ^ 0xFFFFFFFFu));
-  const Floats residual = select(small, (1.0f - w) - u, 0.0f);
+  const Floats w = select(small, 1.0f - lesser, lesser);
+  const Floats residual = select(small, (1.0f - w) - lesser, 0.0f);
   return 0.0f - fused(residual, 2.0f - w, log(w));
 }
 
@@ -114,20 +120,23 @@ struct Blocks {
 
 inline Blocks blocks(Key key, Domain domain, int64_t first) {
   const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
-  Words c0 = lane_ids() + broadcast(low_word(static_cast<uint64_t>(first)));
-  Words c1 = broadcast(domain_word(domain, first));
-  Words c2 = broadcast(low_word(offset)), c3 = broadcast(high_word(offset));
+  SpreadWords c0 = spread_words(lane_ids() + broadcast(low_word(static_cast<uint64_t>(first))));
+  SpreadWords c1 = spread_words(broadcast(domain_word(domain, first)));
+  SpreadWords c2 = spread_words(broadcast(low_word(offset))), c3 = spread_words(broadcast(high_word(offset)));
   uint32_t k0 = low_word(seed), k1 = high_word(seed);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Product p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
-    c0 = p1.high ^ c1 ^ broadcast(k0);
-    c1 = p1.low;
-    c2 = p0.high ^ c3 ^ broadcast(k1);
-    c3 = p0.low;
+    const SpreadWords p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
+    const auto mixed = [](const SpreadWords& product, const SpreadWords& word, uint32_t key) {
+      return each_half([key](WidePart p, WidePart w) { return p >> 32 ^ w ^ key; }, product, word);
+    };
+    c0 = mixed(p1, c1, k0);
+    c1 = p1;
+    c2 = mixed(p0, c3, k1);
+    c3 = p0;
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
-  return {c0, c1, c2, c3};
+  return {gathered(c0), gathered(c1), gathered(c2), gathered(c3)};
 }
 
 // The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.

@@ -83,10 +83,11 @@ def loss(
     """Mean over the last dimension of (posterior mean - bit)², or of the cross-entropy."""
     logits = _logits(x, residual, slope, (low + high) / 2, clip)
     bit = (_wide(bits) - low) / (high - low)
+    # By way of logarithms neither p - b nor p·(1 - p) cancels at either end, nor do their derivatives.
+    log_set, log_clear = F.logsigmoid(logits), F.logsigmoid(-logits)
     if not squared:
-        return F.binary_cross_entropy_with_logits(logits, bit, reduction="none").mean(-1)
-    # p - b, which cancels at neither end.
-    error = torch.sigmoid(logits) * (1 - bit) - torch.sigmoid(-logits) * bit
+        return -(bit * log_set + (1 - bit) * log_clear).mean(-1)
+    error = (1 - bit) * log_set.exp() - bit * log_clear.exp()
     return (((high - low) * error) ** 2).mean(-1)
 
 
