@@ -96,7 +96,8 @@ def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.
         return _real(op, name, value, low, LIMITS.max)
     per_element = isinstance(value, Tensor) and value.dim() == x.dim()
     lead = x.shape if per_element else x.shape[:-1]
-    level = checks.per_row(op, name, value, lead, x.device, torch.float64)
+    # A level per bit is as many numbers as x has: no wider than x's results.
+    level = checks.per_row(op, name, value, lead, x.device, _result_dtype(x) if per_element else torch.float64)
     if level is None:
         raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
     checks.value_range(op, name, level, low, LIMITS.max)

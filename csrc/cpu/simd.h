@@ -378,6 +378,14 @@ inline SpreadWords each_half(F f, const SpreadWords& a, const SpreadWords& b) {
   return r;
 }
 
+inline WidePart exclusive_or(WidePart a, WidePart b, WidePart c) {
+#if defined(__AVX512F__)
+  return (WidePart)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
+}
+
 // The 64-bit products of words.
 inline SpreadWords multiply(const SpreadWords& a, uint32_t word) {
   return each_half([word](WidePart x, WidePart) { return multiply_even(x, word); }, a, a);

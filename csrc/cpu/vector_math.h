@@ -127,7 +127,9 @@ inline Blocks blocks(Key key, Domain domain, int64_t first) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const SpreadWords p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
     const auto mixed = [](const SpreadWords& product, const SpreadWords& word, uint32_t key) {
-      return each_half([key](WidePart p, WidePart w) { return p >> 32 ^ w ^ key; }, product, word);
+      const WidePart same = WidePart{} + key;
+      return each_half([same](WidePart p, WidePart w) { return exclusive_or(p >> 32, w, same); }, product,
+                       word);
     };
     c0 = mixed(p1, c1, k0);
     c1 = p1;

@@ -52,12 +52,25 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
     return tokens
 
 
+def _long_rows(parameters: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """(parameters, *tensors) with rows that share their parameters joined, where they lie back to back."""
+    while (
+        all(x is None or (x.dim() > 1 and x.is_contiguous()) for x in tensors)
+        and parameters.shape[-1] == 1
+        and (parameters.dim() <= 2 or parameters.shape[-2] == 1)
+    ):
+        parameters = parameters if parameters.dim() <= 2 else parameters.squeeze(-2)
+        tensors = tuple(None if x is None else x.flatten(-2) for x in tensors)
+    return parameters, *tensors
+
+
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
     x, residual = rows_contiguous(x), _rows(residual)
     out = torch.empty(x.shape, dtype=torch.float32)
-    parameters, coding = _Parameters(slope.unsqueeze(0), x), (center, center, clip)
+    values, x, residual = _long_rows(slope.unsqueeze(0), x, residual)
+    parameters, coding = _Parameters(values, x), (center, center, clip)
     _C.bit_logits(
         view(x),
         _view(residual),
@@ -89,8 +102,10 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     x, residual = rows_contiguous(x), _rows(residual)
     key = None if key is None else key.contiguous()
-    parameters = _Parameters(coefficients, x)
     moved, probs = (torch.empty(x.shape, dtype=torch.float32) for _ in range(2))
+    if key is None:
+        coefficients, x, residual = _long_rows(coefficients, x, residual)
+    parameters = _Parameters(coefficients, x)
     _C.bit_step(
         view(x),
         _view(residual),
