@@ -113,7 +113,11 @@ BAD = [
     (lambda: bits.loss(X, X, X, 1.0, kind="mse"), ValueError, "kind must be one of 'squared', 'bce', got"),
     (lambda: bits.loss(None, X, X, 1.0), TypeError, "bits.loss: residual must be a Tensor, got NoneType"),
     (lambda: bits.euler_step(X, X, 0.0, 0.5), ValueError, "bits.euler_step: sigma must lie in"),
-    (lambda: bits.heun_step(X, X, X[:, :4], 1.0, 0.5), ValueError, "heun_step: probs_next must have x_next's"),
+    (
+        lambda: bits.heun_step(X, X, X[:, :4], 1.0, 0.5),
+        ValueError,
+        "heun_step: probs_next must have x_next's",
+    ),
     (lambda: bits.churn_gamma(1.0, 5.0, 0), ValueError, "churn_gamma: num_steps must be at least 1, got 0"),
     (lambda: bits.churn_gamma(1.0, -5.0, 10), ValueError, "churn_gamma: s_churn must lie in"),
     (lambda: bits.churn_gamma("a", 5.0, 10), TypeError, "churn_gamma: sigma must be a number, got str 'a'"),

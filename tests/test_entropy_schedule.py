@@ -71,9 +71,7 @@ def test_a_grid_without_mass_is_log_linear():
     expected = torch.logspace(math.log10(0.9), math.log10(0.2), 7, dtype=torch.float64)
     torch.testing.assert_close(schedule.grid(7, 0.9, 0.2), expected)
     outside = schedule.grid(5, sigma_max=1000.0, sigma_min=20.0)
-    torch.testing.assert_close(
-        outside, torch.logspace(3, math.log10(20), 5, dtype=torch.float64)
-    )
+    torch.testing.assert_close(outside, torch.logspace(3, math.log10(20), 5, dtype=torch.float64))
     # An empty stretch inside is stepped over.
     grid = schedule.grid(9, 10.0, 0.01)
     assert (grid.diff() < 0).all()

@@ -101,9 +101,8 @@ void bit_encode(const BitEncodeArguments& a) {
 void bit_decode(const BitDecodeArguments& a) {
   const int width = static_cast<int>(a.x.columns);
   with_dtype(a.x.dtype, [&](auto type) {
-    for_rows(a.x.rows, a.threads, [&](int64_t r) {
-      a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width);
-    });
+    for_rows(a.x.rows, a.threads,
+             [&](int64_t r) { a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width); });
   });
 }
 

@@ -85,8 +85,10 @@ class Parameter {
  public:
   Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {}
   Kind along(const Place& place) {
-    if constexpr (std::is_same_v<Kind, Same>) return {broadcast(*data_)};
-    else return {lanes(data_ + place.first, place, group_)};
+    if constexpr (std::is_same_v<Kind, Same>)
+      return {broadcast(*data_)};
+    else
+      return {lanes(data_ + place.first, place, group_)};
   }
   bool all_zero() const { return std::is_same_v<Kind, Same> && *data_ == 0; }
 
@@ -313,17 +315,22 @@ Floats cross_entropy(const LossGroup<Kind>& g, int64_t i) {
   return max(0.0f, l) - g.bit(i) * l + log1p(exp_within(0.0f - magnitude(l)));
 }
 
-// The sum of `of` over a group; what lies past its end counts nothing.
+// The first `count` lanes, and zeros.
+Floats first_lanes(const Floats& x, int64_t count) {
+  float lanes[kLanes];
+  store(lanes, x);
+  std::fill(lanes + count, lanes + kLanes, 0.0f);
+  return load(lanes);
+}
+
+// The sum of `of` over a group; what lies past its end counts nothing. (`of` stands once, to be inlined.)
 template <class F>
 float sum_over(int64_t count, F of) {
   Floats sums = broadcast(0.0f);
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums = sums + of(i);
-  if (i < count) {
-    float tail[kLanes];
-    store(tail, of(i));
-    std::fill(tail + (count - i), tail + kLanes, 0.0f);
-    sums = sums + load(tail);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = of(i);
+    if (i + kLanes > count) x = first_lanes(x, count - i);
+    sums = sums + x;
   }
   return sum(sums);
 }

@@ -112,8 +112,8 @@ struct Probability {
   }
 };
 
-// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i + 1
-// those of `odd`.
+// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i +
+// 1 those of `odd`.
 struct Blocks {
   Words even_low, even_high, odd_low, odd_high;
 };

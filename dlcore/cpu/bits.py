@@ -52,16 +52,18 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
     return tokens
 
 
-def _long_rows(parameters: Tensor, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
-    """(parameters, *tensors) with rows that share their parameters joined, where they lie back to back."""
-    while (
-        all(x is None or (x.dim() > 1 and x.is_contiguous()) for x in tensors)
-        and parameters.shape[-1] == 1
-        and (parameters.dim() <= 2 or parameters.shape[-2] == 1)
-    ):
-        parameters = parameters if parameters.dim() <= 2 else parameters.squeeze(-2)
-        tensors = tuple(None if x is None else x.flatten(-2) for x in tensors)
-    return parameters, *tensors
+def _long_rows(
+    parameters: Tensor, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with rows that share their parameters joined, where they lie back to back."""
+    joinable = x.is_contiguous() and (residual is None or residual.is_contiguous())
+    while joinable and x.dim() > 1 and parameters.shape[-1] == 1:
+        if parameters.dim() > 2:
+            if parameters.shape[-2] != 1:
+                break
+            parameters = parameters.squeeze(-2)
+        x, residual = x.flatten(-2), None if residual is None else residual.flatten(-2)
+    return parameters, x, residual
 
 
 def _logits(
