@@ -362,7 +362,8 @@ def euler_step(
     (ratio,) = _for(x, there / here)
     x = x.to(ratio.dtype)
     mean = low + (high - low) * probs.to(ratio.dtype)
-    return torch.where(ratio == 1, x, mean + ratio * (x - mean))
+    moved: Tensor = ratio * x + (1 - ratio) * mean
+    return moved
 
 
 def heun_step(

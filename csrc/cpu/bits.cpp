@@ -137,22 +137,22 @@ Floats clamped(const Floats& x, float limit) { return max(-limit, min(limit, x))
 
 Floats magnitude(const Floats& x) { return floats_of(words_of(x) & 0x7FFFFFFFu); }
 
-// e^x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
-Floats exp_within(const Floats& x) {
+// e^-x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
+Floats exp_minus(const Floats& x) {
   const Floats y = clamped(x, 86.0f);
-  const auto n = each([](FloatPart v) { return Exponent(v); }, y * kLog2E);
-  // y·log2(e) less n, with the digits of log2(e) that a float lacks.
-  Floats f = fused(y, kLog2E, 0.0f - each([](Exponent e) { return e.value(); }, n));
-  f = fused(y, 0x1.4ae0cp-26f, f);
+  const auto n = each([](FloatPart v) { return Exponent(v); }, y * -kLog2E);
+  // -y·log2(e) less n, with the digits of log2(e) that a float lacks.
+  Floats f = fused(y, -kLog2E, 0.0f - each([](Exponent e) { return e.value(); }, n));
+  f = fused(y, -0x1.4ae0cp-26f, f);
   return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
 }
 
-Floats sigmoid(const Floats& l) { return 1.0f / (exp_within(0.0f - l) + 1.0f); }
+Floats sigmoid(const Floats& l) { return 1.0f / (exp_minus(l) + 1.0f); }
 
 // sigmoid(l) and 1 - sigmoid(l), both with small relative errors, and exp(-|l|).
 struct Sigmoid {
   Floats set, clear, tail;
-  explicit Sigmoid(const Floats& l) : tail(exp_within(0.0f - magnitude(l))) {
+  explicit Sigmoid(const Floats& l) : tail(exp_minus(magnitude(l))) {
     const Floats large = 1.0f / (tail + 1.0f), small = tail * large;
     const Mask negative = less(l, 0.0f);
     set = select(negative, small, large);
@@ -214,9 +214,9 @@ void step_span(const BitStepArguments& a, int64_t row, int64_t first, int64_t co
     for (int64_t i = 0; i < place.count; i += kLanes) {
       const Floats here = load(x + i);
       const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
-      const Floats mean = fused(p, width, low);
-      // Where σ stays, so does x, to the bit.
-      Floats moved = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
+      // ratio·x + (1 - ratio)·mean: where σ stays, so does x, to the bit.
+      const Floats rest = 1.0f - ratio[i];
+      Floats moved = fused(rest * width, p, fused(ratio[i], here, rest * low));
       if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
       store(p_to + i, p);
       store(to + i, moved);
@@ -312,7 +312,7 @@ Floats squared(const LossGroup<Kind>& g, int64_t i) {
 template <class Kind>
 Floats cross_entropy(const LossGroup<Kind>& g, int64_t i) {
   const Floats l = g.logit(i);
-  return max(0.0f, l) - g.bit(i) * l + log1p(exp_within(0.0f - magnitude(l)));
+  return max(0.0f, l) - g.bit(i) * l + log1p(exp_minus(magnitude(l)));
 }
 
 // The first `count` lanes, and zeros.

@@ -31,7 +31,7 @@ struct BitLogitsArguments {
   int threads = 1;
 };
 
-// probs = sigmoid(logits), m = low + (high - low)·probs, next = m + ratio·(x - m) + spread·normal.
+// probs = sigmoid(logits), m = low + (high - low)·probs, next = ratio·x + (1 - ratio)·m + spread·normal.
 struct BitStepArguments {
   View x, residual;
   BitParameters parameters;  // slope, ratio, spread

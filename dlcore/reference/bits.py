@@ -52,14 +52,13 @@ def step(
     clip: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """m + ratio·(x - m) + spread·normal with m the posterior mean, and the probabilities.
+    """ratio·x + (1 - ratio)·m + spread·normal with m the posterior mean, and the probabilities.
 
     coefficients (3, ...): slope, ratio, spread. Where the ratio is 1, x stays.
     """
     slope, ratio, spread = coefficients.unbind(0)
     probs = posterior(x, residual, slope, (low + high) / 2, clip)
-    mean, x = low + (high - low) * probs, _wide(x)
-    moved = torch.where(ratio == 1, x, mean + ratio * (x - mean)).contiguous()
+    moved = (ratio * _wide(x) + (1 - ratio) * (low + (high - low) * probs)).contiguous()
     return moved if key is None else perturb(moved, spread, key), probs
 
 
