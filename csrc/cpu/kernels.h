@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "attention.h"
+#include "bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
 #include "uniform.h"
@@ -14,6 +15,13 @@ struct Kernels {
   const char* name;
   void (*attention)(const AttentionArguments&);
   void (*attention_backward)(const AttentionBackwardArguments&);
+  void (*bit_decode)(const BitDecodeArguments&);
+  void (*bit_encode)(const BitEncodeArguments&);
+  void (*bit_logits)(const BitLogitsArguments&);
+  void (*bit_loss)(const BitLossArguments&);
+  void (*bit_loss_backward)(const BitLossBackwardArguments&);
+  void (*bit_perturb)(const BitPerturbArguments&);
+  void (*bit_step)(const BitStepArguments&);
   void (*scan)(const ScanArguments&);
   void (*softmax_tile)(const SoftmaxTileArguments&);
   void (*histogram)(const HistogramArguments&);
@@ -32,6 +40,13 @@ struct Kernels {
 namespace DLCORE_ISA {
 void attention(const AttentionArguments&);
 void attention_backward(const AttentionBackwardArguments&);
+void bit_decode(const BitDecodeArguments&);
+void bit_encode(const BitEncodeArguments&);
+void bit_logits(const BitLogitsArguments&);
+void bit_loss(const BitLossArguments&);
+void bit_loss_backward(const BitLossBackwardArguments&);
+void bit_perturb(const BitPerturbArguments&);
+void bit_step(const BitStepArguments&);
 // done(row, summary) of each row in [begin, end) that is read, in order.
 using RowDone = std::function<void(int64_t, const Summary&)>;
 void scan_rows(const ScanArguments&, int64_t begin, int64_t end, const RowDone& done);
