@@ -26,6 +26,8 @@ SERVED_BY = {
     "attention.block_diffusion": "attention.intervals",
     "attention.decode": "attention.intervals",
     "categorical.cross_entropy": "categorical.log_probs",
+    "vmf.sample": "sphere.sample",
+    "cauchy.sample": "sphere.sample",
     "uniform.step": "categorical.sample_mixture",
     "uniform.cross_entropy": "categorical.log_probs",
     "uniform.correct": "categorical.sample_mixture",

@@ -4,6 +4,7 @@
 #include "attention.h"
 #include "categorical.h"
 #include "linear_logits.h"
+#include "sphere.h"
 #include "uniform.h"
 
 namespace dlcore {
@@ -21,6 +22,8 @@ struct Kernels {
   void (*matmul)(const MatmulArguments&);
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
+  void (*sphere_map)(const SphereMapArguments&);
+  void (*sphere_sample)(const SphereSampleArguments&);
   float (*read)(const float*, int64_t count, int threads);
   void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 };
@@ -40,6 +43,8 @@ void kl_backward(const KLBackwardArguments&);
 void matmul(const MatmulArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
+void sphere_map(const SphereMapArguments&);
+void sphere_sample(const SphereSampleArguments&);
 float read(const float*, int64_t count, int threads);
 void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 }  // namespace DLCORE_ISA

@@ -20,6 +20,8 @@ const Kernels& level() {
       matmul,
       nelbo,
       nelbo_backward,
+      sphere_map,
+      sphere_sample,
       read,
       gumbel,
   };
