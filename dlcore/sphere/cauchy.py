@@ -131,9 +131,10 @@ def posterior_logits(x: Tensor, table: Tensor, kappa: float | Tensor) -> Tensor:
 
 
 def score(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
-    """The Riemannian gradient of `log_prob` in x: (d - 1) m/(1 - m⟨x, μ⟩) (μ - ⟨x, μ⟩ x), a tangent at x.
+    """The Riemannian gradient of `log_prob` in x: (d - 1) m/(1 - m⟨x, μ⟩) times μ's part across x.
 
-    (..., d) in x's dtype, differentiable in all three. Raises TypeError for dtypes, ValueError for shapes or kappa.
+    A tangent at x (..., d) in x's dtype, differentiable in all three. Raises TypeError for dtypes, ValueError
+    for shapes or kappa.
 
     Example:
         >>> import torch

@@ -2,9 +2,9 @@
 
 `sample`, `log_prob` and `score` take points (..., d) and κ as ``float | Tensor`` that broadcasts to the
 leading dimensions. The functions of κ alone take ``float | Tensor`` of any shape (κ >= 0, finite) and the int
-d >= 2, compute in float64 whatever they get, and return the shape and dtype of κ, at least float32 (float64 for
-a Python number). The errors stated are against mpmath with 50 digits, for d from 2 to 4096 and κ from 0 to 1e5.
-They are differentiable in κ any number of times, the first by formulas in which nothing cancels.
+d >= 2, compute in float64 whatever they get, and return the shape and dtype of κ, at least float32 (float64
+for a Python number). The errors stated are against mpmath with 50 digits, for d from 2 to 4096 and κ from 0
+to 1e5. They are differentiable in κ any number of times, the first by formulas in which nothing cancels.
 
 Sources: Mardia and Jupp, "Directional Statistics" (2000), chapters 9 and 10; Wood, "Simulation of the von
 Mises-Fisher distribution" (1994).
