@@ -16,7 +16,7 @@ def unit(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tens
     return F.normalize(normal(*shape, seed=seed, dtype=torch.float64), dim=-1).to(dtype)
 
 
-def turned(x: Tensor, angle: float, seed: int = 1) -> Tensor:
+def turned(x: Tensor, angle: float, seed: int = 101) -> Tensor:
     """Points of x's dtype at `angle` from x."""
     wide = F.normalize(x.double(), dim=-1)
     v = normal(*x.shape, seed=seed, dtype=torch.float64)

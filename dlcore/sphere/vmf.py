@@ -22,7 +22,7 @@ from dlcore import _checks as checks
 from dlcore.reference import bessel
 from dlcore.sphere import _laws
 from dlcore.sphere._laws import concentration
-from dlcore.sphere.geometry import project, vectors
+from dlcore.sphere.geometry import vectors
 
 __all__ = [
     "entropy",
@@ -269,8 +269,7 @@ def score(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
         >>> vmf.score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 3.0)
         tensor([0., 3.])
     """
-    op = "vmf.score"
-    x, mean = vectors(op, x=x, mean=mean)
-    k = concentration(op, kappa, x.shape[:-1], x.device)
-    tangent = project(x, mean)
-    return (k.unsqueeze(-1).to(torch.promote_types(x.dtype, torch.float32)) * tangent).to(tangent.dtype)
+    x, mean = vectors("vmf.score", x=x, mean=mean)
+    k = concentration("vmf.score", kappa, x.shape[:-1], x.device)
+    tangent = _laws.tangent(x, mean)
+    return (k.unsqueeze(-1).to(tangent.dtype) * tangent).to(x.dtype)
