@@ -25,6 +25,8 @@ SERVED_BY = {
     "attention.block_causal": "attention.intervals",
     "attention.block_diffusion": "attention.intervals",
     "attention.decode": "attention.intervals",
+    "bits.churn": "bits.perturb",
+    "bits.corrupt": "bits.perturb",
     "categorical.cross_entropy": "categorical.log_probs",
     "vmf.sample": "sphere.sample",
     "cauchy.sample": "sphere.sample",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcore import _ops
 from dlcore._dispatch import implement
-from dlcore.reference import attention, categorical, rng, sphere, uniform, vmf
+from dlcore.reference import attention, bits, categorical, rng, sphere, uniform, vmf
 from dlcore.reference.backward import gradients
 
 
@@ -39,9 +39,23 @@ def _map_backward(function: Callable[..., Tensor]) -> Callable[..., Any]:
     return backward
 
 
+def _bits_loss_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, with_x = inputs
+    found = gradients(bits.loss, tuple(arguments), (0, 1) if with_x else (0,), grad)
+    return found if with_x else (*found, arguments[1].new_empty(0))
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "attention.intervals": attention.intervals,
     "attention.intervals_backward": attention.intervals_backward,
+    "bits.encode": bits.encode,
+    "bits.decode": bits.decode,
+    "bits.matched_filter": bits.matched_filter,
+    "bits.posterior": bits.posterior,
+    "bits.step": bits.step,
+    "bits.perturb": bits.perturb,
+    "bits.loss": bits.loss,
+    "bits.loss_backward": _bits_loss_backward,
     "rng.fold_in": rng.fold_in,
     "rng.uniform": rng.uniform,
     "rng.normal": rng.normal,
@@ -67,6 +81,8 @@ for _name in _ops.sphere.MAPS:
 
 #: What a draw or a statistic says carries no gradient.
 NOT_DIFFERENTIABLE = (
+    "bits.step",
+    "bits.perturb",
     "categorical.stats",
     "categorical.sample",
     "categorical.sample_mixture",
@@ -81,12 +97,13 @@ for _op, _function in REFERENCE.items():
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     """The compiled families, and why they can't take some arguments; empty if the module is not built."""
     try:
-        from dlcore.cpu import attention, categorical, rng, sphere, tensors, uniform
+        from dlcore.cpu import attention, bits, categorical, rng, sphere, tensors, uniform
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
     return {
         "attention": attention,
+        "bits": bits,
         "categorical": categorical,
         "rng": rng,
         "sphere": sphere,
@@ -95,7 +112,13 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
 
 
 #: What stands before the logits in a backward op: the gradient and what the forward pass saved.
-SAVED = {"categorical.log_probs": 2, "categorical.kl": 2, "categorical.expectation": 3, "uniform.nelbo": 2}
+SAVED = {
+    "bits.loss": 1,
+    "categorical.log_probs": 2,
+    "categorical.kl": 2,
+    "categorical.expectation": 3,
+    "uniform.nelbo": 2,
+}
 
 
 def _of_logits(reasons: Callable[..., list[str]], saved: int) -> Callable[..., list[str]]:

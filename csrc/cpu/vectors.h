@@ -27,14 +27,6 @@ inline void each_sixteen(int64_t columns, F f) {
       });
 }
 
-// One number as an entry of a row.
-template <class T>
-inline void place(T* p, float x) {
-  T lanes[kLanes];
-  store_as(lanes, broadcast(x));
-  *p = lanes[0];
-}
-
 // A unit vector at right angles to x, as `along` x plus `spike` at entry `at`: from the axis that x is
 // farthest from. Where x is zero, that axis.
 struct Perpendicular {

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "normal.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -56,10 +57,7 @@ struct Products {
 template <class T>
 Products draw_direction(Key key, const T* mean, int64_t columns, float* g) {
   Floats sums[3] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
-  for (int64_t i = 0; i < columns; i += 2 * kLanes) {
-    const NoisePair noise = normal_blocks(key, Domain::kDirection, i / 2);
-    store_alternating(g + i, noise.even, noise.odd);
-  }
+  fill_normal(key, Domain::kDirection, 0, columns, g);
   std::fill(g + columns, g + (columns + kLanes - 1) / kLanes * kLanes, 0.0f);
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto) {
     const Floats w = sixteen(mean), x = load(g + i);

@@ -1,0 +1,391 @@
+// The posterior, the step and the losses of bits, each in one pass. Compiled once per ISA level.
+#include "bits.h"
+
+#include <type_traits>
+
+#include "kernels.h"
+#include "normal.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace dlcore::DLCORE_ISA {
+namespace {
+
+// A group of 256 columns as floats, whole lanes of sixteen.
+struct alignas(64) Group {
+  float at[kGroup];
+};
+
+// Where a group stands.
+struct Place {
+  int64_t row, first, count;
+  bool whole() const { return count % kLanes == 0; }
+};
+
+// The entries at a place: where they lie if they are floats and whole lanes, else copied to `group`.
+template <class T>
+const float* lanes(const T* p, const Place& place, Group& group) {
+  if constexpr (std::is_same_v<T, float>)
+    if (place.whole()) return p;
+  int64_t i = 0;
+  for (; i + kLanes <= place.count; i += kLanes) store(group.at + i, load(p + i));
+  if (i == place.count) return group.at;
+  T tail[kLanes] = {};
+  std::memcpy(tail, p + i, static_cast<size_t>(place.count - i) * sizeof(T));
+  store(group.at + i, load(tail));
+  return group.at;
+}
+
+const float* lanes(const View& v, const Place& place, Group& group) {
+  const float* found = nullptr;
+  with_dtype(v.dtype, [&](auto type) {
+    found = lanes(v.row<const decltype(type)>(place.row) + place.first, place, group);
+  });
+  return found;
+}
+
+// Where results of a place are stored lane by lane: at once where they are floats and whole lanes.
+template <class T>
+class Result {
+ public:
+  Result(T* out, const Place& place, Group& group) : out_(out), count_(place.count), lanes_(group.at) {
+    if constexpr (std::is_same_v<T, float>)
+      if (place.whole()) lanes_ = out;
+  }
+  float* lanes() { return lanes_; }
+  void finish() const {
+    if (static_cast<void*>(lanes_) != out_) write_group(out_, count_, lanes_);
+  }
+  template <class F>
+  void fill(F of) {
+    float* to = lanes_;
+    for (int64_t i = 0; i < count_; i += kLanes) store(to + i, of(i));
+    finish();
+  }
+
+ private:
+  T* out_;
+  int64_t count_;
+  float* lanes_;
+};
+
+// Numbers along a group: one for all, which stays in a register, or one of each place.
+struct Same {
+  Floats value;
+  Floats operator[](int64_t) const { return value; }
+};
+struct Each {
+  const float* at;
+  Floats operator[](int64_t i) const { return load(at + i); }
+};
+
+// The k-th parameter of a row, all along it as Kind says: Same or Each.
+template <class Kind>
+class Parameter {
+ public:
+  Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {}
+  Kind along(const Place& place) {
+    if constexpr (std::is_same_v<Kind, Same>)
+      return {broadcast(*data_)};
+    else
+      return {lanes(data_ + place.first, place, group_)};
+  }
+  bool all_zero() const { return std::is_same_v<Kind, Same> && *data_ == 0; }
+
+ private:
+  const float* data_;
+  Group group_;
+};
+
+template <class F>
+void with_kind(const BitParameters& p, F f) {
+  if (p.column == 0) return f(Same{});
+  f(Each{});
+}
+
+// The residual of a row, or zeros.
+class Residual {
+ public:
+  explicit Residual(const View& view) : view_(view) {
+    if (!view.data) std::fill(group_.at, group_.at + kGroup, 0.0f);
+  }
+  Each along(const Place& place) { return {view_.data ? lanes(view_, place, group_) : group_.at}; }
+
+ private:
+  const View& view_;
+  Group group_;
+};
+
+// Calls body(row, first, count) on spans that cover all rows.
+template <class Body>
+void for_spans(int64_t rows, int64_t columns, int threads, Body body) {
+  const int64_t spans = bit_spans(columns);
+  parallel_for(rows * spans, threads, [&](int64_t i) {
+    const int64_t first = i % spans * kBitSpan;
+    body(i / spans, first, std::min(kBitSpan, columns - first));
+  });
+}
+
+// Calls body(place) on the groups of a span.
+template <class Body>
+void for_groups(int64_t row, int64_t first, int64_t count, Body body) {
+  for (int64_t at = first; at < first + count; at += kGroup)
+    body(Place{row, at, std::min(kGroup, first + count - at)});
+}
+
+Floats clamped(const Floats& x, float limit) { return max(-limit, min(limit, x)); }
+
+Floats magnitude(const Floats& x) { return floats_of(words_of(x) & 0x7FFFFFFFu); }
+
+// e^x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
+Floats exp_within(const Floats& x) {
+  const Floats y = clamped(x, 86.0f);
+  const auto n = each([](FloatPart v) { return Exponent(v); }, y * kLog2E);
+  // y·log2(e) less n, with the digits of log2(e) that a float lacks.
+  Floats f = fused(y, kLog2E, 0.0f - each([](Exponent e) { return e.value(); }, n));
+  f = fused(y, 0x1.4ae0cp-26f, f);
+  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
+}
+
+Floats sigmoid(const Floats& l) { return 1.0f / (exp_within(0.0f - l) + 1.0f); }
+
+// sigmoid(l) and 1 - sigmoid(l), both with small relative errors, and exp(-|l|).
+struct Sigmoid {
+  Floats set, clear, tail;
+  explicit Sigmoid(const Floats& l) : tail(exp_within(0.0f - magnitude(l))) {
+    const Floats large = 1.0f / (tail + 1.0f), small = tail * large;
+    const Mask negative = less(l, 0.0f);
+    set = select(negative, small, large);
+    clear = select(negative, large, small);
+  }
+};
+
+// What a coding makes of x.
+struct Filter {
+  float centre, clip;
+  explicit Filter(const BitCoding& c) : centre((c.low + c.high) / 2), clip(c.clip) {}
+  Floats raw(const Floats& x, const Floats& slope) const { return (x - centre) * slope; }
+  Floats operator()(const Floats& x, const Floats& slope) const { return clamped(raw(x, slope), clip); }
+};
+
+}  // namespace
+
+void bit_logits(const BitLogitsArguments& a) {
+  const Filter filter(a.coding);
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      Parameter<decltype(kind)> slopes(a.slope, 0, row);
+      Residual residuals(a.residual);
+      Group x_group, out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const float* x = lanes(a.x, place, x_group);
+        const auto residual = residuals.along(place);
+        const auto slope = slopes.along(place);
+        Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
+        const auto logit = [&](int64_t i) { return residual[i] + filter(load(x + i), slope[i]); };
+        if (a.sigmoid)
+          result.fill([&](int64_t i) { return sigmoid(logit(i)); });
+        else
+          result.fill(logit);
+      });
+    });
+  });
+}
+
+namespace {
+
+// `churned`: whether the result gets noise.
+template <class Kind, class Churned>
+void step_span(const BitStepArguments& a, int64_t row, int64_t first, int64_t count, Churned churned) {
+  const Filter filter(a.coding);
+  const float low = a.coding.low, width = a.coding.high - a.coding.low;
+  Parameter<Kind> slopes(a.parameters, 0, row), ratios(a.parameters, 1, row), spreads(a.parameters, 2, row);
+  Residual residuals(a.residual);
+  const Key key = churned ? a.keys[row] : Key{};
+  Group x_group, noise, next_group, probs_group;
+  for_groups(row, first, count, [&](const Place& place) {
+    const float* x = lanes(a.x, place, x_group);
+    const auto residual = residuals.along(place);
+    const auto slope = slopes.along(place), ratio = ratios.along(place), spread = spreads.along(place);
+    const int64_t at = row * a.x.columns + place.first;
+    Result<float> next(a.next + at, place, next_group), probs(a.probs + at, place, probs_group);
+    if (churned) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
+    float *p_to = probs.lanes(), *to = next.lanes();
+    for (int64_t i = 0; i < place.count; i += kLanes) {
+      const Floats here = load(x + i);
+      const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
+      const Floats mean = fused(p, width, low);
+      // Where σ stays, so does x, to the bit.
+      Floats moved = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
+      if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
+      store(p_to + i, p);
+      store(to + i, moved);
+    }
+    probs.finish();
+    next.finish();
+  });
+}
+
+}  // namespace
+
+void bit_step(const BitStepArguments& a) {
+  with_kind(a.parameters, [&](auto kind) {
+    using Kind = decltype(kind);
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      if (a.keys && !Parameter<Kind>(a.parameters, 2, row).all_zero())
+        step_span<Kind>(a, row, first, count, std::true_type{});
+      else
+        step_span<Kind>(a, row, first, count, std::false_type{});
+    });
+  });
+}
+
+void bit_perturb(const BitPerturbArguments& a) {
+  with_kind(a.spread, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      Parameter<decltype(kind)> spreads(a.spread, 0, row);
+      const Key key = a.keys[row];
+      Group x_group, noise, out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const float* x = lanes(a.x, place, x_group);
+        const auto spread = spreads.along(place);
+        fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
+        Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
+        result.fill([&](int64_t i) { return fused(spread[i], load(noise.at + i), load(x + i)); });
+      });
+    });
+  });
+}
+
+namespace {
+
+// A group of a loss.
+template <class Kind>
+struct LossGroup {
+  const float *residual, *x, *bits;
+  Kind slope;
+  Filter filter;
+  float low, inverse_width;
+
+  Floats raw(int64_t i) const { return filter.raw(load(x + i), slope[i]); }
+  Floats logit(int64_t i) const { return load(residual + i) + clamped(raw(i), filter.clip); }
+  Floats bit(int64_t i) const { return (load(bits + i) - low) * inverse_width; }
+};
+
+// Reads the groups of a row.
+template <class Kind>
+class LossRow {
+ public:
+  LossRow(const BitLossArguments& a, int64_t row) : a_(a), slopes_(a.slope, 0, row) {}
+  LossGroup<Kind> along(const Place& place) {
+    return {lanes(a_.residual, place, residual_),
+            lanes(a_.x, place, x_),
+            lanes(a_.bits, place, bits_),
+            slopes_.along(place),
+            Filter(a_.coding),
+            a_.coding.low,
+            1 / (a_.coding.high - a_.coding.low)};
+  }
+
+ private:
+  const BitLossArguments& a_;
+  Parameter<Kind> slopes_;
+  Group x_, residual_, bits_;
+};
+
+// (high - low)², the square of the units.
+float weight(const BitCoding& c) { return (c.high - c.low) * (c.high - c.low); }
+
+// p - b without cancellation at either end.
+Floats error(const Sigmoid& s, const Floats& bit) { return fused(s.set, 1.0f - bit, 0.0f - s.clear * bit); }
+
+}  // namespace
+
+namespace {
+
+template <class Kind>
+Floats squared(const LossGroup<Kind>& g, int64_t i) {
+  const Floats d = error(Sigmoid(g.logit(i)), g.bit(i));
+  return d * d;
+}
+
+template <class Kind>
+Floats cross_entropy(const LossGroup<Kind>& g, int64_t i) {
+  const Floats l = g.logit(i);
+  return max(0.0f, l) - g.bit(i) * l + log1p(exp_within(0.0f - magnitude(l)));
+}
+
+// The first `count` lanes, and zeros.
+Floats first_lanes(const Floats& x, int64_t count) {
+  float lanes[kLanes];
+  store(lanes, x);
+  std::fill(lanes + count, lanes + kLanes, 0.0f);
+  return load(lanes);
+}
+
+// The sum of `of` over a group; what lies past its end counts nothing. (`of` stands once, to be inlined.)
+template <class F>
+float sum_over(int64_t count, F of) {
+  Floats sums = broadcast(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = of(i);
+    if (i + kLanes > count) x = first_lanes(x, count - i);
+    sums = sums + x;
+  }
+  return sum(sums);
+}
+
+}  // namespace
+
+void bit_loss(const BitLossArguments& a) {
+  const int64_t columns = a.x.columns, spans = bit_spans(columns);
+  const double scale = a.squared ? weight(a.coding) : 1;
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      LossRow<decltype(kind)> groups(a, row);
+      double total = 0;
+      for_groups(row, first, count, [&](const Place& place) {
+        const auto group = groups.along(place);
+        total += a.squared ? sum_over(place.count, [&](int64_t i) { return squared(group, i); })
+                           : sum_over(place.count, [&](int64_t i) { return cross_entropy(group, i); });
+      });
+      a.sums[row * spans + first / kBitSpan] = scale * total;
+    });
+  });
+}
+
+void bit_loss_backward(const BitLossBackwardArguments& b) {
+  const BitLossArguments& a = b.loss;
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, b.threads, [&](int64_t row, int64_t first, int64_t count) {
+      LossRow<decltype(kind)> groups(a, row);
+      const float scale = b.grad[row] * (a.squared ? 2 * weight(a.coding) : 1);
+      Group out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const auto group = groups.along(place);
+        const auto write = [&](const View& out, auto of) {
+          with_dtype(out.dtype, [&](auto type) {
+            Result(out.row<decltype(type)>(row) + place.first, place, out_group).fill(of);
+          });
+        };
+        const auto write_both = [&](auto in_logit) {
+          write(b.residual_grad, in_logit);
+          if (!b.x_grad.data) return;
+          write(b.x_grad, [&](int64_t i) {
+            const Mask clipped = less(broadcast(group.filter.clip), magnitude(group.raw(i)));
+            return select(clipped, 0.0f, in_logit(i) * group.slope[i]);
+          });
+        };
+        if (a.squared)
+          write_both([&](int64_t i) {
+            const Sigmoid s(group.logit(i));
+            return error(s, group.bit(i)) * scale * (s.set * s.clear);
+          });
+        else
+          write_both([&](int64_t i) { return error(Sigmoid(group.logit(i)), group.bit(i)) * scale; });
+      });
+    });
+  });
+}
+
+}  // namespace dlcore::DLCORE_ISA
