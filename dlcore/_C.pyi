@@ -144,6 +144,19 @@ def kl_backward(
     p: View, q: View, temperature: Row, grad: int, numbers: int, p_out: View, q_out: View, threads: int
 ) -> None: ...
 
+# sphere
+def sphere_map(
+    map: int,
+    inputs: list[View],
+    t: Row,
+    grad: View | None,
+    grad_angle: int,
+    outputs: list[View | None],
+    number: int,
+    threads: int,
+) -> None: ...
+def sphere_sample(mean: View, kappa: Row, key: Key, reject: bool, out: View, threads: int) -> None: ...
+
 # uniform
 def start_nelbo(state: int, rows: int, saved: int) -> None: ...
 def nelbo(

@@ -28,6 +28,8 @@ SERVED_BY = {
     "bits.churn": "bits.perturb",
     "bits.corrupt": "bits.perturb",
     "categorical.cross_entropy": "categorical.log_probs",
+    "vmf.sample": "sphere.sample",
+    "cauchy.sample": "sphere.sample",
     "uniform.step": "categorical.sample_mixture",
     "uniform.cross_entropy": "categorical.log_probs",
     "uniform.correct": "categorical.sample_mixture",

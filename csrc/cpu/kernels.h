@@ -7,6 +7,7 @@
 #include "bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
+#include "sphere.h"
 #include "uniform.h"
 
 namespace dlcore {
@@ -31,6 +32,8 @@ struct Kernels {
   void (*matmul)(const MatmulArguments&);
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
+  void (*sphere_map)(const SphereMapArguments&);
+  void (*sphere_sample)(const SphereSampleArguments&);
   float (*read)(const float*, int64_t count, int threads);
   void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 };
@@ -59,6 +62,8 @@ void kl_backward(const KLBackwardArguments&);
 void matmul(const MatmulArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
+void sphere_map(const SphereMapArguments&);
+void sphere_sample(const SphereSampleArguments&);
 float read(const float*, int64_t count, int threads);
 void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
 }  // namespace DLCORE_ISA

@@ -27,6 +27,8 @@ const Kernels& level() {
       matmul,
       nelbo,
       nelbo_backward,
+      sphere_map,
+      sphere_sample,
       read,
       gumbel,
   };

@@ -46,14 +46,24 @@ inline void store_interleaved(float* out, const Floats& a, const Floats& b) {
   }
 }
 
-// Draws [first, first + count) of a domain, by Box-Muller: draw 2i is the radius, 2i + 1 the angle of normals
-// 2i and 2i + 1. first is even, `out` has room for whole blocks of 32.
+// The 32 normals of blocks [first, first + 16), by Box-Muller: draw 2i is the radius, 2i + 1 the angle of
+// normals 2i (lane i of `even`) and 2i + 1 (`odd`).
+struct NoisePair {
+  Floats even, odd;
+};
+
+inline NoisePair normal_blocks(Key key, Domain domain, int64_t first) {
+  const Blocks b = blocks(key, domain, first);
+  const Floats radius = root(exponential(b.even_high, b.even_low) * 2.0f);
+  const SineCosine angle = sine_cosine(b.odd_high);
+  return {radius * angle.cosine, radius * angle.sine};
+}
+
+// Draws [first, first + count) of a domain; first is even, `out` has room for whole blocks of 32.
 inline void fill_normal(Key key, Domain domain, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    const Blocks b = blocks(key, domain, (first + i) / 2);
-    const Floats radius = root(exponential(b.even_high, b.even_low) * 2.0f);
-    const SineCosine angle = sine_cosine(b.odd_high);
-    store_interleaved(out + i, radius * angle.cosine, radius * angle.sine);
+    const NoisePair pair = normal_blocks(key, domain, (first + i) / 2);
+    store_interleaved(out + i, pair.even, pair.odd);
   }
 }
 
