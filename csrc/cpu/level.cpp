@@ -22,6 +22,9 @@ const Kernels& level() {
       nelbo_backward,
       read,
       gumbel,
+      sphere_weights,
+      sphere_velocity_backward,
+      largest,
   };
   return table;
 }
