@@ -29,9 +29,7 @@ def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> 
     return gradients(lambda *a: categorical.expectation(*a)[0], inputs, (0, 1, 2, 3), grad)
 
 
-def _velocity_backward(
-    grad: Tensor, _: Tensor, __: Tensor, ___: Tensor, *inputs: Any
-) -> tuple[Tensor, ...]:
+def _velocity_backward(grad: Tensor, _: Tensor, __: Tensor, ___: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *arguments, with_x, with_table = inputs
     grads = gradients(lambda *a: sphere_velocity.velocity(*a)[0], tuple(arguments), (0, 1, 2, 3, 4), grad)
     empty = grad.new_empty(0)

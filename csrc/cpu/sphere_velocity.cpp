@@ -25,8 +25,8 @@ struct Weight {
   L value, slope;
 };
 
-// 1 / sqrt(x) for positive normal x, relative error 2^-22: a first guess from the exponent, and three steps of
-// Newton's iteration.
+// 1 / sqrt(x) for positive normal x, relative error 2^-22: a first guess from the exponent, and three steps
+// of Newton's iteration.
 template <int N>
 Lanes<FloatPart, N> reciprocal_root(const Lanes<FloatPart, N>& x) {
   auto r = floats_of(each([](WordPart b) { return 0x5F3759DFu - (b >> 1); }, words_of(x)));
@@ -49,7 +49,8 @@ struct Slerp {
     Weight<Lanes<FloatPart, N>> w;
     w.value = select(obtuse, root * kPi - p, p);
     if constexpr (with_slope) {
-      auto s = u * (kSlerp[kSlerpTerms - 1] * (1 - kSlerpTerms)) - kSlerp[kSlerpTerms - 2] * (kSlerpTerms - 2);
+      auto s =
+          u * (kSlerp[kSlerpTerms - 1] * (1 - kSlerpTerms)) - kSlerp[kSlerpTerms - 2] * (kSlerpTerms - 2);
       for (int n = kSlerpTerms - 3; n >= 1; --n) s = fused(s, u, -kSlerp[n] * static_cast<float>(n));
       const auto steep = select(less(cosine, kLowestCosine), 0.0f, fused(root * root * root, c * kPi, s));
       w.slope = select(obtuse, steep, s);
@@ -100,6 +101,13 @@ struct VonMisesFisher {
   }
 };
 
+// exp(x - reference); exactly 0 where a token is excluded, or as good as that.
+template <int N>
+Lanes<FloatPart, N> exponential(const Probability& probability, const Lanes<FloatPart, N>& x) {
+  const float lowest = probability.reference + kExponentFloor * kLn2;
+  return select(less(x, lowest), 0.0f, probability(x));
+}
+
 template <class F>
 void with_radial(const Radial& radial, F f) {
   if (radial.rows)
@@ -136,7 +144,8 @@ void sphere_weights(const SphereWeightsArguments& a) {
         alignas(64) float c[kGroup];
         read_group(row + at, count, c);
         for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes)
-          store(c + i, probability(load_wide(x + i)) * radial.template weigh<false>(load_wide(c + i)).value);
+          store(c + i, exponential(probability, load_wide(x + i)) *
+                           radial.template weigh<false>(load_wide(c + i)).value);
         write_group(row + at, count, c);
       });
     });
@@ -155,7 +164,7 @@ void sphere_velocity_backward(const SphereVelocityBackwardArguments& a) {
         read_group(cosines + at, count, c);
         read_group(pulls + at, count, h);
         for (int64_t i = 0; i < kGroup; i += kLanes) {
-          const Floats p = probability(load(x + i)), pull = load(h + i);
+          const Floats p = exponential(probability, load(x + i)), pull = load(h + i);
           const auto w = radial.template weigh<true>(load(c + i));
           store(x + i, p * (w.value * pull - mean));
           store(h + i, p * w.slope * pull);

@@ -8,8 +8,8 @@
 
 namespace dlcore {
 
-// The radial weight g. Without rows: ω / sin ω. Else the vMF path's at each row's κ: rows of m, 1 - m, a scale,
-// and `terms` Chebyshev coefficients each of the sum and of its derivative.
+// The radial weight g. Without rows: ω / sin ω. Else the vMF path's at each row's κ: rows of m, 1 - m, a
+// scale, and `terms` Chebyshev coefficients each of the sum and of its derivative.
 struct Radial {
   PerRow<float> rows;
   int64_t terms = 0;

@@ -11,7 +11,8 @@ Radial radial(const py::object& o) {
   return {per_row<float>(t[0]), t[1].cast<int64_t>()};
 }
 
-void weigh(const py::tuple& logits, Address reference, const py::object& weight, Address cosines, int threads) {
+void weigh(const py::tuple& logits, Address reference, const py::object& weight, Address cosines,
+           int threads) {
   SphereWeightsArguments a;
   a.logits = view(logits);
   a.reference = at<const double>(reference);

@@ -65,7 +65,9 @@ def _setup_velocity(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     ctx.save_for_backward(*output, *inputs)
 
 
-def _backward_velocity(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_velocity(
+    ctx: Any, saved: tuple[Tensor, ...], grad: Tensor, *_: Tensor
+) -> tuple[Tensor | None, ...]:
     head, (with_x, with_table) = saved[3:6], ctx.needs_input_grad[3:5]
     grads = torch.ops.dlcore.sphere_velocity_backward(grad, *saved, with_x, with_table)
     return (

@@ -149,7 +149,7 @@ def velocity_backward(
 
 
 def largest(logits: Tensor, weight: Tensor | None, bias: Tensor | None, count: int) -> Tensor:
-    """Ids (..., count) of the largest logits, the largest first, ties to the lowest id; -1 in invalid rows."""
+    """Ids (..., count) of the largest logits, descending, ties to the lowest id; -1 in invalid rows."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
     values = torch.empty((*lead, count), dtype=torch.float32)
     ids = torch.empty((*lead, count), dtype=torch.int64)

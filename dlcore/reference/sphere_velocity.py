@@ -110,29 +110,32 @@ def velocity(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P_x m (..., d), <x, m> (...) and the logsumexp (...), of m = Σ_k softmax_k g(<x, E_k>) E_k."""
     dense = wide(materialize(logits, weight, bias))
-    lse = torch.logsumexp(dense, -1).masked_fill(_invalid(dense, dense), torch.nan)
+    invalid = _invalid(dense, dense)
+    lse = torch.logsumexp(dense, -1).masked_fill(invalid, torch.nan)
     x, table = wide(x), wide(table)
-    q = (dense - lse.unsqueeze(-1)).exp() * radial_weight(x @ table.mT, kappa, table.shape[1])
+    p = torch.softmax(dense, -1).masked_fill(invalid.unsqueeze(-1), torch.nan)
+    q = p * radial_weight(x @ table.mT, kappa, table.shape[1])
     mean = q @ table
     radial = (x * mean).sum(-1)
     return mean - radial.unsqueeze(-1) * x, radial, lse.double()
 
 
 def largest(logits: Tensor, weight: Tensor | None, bias: Tensor | None, count: int) -> Tensor:
-    """Ids (..., count) of the largest logits, the largest first, ties to the lowest id; -1 in invalid rows."""
+    """Ids (..., count) of the largest logits, descending, ties to the lowest id; -1 in invalid rows."""
     dense = materialize(logits, weight, bias)
     order = torch.sort(dense, dim=-1, descending=True, stable=True).indices[..., :count]
     return order.masked_fill(_invalid(dense, dense).unsqueeze(-1), -1)
 
 
-def matched_filter(x: Tensor, table: Tensor, path: str, level: Tensor) -> Tensor:
-    """ln p(x | k) up to a constant (..., V); level (..., 1) is the noise fraction, κ or the rapidity."""
+def posterior_logits(x: Tensor, table: Tensor, path: str, level: Tensor) -> Tensor:
+    """ln p(x | k) up to a constant (..., V); level (..., 1) is the noise fraction or κ."""
     cosine, dim = x @ table.mT, table.shape[1]
     if path == "vmf":
         return level * cosine
     if path == "cauchy":
-        # 1 - mc = m(1 - c) + (1 - m).
-        return (1 - dim) * torch.log(torch.tanh(level) * (1 - cosine) + 2 * torch.sigmoid(-2 * level))
+        # b = e^{-2 rapidity}; 1 - mc = m(1 - c) + (1 - m), (1 + b)m = 1 - b.
+        b = (dim - 1) / (2 * level + torch.hypot(2 * level, torch.full_like(level, dim - 1)))
+        return (1 - dim) * torch.log(((1 - b) * (1 - cosine) + 2 * b) / (1 + b))
     inside = cosine.abs() < 1
     sine = torch.sqrt(torch.where(inside, (1 - cosine) * (1 + cosine), 1))
     angle = torch.atan2(torch.where(inside, sine, 0), cosine)
