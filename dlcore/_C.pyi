@@ -97,6 +97,22 @@ def kl_backward(
     p: View, q: View, temperature: Row, grad: int, numbers: int, p_out: View, q_out: View, threads: int
 ) -> None: ...
 
+# sphere
+def sphere_map(
+    map: int,
+    inputs: list[View],
+    t: Row,
+    grad: View | None,
+    grad_angle: int,
+    outputs: list[View | None],
+    number: int,
+    threads: int,
+) -> None: ...
+def sphere_sample(mean: View, kappa: Row, key: Key, reject: bool, out: View, threads: int) -> None: ...
+
+# sphere_dynamics
+def sphere_correct(x: View, score: View, step_size: Row, key: Key, out: View, threads: int) -> None: ...
+
 # sphere_velocity
 #: (rows of parameters, their stride), how many terms; or None: SLERP's weight.
 Radial = tuple[tuple[int, int], int] | None

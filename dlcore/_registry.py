@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dlcore import _ops  # noqa: F401  (declares the ops)
+from dlcore import _ops
 from dlcore._dispatch import implement
-from dlcore.reference import attention, categorical, rng, sphere_velocity, uniform
+from dlcore.reference import (
+    attention,
+    categorical,
+    rng,
+    sphere,
+    sphere_dynamics,
+    sphere_velocity,
+    uniform,
+    vmf,
+)
 from dlcore.reference.backward import gradients
 
 
@@ -27,6 +37,16 @@ def _backward(function: Callable[..., Tensor], wanted: tuple[int, ...]) -> Calla
 
 def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     return gradients(lambda *a: categorical.expectation(*a)[0], inputs, (0, 1, 2, 3), grad)
+
+
+def _map_backward(function: Callable[..., Tensor]) -> Callable[..., Any]:
+    def backward(grad: Tensor, needed: list[bool], *inputs: Tensor) -> Any:
+        wanted = tuple(i for i, n in enumerate(needed) if n)
+        found = iter(gradients(function, inputs, wanted, grad))
+        grads = tuple(next(found) if n else x.new_empty(0) for x, n in zip(inputs, needed, strict=True))
+        return grads if len(grads) > 1 else grads[0]
+
+    return backward
 
 
 def _velocity_backward(grad: Tensor, _: Tensor, __: Tensor, ___: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
@@ -53,12 +73,19 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "categorical.expectation": categorical.expectation,
     "categorical.expectation_backward": _expectation_backward,
     "categorical.sample_expectation": categorical.sample_expectation,
+    "sphere.correct": sphere_dynamics.correct,
+    "sphere.correct_backward": sphere_dynamics.correct_backward,
     "sphere.largest": sphere_velocity.largest,
+    "sphere.sample": vmf.sample,
     "sphere.velocity": sphere_velocity.velocity,
     "sphere.velocity_backward": _velocity_backward,
     "uniform.nelbo": uniform.nelbo,
     "uniform.nelbo_backward": _backward(lambda *a: uniform.nelbo(*a)[0], (0, 1, 2)),
 }
+
+for _name in _ops.sphere.MAPS:
+    _map = getattr(sphere, _name)
+    REFERENCE |= {f"sphere.{_name}": _map, f"sphere.{_name}_backward": _map_backward(_map)}
 
 #: What a draw or a statistic says carries no gradient.
 NOT_DIFFERENTIABLE = (
@@ -66,6 +93,7 @@ NOT_DIFFERENTIABLE = (
     "categorical.sample",
     "categorical.sample_mixture",
     "sphere.largest",
+    "sphere.sample",
 )
 
 for _op, _function in REFERENCE.items():
@@ -76,7 +104,16 @@ for _op, _function in REFERENCE.items():
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     """The compiled families, and why they can't take some arguments; empty if the module is not built."""
     try:
-        from dlcore.cpu import attention, categorical, rng, sphere_velocity, tensors, uniform
+        from dlcore.cpu import (
+            attention,
+            categorical,
+            rng,
+            sphere,
+            sphere_dynamics,
+            sphere_velocity,
+            tensors,
+            uniform,
+        )
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
@@ -84,7 +121,7 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
         "attention": attention,
         "categorical": categorical,
         "rng": rng,
-        "sphere": sphere_velocity,
+        "sphere": SimpleNamespace(**vars(sphere) | vars(sphere_dynamics) | vars(sphere_velocity)),
         "uniform": uniform,
     }, tensors.reasons
 

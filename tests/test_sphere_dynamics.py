@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import levels
 from test_sphere_velocity import points, resultant
 from torch import Tensor
 
+import dlcore
 from dlcore import rng, sphere
+from dlcore.cpu import choose_capability
 
 DIM = 8
 X = points(6, DIM)
@@ -39,8 +42,8 @@ def test_steps_stay_on_the_sphere(retraction, dtype):
     x, v = X.to(dtype), V.to(dtype)
     for delta in (0.0, 1e-20, 0.5, 100.0, torch.linspace(-1, 1, 6)):
         there = sphere.step(x, v, delta, retraction=retraction)
-        assert there.dtype == torch.promote_types(dtype, torch.float32)
-        assert (there.norm(dim=-1) - 1).abs().max() < 3e-7
+        assert there.dtype == dtype
+        assert (there.double().norm(dim=-1) - 1).abs().max() < torch.finfo(dtype).eps
     still = sphere.step(x, torch.zeros_like(v), 1.0, retraction=retraction)
     torch.testing.assert_close(still, sphere.step(x, v, 0.0, retraction=retraction))
 
@@ -113,11 +116,41 @@ def test_correction_is_differentiable():
     assert torch.autograd.gradcheck(lambda *a: sphere.correct(*a, key=rng.key(3)), leaves)
 
 
+@pytest.mark.parametrize("dim", [2, 15, 16, 17, 31, 33, 100])
+def test_correction_kernel_is_the_reference(dim, level, poisoned):
+    """The same noise, for every width; x and score of any leading strides."""
+    x, score = points(5, 3, dim, dtype=torch.float32), points(5, 3, dim, seed=1, dtype=torch.float32)
+    steps, key = torch.linspace(0, 0.5, 15).view(5, 3), rng.key(9)
+    got = sphere.correct(x, 3 * score, steps, key=key)
+    assert dlcore.last_backend("sphere.correct") == "cpu"
+    with dlcore.use_backend("reference"):
+        exact = sphere.correct(x.double(), 3 * score.double(), steps.double(), key=key)
+    assert (got - exact).norm(dim=-1).max() < 1e-6
+    wide = torch.full((3, 5, dim + 2), torch.nan)
+    wide[..., 1:-1] = x.transpose(0, 1)
+    assert torch.equal(sphere.correct(wide[..., 1:-1].transpose(0, 1), 3 * score, steps, key=key), got)
+
+
+def test_corrections_have_the_same_bits_on_any_threads_and_level():
+    x, score, key = points(999, 40, dtype=torch.float32), torch.zeros(999, 40), rng.key(9)
+    found, threads = sphere.correct(x, score, 0.01, key=key), torch.get_num_threads()
+    fused = [name for name in levels() if name != "baseline"]
+    try:
+        for count, name in ((1, fused[0]), (3, fused[0]), (2, fused[-1])):
+            torch.set_num_threads(count)
+            choose_capability(name)
+            assert torch.equal(sphere.correct(x, score, 0.01, key=key), found)
+    finally:
+        torch.set_num_threads(threads)
+        choose_capability(fused[0])
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_corrections_stay_on_the_sphere_and_in_their_row(dtype):
     x, score = X.to(dtype), V.to(dtype)
     score[2, 0] = torch.nan
     there = sphere.correct(x, score, torch.linspace(0, 1, 6), key=rng.key(3))
-    assert there.dtype == torch.promote_types(dtype, torch.float32)
+    assert there.dtype == dtype
     assert there[2].isnan().all()
-    assert (there.norm(dim=-1) - 1)[[0, 1, 3, 4, 5]].abs().max() < 3e-7
+    assert (there.double().norm(dim=-1) - 1)[[0, 1, 3, 4, 5]].abs().max() < torch.finfo(dtype).eps
+    assert sphere.correct(x, score.float(), 0.1).dtype == torch.promote_types(dtype, torch.float32)

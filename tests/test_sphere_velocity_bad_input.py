@@ -99,7 +99,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         r"sphere.radial_weight: cosine must be a Tensor, got int 3",
     ),
-    (lambda: sphere.step(X, V[:1], 1.0), ValueError, r"sphere.step: velocity must have x's shape"),
+    (
+        lambda: sphere.step(X, V[:, :4], 1.0),
+        ValueError,
+        r"sphere.step: x and velocity must have the same last",
+    ),
     (lambda: sphere.step(X, V.long(), 1.0), TypeError, r"sphere.step: velocity must be float32"),
     (
         lambda: sphere.step(X, V, None),
@@ -112,7 +116,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
         ValueError,
         r"retraction must be one of 'exp', 'normalize'",
     ),
-    (lambda: correct(X, V[:, :4], 0.1), ValueError, r"sphere.correct: score must have x's shape"),
+    (
+        lambda: correct(X, V[:, :4], 0.1),
+        ValueError,
+        r"sphere.correct: x and score must have the same last dim",
+    ),
     (lambda: correct(X, V, -0.1), ValueError, r"sphere.correct: step_size must lie in \[0, inf\], got -0.1"),
     (lambda: correct(X, V, None), TypeError, r"sphere.correct: step_size must be a number or a Tensor"),
     (

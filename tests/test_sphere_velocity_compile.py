@@ -48,6 +48,13 @@ def test_opcheck_backward(linear, wanted):
     torch.library.opcheck(backward, (torch.ones_like(outputs[0]), *outputs, *args, *wanted))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck_correct(dtype):
+    x, score = (unit(*LEAD, DIM, seed=n).to(dtype).requires_grad_() for n in range(2))
+    step = torch.full(LEAD, 0.1, requires_grad=True)
+    torch.library.opcheck(torch.ops.dlcore.sphere_correct.default, (x, score, step, rng.key(3)))
+
+
 X, E, A = unit(4, DIM), unit(VOCAB, DIM, seed=1), unit(4, VOCAB, seed=2)
 HEAD = LinearLogits(X[:, :4], E[:, :4].contiguous())
 V = E[:4] - (E[:4] * X).sum(-1, keepdim=True) * X

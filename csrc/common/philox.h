@@ -12,7 +12,7 @@
 namespace dlcore {
 
 // What a draw is for; draws of different domains share no counter.
-enum class Domain : uint32_t { kElement = 0, kGroup = 1, kToken = 2, kRoute = 3 };
+enum class Domain : uint32_t { kElement = 0, kGroup = 1, kToken = 2, kRoute = 3, kDirection = 8, kCosine = 9 };
 
 struct Key {
   int64_t seed;

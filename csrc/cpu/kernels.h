@@ -4,6 +4,8 @@
 #include "attention.h"
 #include "categorical.h"
 #include "linear_logits.h"
+#include "sphere.h"
+#include "sphere_dynamics.h"
 #include "sphere_velocity.h"
 #include "uniform.h"
 
@@ -22,8 +24,11 @@ struct Kernels {
   void (*matmul)(const MatmulArguments&);
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
+  void (*sphere_map)(const SphereMapArguments&);
+  void (*sphere_sample)(const SphereSampleArguments&);
   float (*read)(const float*, int64_t count, int threads);
   void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+  void (*sphere_correct)(const SphereCorrectArguments&);
   void (*sphere_weights)(const SphereWeightsArguments&);
   void (*sphere_velocity_backward)(const SphereVelocityBackwardArguments&);
   void (*largest)(const LargestArguments&);
@@ -44,8 +49,11 @@ void kl_backward(const KLBackwardArguments&);
 void matmul(const MatmulArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
+void sphere_map(const SphereMapArguments&);
+void sphere_sample(const SphereSampleArguments&);
 float read(const float*, int64_t count, int threads);
 void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+void sphere_correct(const SphereCorrectArguments&);
 void sphere_weights(const SphereWeightsArguments&);
 void sphere_velocity_backward(const SphereVelocityBackwardArguments&);
 void largest(const LargestArguments&);

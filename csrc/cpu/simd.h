@@ -247,6 +247,23 @@ inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return max(spread(a), y); }, b);
 }
 
+inline FloatPart sqrt(FloatPart x) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kPartLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+template <int N>
+inline Lanes<FloatPart, N> sqrt(const Lanes<FloatPart, N>& x) {
+  return each([](FloatPart v) { return sqrt(v); }, x);
+}
+
 // a·b + c, rounded once where the machine can.
 inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)
@@ -325,6 +342,21 @@ inline Product multiply(const Words& a, uint32_t word) {
     r.low.part[i] = (WordPart)((even & 0xFFFFFFFFull) | odd << 32);
   }
   return r;
+}
+
+// even[0], odd[0], even[1], odd[1] ... in two sixteens that lie one after the other.
+inline void store_alternating(float* p, const Floats& even, const Floats& odd) {
+  IntPart first, second;
+  for (int i = 0; i < kPartLanes; ++i) {
+    first[i] = i / 2 + i % 2 * kPartLanes;
+    second[i] = first[i] + kPartLanes / 2;
+  }
+  for (int i = 0; i < kParts; ++i) {
+    const FloatPart a = __builtin_shuffle(even.part[i], odd.part[i], first);
+    const FloatPart b = __builtin_shuffle(even.part[i], odd.part[i], second);
+    std::memcpy(p + 2 * i * kPartLanes, &a, sizeof a);
+    std::memcpy(p + (2 * i + 1) * kPartLanes, &b, sizeof b);
+  }
 }
 
 // x[(i + by) % lanes] in lane i.

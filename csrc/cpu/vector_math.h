@@ -1,4 +1,4 @@
-// exp, log and Gumbel noise on sixteen lanes.
+// exp, log, Gumbel and normal noise on sixteen lanes.
 #pragma once
 
 #include <cmath>
@@ -10,6 +10,7 @@ namespace dlcore::DLCORE_ISA {
 
 constexpr float kLog2E = 1.44269504f;
 constexpr float kLn2 = 0.693147181f;
+constexpr float kTwoPi = 6.28318531f;
 constexpr float kExponentFloor = -125.0f;
 constexpr float kExponentCeiling = 126.0f;
 
@@ -73,16 +74,18 @@ inline Floats unit(const Words& high, const Words& low) {
   return fused(to_float(high), 0x1p-32f, (to_float(low) + 0.5f) * 0x1p-64f);
 }
 
-// -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
-inline Floats gumbel(const Words& high, const Words& low) {
+// -log1p(-u) for 64 bits u, exact at both ends.
+inline Floats exponential(const Words& high, const Words& low) {
   const Floats u = unit(high, low);
   // 1 - u: from the complemented bits where u is large, else rounded, with its rounding given back below.
   const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
   const Floats w = select(small, 1.0f - u, unit(high ^ 0xFFFFFFFFu, low ^ 0xFFFFFFFFu));
   const Floats residual = select(small, (1.0f - w) - u, 0.0f);
-  const Floats exponential = 0.0f - fused(residual, 2.0f - w, log(w));
-  return 0.0f - log(exponential);
+  return 0.0f - fused(residual, 2.0f - w, log(w));
 }
+
+// -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
+inline Floats gumbel(const Words& high, const Words& low) { return 0.0f - log(exponential(high, low)); }
 
 // exp(x·inverse_temperature - logsumexp), times a scale. The reference that x is held against is rounded to
 // float; the rest comes back as a factor, so that a common offset of the logits costs no digits.
@@ -99,12 +102,12 @@ struct Probability {
   }
 };
 
-// The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.
-struct GumbelPair {
-  Floats even, odd;
+// The 64 bits of the 32 draws of blocks [first, first + 16): even draws, then odd ones.
+struct BitsPair {
+  Words even_high, even_low, odd_high, odd_low;
 };
 
-inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
+inline BitsPair bits_blocks(Key key, Domain domain, int64_t first) {
   const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
   Words c0 = lane_ids() + broadcast(low_word(static_cast<uint64_t>(first)));
   Words c1 = broadcast(domain_word(domain, first));
@@ -119,13 +122,47 @@ inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
     k0 += kPhiloxWeyl0;
     k1 += kPhiloxWeyl1;
   }
-  return {gumbel(c1, c0), gumbel(c3, c2)};
+  return {c1, c0, c3, c2};
+}
+
+// The 32 numbers of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.
+struct NoisePair {
+  Floats even, odd;
+};
+
+inline NoisePair gumbel_blocks(Key key, Domain domain, int64_t first) {
+  const BitsPair b = bits_blocks(key, domain, first);
+  return {gumbel(b.even_high, b.even_low), gumbel(b.odd_high, b.odd_low)};
+}
+
+// Box-Muller: sqrt(2 E) cos(2πu) and sqrt(2 E) sin(2πu) from E of the even bits and u of the odd ones.
+inline NoisePair normal_blocks(Key key, Domain domain, int64_t first) {
+  const BitsPair b = bits_blocks(key, domain, first);
+  const Floats radius = sqrt(exponential(b.even_high, b.even_low) * 2.0f);
+  // u in turns from the nearest quarter turn, which the upper bits tell: exact, and fine-grained next to 0.
+  const Words quarter = (b.odd_high + 0x20000000u) >> 30;
+  const Words rest = b.odd_high - (quarter << 30);
+  const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
+  const Floats angle = fused(each(convert, rest), kTwoPi * 0x1p-32f, to_float(b.odd_low) * (kTwoPi * 0x1p-64f));
+  const Floats square = angle * angle;
+  Floats s = fused(square, -0x1.99477ap-13f, 0x1.110746p-7f);
+  s = fused(s, square, -0x1.555546p-3f);
+  s = fused(s * square, angle, angle);
+  Floats c = fused(square, 0x1.99f730p-16f, -0x1.6c0c60p-10f);
+  c = fused(c, square, 0x1.55554ap-5f);
+  c = fused(c * square, square, fused(square, -0.5f, 1.0f));
+  // A quarter turn swaps sine and cosine, and signs follow from the quarter.
+  const Mask swap = each([](WordPart q) { return ((IntPart)q & 1) != 0; }, quarter);
+  const Words cosine_sign = ((quarter + 1u) << 30) & 0x80000000u, sine_sign = (quarter << 30) & 0x80000000u;
+  const Floats x = floats_of(words_of(select(swap, s, c)) ^ cosine_sign);
+  const Floats y = floats_of(words_of(select(swap, c, s)) ^ sine_sign);
+  return {radius * x, radius * y};
 }
 
 // Draws [first, first + count) of a domain; first is even, `out` has room for whole blocks of 32.
 inline void fill_gumbel(Key key, Domain domain, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
-    const GumbelPair pair = gumbel_blocks(key, domain, (first + i) / 2);
+    const NoisePair pair = gumbel_blocks(key, domain, (first + i) / 2);
     float halves[2 * kLanes];
     store(halves, pair.even);
     store(halves + kLanes, pair.odd);

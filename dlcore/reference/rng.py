@@ -26,6 +26,8 @@ class Domain(IntEnum):
     GROUP = 1
     TOKEN = 2
     ROUTE = 3
+    DIRECTION = 8
+    COSINE = 9
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
@@ -110,6 +112,13 @@ def below(key: Tensor, domain: Domain, index: Tensor, n: int) -> Tensor:
     return (high * n + (low * n >> 32)) >> 32
 
 
+def normal_noise(key: Tensor, domain: Domain, index: Tensor) -> Tensor:
+    """Standard normal numbers in float64: Box-Muller on uniforms 2i (radius) and 2i + 1 (angle)."""
+    radius = torch.sqrt(2 * exponential(*bits(key, domain, index & ~1)))
+    angle = 2 * math.pi * uniform_noise(key, domain, index | 1)
+    return radius * torch.where((index & 1).bool(), torch.sin(angle), torch.cos(angle))
+
+
 def _elements(key: Tensor, shape: list[int]) -> Tensor:
     return torch.arange(math.prod(shape), device=key.device).expand(*key.shape[:-1], -1)
 
@@ -131,9 +140,5 @@ def gumbel(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
-    """(*lead, *shape) standard normal: Box-Muller on uniforms 2i (radius) and 2i + 1 (angle)."""
-    index = _elements(key, shape)
-    radius = torch.sqrt(2 * exponential(*bits(key, Domain.ELEMENT, index & ~1)))
-    angle = 2 * math.pi * uniform_noise(key, Domain.ELEMENT, index | 1)
-    z = radius * torch.where((index & 1).bool(), torch.sin(angle), torch.cos(angle))
-    return _shaped(z, key, shape, dtype)
+    """(*lead, *shape) standard normal."""
+    return _shaped(normal_noise(key, Domain.ELEMENT, _elements(key, shape)), key, shape, dtype)

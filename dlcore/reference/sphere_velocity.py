@@ -127,19 +127,13 @@ def largest(logits: Tensor, weight: Tensor | None, bias: Tensor | None, count: i
     return order.masked_fill(_invalid(dense, dense).unsqueeze(-1), -1)
 
 
-def posterior_logits(x: Tensor, table: Tensor, path: str, level: Tensor) -> Tensor:
-    """ln p(x | k) up to a constant (..., V); level (..., 1) is the noise fraction or κ."""
+def slerp_logits(x: Tensor, table: Tensor, noise: Tensor) -> Tensor:
+    """(d-2)·ln(sin(θ/s)/sin θ) (..., V), -inf where θ >= sπ; the noise fraction s is (..., 1)."""
     cosine, dim = x @ table.mT, table.shape[1]
-    if path == "vmf":
-        return level * cosine
-    if path == "cauchy":
-        # b = e^{-2 rapidity}; 1 - mc = m(1 - c) + (1 - m), (1 + b)m = 1 - b.
-        b = (dim - 1) / (2 * level + torch.hypot(2 * level, torch.full_like(level, dim - 1)))
-        return (1 - dim) * torch.log(((1 - b) * (1 - cosine) + 2 * b) / (1 + b))
     inside = cosine.abs() < 1
     sine = torch.sqrt(torch.where(inside, (1 - cosine) * (1 + cosine), 1))
     angle = torch.atan2(torch.where(inside, sine, 0), cosine)
-    ratio = torch.sinc(angle / (math.pi * level)) / torch.sinc(angle / math.pi) / level
-    reached = (angle < math.pi * level) & (ratio > 0)
+    ratio = torch.sinc(angle / (math.pi * noise)) / torch.sinc(angle / math.pi) / noise
+    reached = (angle < math.pi * noise) & (ratio > 0)
     logits = (dim - 2) * torch.log(torch.where(reached, ratio, 1))
-    return logits.where(reached | (level == 1), -torch.inf)
+    return logits.where(reached | (noise == 1), -torch.inf)

@@ -1,4 +1,8 @@
-"""Moves on the unit sphere: steps along a velocity, and Langevin corrections by a score."""
+"""Moves on the unit sphere: steps along a velocity, and Langevin corrections by a score.
+
+Vectors come in any floating dtype, mixed ones are promoted; results have that dtype, and are computed in
+float32 at least. Leading dimensions broadcast.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,8 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore import rng
-from dlcore.reference.categorical import wide
+from dlcore._ops.declare import result_dtype
+from dlcore.sphere.geometry import exp_map, normalize, vectors
 
 RETRACTIONS = ("exp", "normalize")
 
@@ -38,17 +42,12 @@ def step(x: Tensor, velocity: Tensor, delta: float | Tensor, *, retraction: str 
     """
     op = "sphere.step"
     checks.option(op, "retraction", retraction, RETRACTIONS)
-    _tangent(op, "velocity", x, velocity)
-    state, v = wide(x), wide(velocity)
-    moved = checks.per_row(op, "delta", delta, x.shape[:-1], x.device, state.dtype)
+    x, v = vectors(op, x=x, velocity=velocity)
+    moved = checks.per_row(op, "delta", delta, x.shape[:-1], x.device, result_dtype(x))
     if moved is None:
         raise TypeError(f"{op}: delta must be a number or a Tensor, got NoneType None")
-    v = moved.unsqueeze(-1) * v
-    if retraction == "normalize":
-        return _normalize(state + v)
-    length = torch.linalg.vector_norm(v, dim=-1, keepdim=True)
-    # sinc is smooth at 0, where v / |v| is not.
-    return _normalize(torch.cos(length) * state + torch.sinc(length / torch.pi) * v)
+    v = (moved.unsqueeze(-1) * v).to(x.dtype)
+    return normalize(exp_map(x, v) if retraction == "exp" else x + v)
 
 
 def correct(
@@ -83,32 +82,13 @@ def correct(
         torch.Size([4])
     """
     op = "sphere.correct"
-    _tangent(op, "score", x, score)
-    state, pull = wide(x), wide(score)
-    lead, q = x.shape[:-1], x.shape[-1] - 1
-    size = checks.per_row(op, "step_size", step_size, lead, x.device, state.dtype)
+    x, score = vectors(op, x=x, score=score)
+    lead = x.shape[:-1]
+    if x.shape[-1] < 2:
+        raise ValueError(f"{op}: x must be (..., d) with d >= 2, got {tuple(x.shape)}")
+    size = checks.per_row(op, "step_size", step_size, lead, x.device, result_dtype(x))
     if size is None:
         raise TypeError(f"{op}: step_size must be a number or a Tensor, got NoneType None")
-    checks.value_range(op, "step_size", size, 0)
     drawn = checks.key(op, key, generator, lead, x.device)
-    keys = drawn if drawn.dim() > 1 else rng.split(drawn, lead)
-    noise = rng.normal(keys, (x.shape[-1],), dtype=state.dtype)
-    a = (q * size).unsqueeze(-1)
-    drift, spread = -torch.expm1(-a) / q, torch.sqrt(-torch.expm1(-2 * a) / q)
-    noise = noise - (noise * state).sum(-1, keepdim=True) * state
-    return _normalize(torch.exp(-a) * state + drift * pull + spread * noise)
-
-
-def _tangent(op: str, name: str, x: Tensor, v: Tensor) -> None:
-    checks.floating(op, "x", x)
-    checks.floating(op, name, v)
-    if x.shape[-1] < 2 or v.shape != x.shape:
-        raise ValueError(
-            f"{op}: {name} must have x's shape (..., d), d >= 2, got {tuple(v.shape)} and {tuple(x.shape)}"
-        )
-    checks.on_device(op, name, v, x.device)
-
-
-def _normalize(x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    return x / length
+    corrected: Tensor = torch.ops.dlcore.sphere_correct(x, score, size.expand(lead), drawn)
+    return corrected

@@ -24,6 +24,7 @@ from dlcore.categorical import Head, head
 from dlcore.linear_logits import LinearLogits
 from dlcore.reference import sphere_velocity as formulas
 from dlcore.reference.categorical import wide
+from dlcore.sphere import cauchy
 
 PATHS = ("slerp", "vmf", "cauchy")
 MAX_KAPPA = 1e8
@@ -153,7 +154,11 @@ def posterior_logits(
     assert level is not None
     limits = torch.finfo(state.dtype)
     checks.value_range(op, own, level, *((limits.tiny, 1) if path == "slerp" else (0, limits.max)))
-    return formulas.posterior_logits(state, wide(table), path, level.unsqueeze(-1))
+    if path == "cauchy":
+        return cauchy.posterior_logits(x, table, level)
+    if path == "vmf":
+        return level.unsqueeze(-1) * (state @ wide(table).mT)
+    return formulas.slerp_logits(state, wide(table), level.unsqueeze(-1))
 
 
 def radial_weight(
@@ -228,10 +233,13 @@ def _unit(op: str, name: str, x: Tensor) -> None:
     """Vectors of norm 1. Reads data; a row with NaN is let through."""
     if not checks.reads_data(x):
         return
-    norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x[..., :0]).dtype)
-    wrong = (norm - 1).abs() > TOLERANCE
-    if bool(wrong.any()):
-        raise ValueError(f"{op}: {name} must hold unit vectors, got one of norm {norm[wrong][0].item():.6g}")
+    # In pieces: the cast copy that bfloat16 needs stays in the cache.
+    for piece in x.detach().reshape(-1, x.shape[-1]).split(1024):
+        norm = torch.linalg.vector_norm(wide(piece), dim=-1)
+        wrong = (norm - 1).abs() > TOLERANCE
+        if bool(wrong.any()):
+            got = norm[wrong][0].item()
+            raise ValueError(f"{op}: {name} must hold unit vectors, got one of norm {got:.6g}")
 
 
 def _kappa(op: str, kappa: float | Tensor | None, path: str, h: Head) -> Tensor | None:

@@ -1,0 +1,439 @@
+// Maps of the unit sphere and their gradients. Every result is a combination of the arguments whose
+// coefficients come from their inner products: one pass adds these up, a second one, from the cache, combines.
+// Compiled once per ISA level.
+#include "sphere.h"
+
+#include <cmath>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace dlcore::DLCORE_ISA {
+namespace {
+
+// Vectors closer than this to a pair of antipodes have no direction of their own from one to the other.
+constexpr double kAntipodal = 1e-5;
+constexpr int kMostVectors = 4, kMostSums = 8;
+
+// What a map makes of a row's sums: coefficients[output][vector], a number, and one entry of the first output
+// that gets a term of its own.
+struct Combination {
+  float coefficients[kSphereInputs][kMostVectors] = {};
+  double number = 0;
+  int64_t at = -1;
+  double spike = 0;
+
+  template <class... C>
+  void set(int output, C... c) {
+    int i = 0;
+    ((coefficients[output][i++] = static_cast<float>(c)), ...);
+  }
+};
+
+// A row as a map sees it: the vectors, the gradient last.
+template <class T>
+struct Row {
+  const T* vector[kMostVectors];
+  int64_t columns;
+  double t, grad_angle;
+};
+
+inline double over(double a, double b) { return b > 0 ? a / b : 0; }
+
+// Two unit vectors x and y: the smaller one of y - x and y + x, e = y - σx, keeps what their angle leaves, and
+// y's part across x is e - share·x.
+struct Pair {
+  double near, far, square, e_x, sigma, angle, sine, cosine, inner, share;
+  bool antipodal;
+
+  // Sums |y - x|², |y + x|², <y - x, x>, <y + x, x>, |x|².
+  explicit Pair(const double* s)
+      : near(s[0]),
+        far(s[1]),
+        square(s[4]),
+        e_x(near <= far ? s[2] : s[3]),
+        sigma(near <= far ? 1 : -1),
+        angle(2 * std::atan2(std::sqrt(near), std::sqrt(far))),
+        sine(over(2 * std::sqrt(near * far), near + far)),
+        cosine(over(far - near, near + far)),
+        inner((far - near) / 4),
+        share(over(e_x, square)),
+        antipodal(far < kAntipodal * kAntipodal * near) {}
+
+  static void add(Floats* sums, const Floats* v) {
+    const Floats minus = v[1] - v[0], plus = v[1] + v[0];
+    sums[0] = fused(minus, minus, sums[0]);
+    sums[1] = fused(plus, plus, sums[1]);
+    sums[2] = fused(minus, v[0], sums[2]);
+    sums[3] = fused(plus, v[0], sums[3]);
+    sums[4] = fused(v[0], v[0], sums[4]);
+  }
+  static void add_gradient(Floats* sums, const Floats* v) {
+    sums[5] = fused(v[2], v[0], sums[5]);
+    sums[6] = fused(v[2], v[1] - v[0], sums[6]);
+    sums[7] = fused(v[2], v[1] + v[0], sums[7]);
+  }
+  // y becomes e.
+  static void rebase(Floats* v, const double* s) {
+    v[1] = s[0] <= s[1] ? v[1] - v[0] : v[1] + v[0];
+  }
+
+  // angle / sine.
+  double stretch() const { return angle < 1e-4 ? 1 + angle * angle / 6 : angle / sine; }
+  // The angle's gradient in x is scale·(e + tilt·x), in y -scale·(cosine·e - |tilt|·x), for a scale < 0.
+  double tilt() const { return sigma * 2 * over(sigma > 0 ? near : far, near + far); }
+};
+
+// a·x + b·(y across x), and a'/sine, b'/sine for the derivatives in the angle.
+struct Weights {
+  double a, b, a1, b1;
+};
+
+Weights slerp_weights(const Pair& p, double t) {
+  const double w = p.angle, turned = t * w, square = w * w;
+  const double b = w < 1e-4 ? t * (1 + square * (1 - t * t) / 6) : std::sin(turned) / p.sine;
+  const double cubic = (1 - t * t) / 3, quintic = (7 - 10 * t * t + 3 * t * t * t * t) / 90;
+  const double b1 = w < 5e-3 ? t * (cubic + quintic * square) * (1 + square / 6)
+                             : (t * std::cos(turned) * p.sine - std::sin(turned) * p.cosine) /
+                                   (p.sine * p.sine * p.sine);
+  return {std::cos(turned), b, -t * b, b1};
+}
+
+Weights log_weights(const Pair& p, double) {
+  const double w = p.angle, square = w * w;
+  const double b1 = w < 5e-3 ? (1.0 / 3 + square * 7 / 90) * (1 + square / 6)
+                             : (p.sine - w * p.cosine) / (p.sine * p.sine * p.sine);
+  return {0, p.stretch(), 0, b1};
+}
+
+using WeightsOf = Weights (*)(const Pair&, double);
+
+// From x towards y: slerp and the logarithm.
+template <WeightsOf weights>
+struct Along {
+  static constexpr int vectors = 2, outputs = 1, sums = 5;
+  static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
+  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    const Pair p(s);
+    if (p.antipodal) {
+      // Any direction is a shortest way.
+      const Perpendicular h(row.vector[0], row.columns, p.square);
+      const bool log = weights == log_weights;
+      const double across = log ? p.angle : std::sin(row.t * p.angle);
+      r.set(0, (log ? 0 : std::cos(row.t * p.angle)) + across * h.along);
+      r.at = h.at;
+      r.spike = across * h.spike;
+      return r;
+    }
+    const Weights w = weights(p, row.t);
+    r.set(0, w.a - w.b * p.share, w.b);
+    return r;
+  }
+};
+
+template <WeightsOf weights>
+struct AlongBackward {
+  static constexpr int vectors = 3, outputs = 2, sums = 8;
+  static void add(Floats* s, const Floats* v) {
+    Pair::add(s, v);
+    Pair::add_gradient(s, v);
+  }
+  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    const Pair p(s);
+    const double g_x = s[5], turned = row.t * p.angle;
+    const bool log = weights == log_weights;
+    if (p.antipodal) {
+      // The direction taken there is held fixed.
+      const Perpendicular h(row.vector[0], row.columns, p.square);
+      const double g_h = h.along * g_x + h.spike * scalar(row.vector[2][h.at]);
+      r.set(0, 0, 0, log ? 0 : std::cos(turned));
+      r.number = p.angle * (std::cos(turned) * g_h - std::sin(turned) * g_x);
+      return r;
+    }
+    const Weights w = weights(p, row.t);
+    const double g_across = (p.sigma > 0 ? s[6] : s[7]) - p.share * g_x;
+    const double pull = over(4 * (w.a1 * g_x + w.b1 * g_across), p.near + p.far), tilt = p.tilt();
+    const double part = w.b * over(g_x, p.square), inner = over(p.inner, p.square);
+    r.set(0, -part * (p.sigma - 2 * inner) - pull * tilt, -part - pull, w.a - w.b * inner);
+    r.set(1, -part - pull * std::fabs(tilt), pull * p.cosine, w.b);
+    r.number = p.stretch() * std::cos(turned) * g_across - p.angle * std::sin(turned) * g_x;
+    return r;
+  }
+};
+
+struct Angle {
+  static constexpr int vectors = 2, outputs = 0, sums = 5;
+  static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>&) {
+    Combination r;
+    r.number = Pair(s).angle;
+    return r;
+  }
+};
+
+struct AngleBackward {
+  static constexpr int vectors = 2, outputs = 2, sums = 5;
+  static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
+  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    const Pair p(s);
+    if (p.antipodal) return r;
+    const double scale = over(2 * row.grad_angle, std::sqrt(p.near * p.far)), tilt = p.tilt();
+    r.set(0, -scale * tilt, -scale);
+    r.set(1, -scale * std::fabs(tilt), scale * p.cosine);
+    return r;
+  }
+};
+
+struct Exp {
+  static constexpr int vectors = 2, outputs = 1, sums = 1;
+  static void add(Floats* s, const Floats* v) { s[0] = fused(v[1], v[1], s[0]); }
+  static void rebase(Floats*, const double*) {}
+  static double sinc(double n) { return n < 1e-4 ? 1 - n * n / 6 : std::sin(n) / n; }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>&) {
+    Combination r;
+    const double n = std::sqrt(s[0]);
+    r.set(0, std::cos(n), sinc(n));
+    return r;
+  }
+};
+
+struct ExpBackward {
+  static constexpr int vectors = 3, outputs = 2, sums = 3;
+  static void add(Floats* s, const Floats* v) {
+    Exp::add(s, v);
+    s[1] = fused(v[2], v[0], s[1]);
+    s[2] = fused(v[2], v[1], s[2]);
+  }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>&) {
+    Combination r;
+    const double n = std::sqrt(s[0]), sinc = Exp::sinc(n);
+    const double slope = n < 1e-2 ? s[0] / 30 - 1.0 / 3 : (std::cos(n) - sinc) / s[0];
+    r.set(0, 0, 0, std::cos(n));
+    r.set(1, 0, slope * s[2] - sinc * s[1], sinc);
+    return r;
+  }
+};
+
+struct Project {
+  static constexpr int vectors = 2, outputs = 1, sums = 2;
+  static void add(Floats* s, const Floats* v) {
+    s[0] = fused(v[0], v[0], s[0]);
+    s[1] = fused(v[0], v[1], s[1]);
+  }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>&) {
+    Combination r;
+    r.set(0, -over(s[1], s[0]), 1);
+    return r;
+  }
+};
+
+struct ProjectBackward {
+  static constexpr int vectors = 3, outputs = 2, sums = 3;
+  static void add(Floats* s, const Floats* v) {
+    Project::add(s, v);
+    s[2] = fused(v[0], v[2], s[2]);
+  }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>&) {
+    Combination r;
+    const double along = over(s[1], s[0]), pull = over(s[2], s[0]);
+    r.set(0, 2 * along * pull, -pull, -along);
+    r.set(1, -pull, 0, 1);
+    return r;
+  }
+};
+
+// |x|², in double where a float would not hold it.
+template <class T>
+double square_of(double sum, const T* x, int64_t columns) {
+  if (sum > 1e-30 && sum < 1e30) return sum;
+  double exact = 0;
+  for (int64_t i = 0; i < columns; ++i) {
+    const double entry = scalar(x[i]);
+    exact += entry * entry;
+  }
+  return exact;
+}
+
+struct Normalize {
+  static constexpr int vectors = 1, outputs = 1, sums = 1;
+  static void add(Floats* s, const Floats* v) { s[0] = fused(v[0], v[0], s[0]); }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    r.set(0, over(1, std::sqrt(square_of(s[0], row.vector[0], row.columns))));
+    return r;
+  }
+};
+
+struct NormalizeBackward {
+  static constexpr int vectors = 2, outputs = 1, sums = 2;
+  static void add(Floats* s, const Floats* v) {
+    s[0] = fused(v[0], v[0], s[0]);
+    s[1] = fused(v[0], v[1], s[1]);
+  }
+  static void rebase(Floats*, const double*) {}
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    const double square = square_of(s[0], row.vector[0], row.columns), scale = over(1, std::sqrt(square));
+    r.set(0, -over(s[1] * scale, square), scale);
+    return r;
+  }
+};
+
+// x + 2<s, x>·t - 2<e, x>/|e|²·e for e = s + t; s becomes e.
+struct Rotate {
+  static constexpr int vectors = 3, outputs = 1, sums = 4;
+  static void add(Floats* s, const Floats* v) {
+    const Floats e = v[1] + v[2];
+    s[0] = fused(v[1], v[0], s[0]);
+    s[1] = fused(e, v[0], s[1]);
+    s[2] = fused(e, e, s[2]);
+    s[3] = fused(v[1], v[1], s[3]);
+  }
+  static void rebase(Floats* v, const double*) { v[1] = v[1] + v[2]; }
+  static bool antipodal(const double* s) { return s[2] < 4 * kAntipodal * kAntipodal * s[3]; }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    r.set(0, 1, -2 * over(s[1], s[2]), 2 * s[0]);
+    if (!antipodal(s)) return r;
+    // A half turn in a plane of our choice; s = e - t.
+    const Perpendicular h(row.vector[1], row.columns, s[3]);
+    const double h_x = h.along * s[0] + h.spike * scalar(row.vector[0][h.at]);
+    r.set(0, 1, -2 * h_x * h.along, 2 * s[0] + 2 * h_x * h.along);
+    r.at = h.at;
+    r.spike = -2 * h_x * h.spike;
+    return r;
+  }
+};
+
+struct RotateBackward {
+  static constexpr int vectors = 4, outputs = 3, sums = 6;
+  static void add(Floats* s, const Floats* v) {
+    Rotate::add(s, v);
+    s[4] = fused(v[3], v[2], s[4]);
+    s[5] = fused(v[3], v[1] + v[2], s[5]);
+  }
+  static void rebase(Floats* v, const double* s) { Rotate::rebase(v, s); }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    Combination r;
+    const double s_x = s[0], g_t = s[4];
+    if (Rotate::antipodal(s)) {
+      const Perpendicular h(row.vector[1], row.columns, s[3]);
+      const double g_s = s[5] - g_t, g_h = h.along * g_s + h.spike * scalar(row.vector[3][h.at]);
+      const double along = 2 * g_t - 2 * g_h * h.along;
+      r.set(0, 0, along, -along, 1);
+      r.at = h.at;
+      r.spike = -2 * g_h * h.spike;
+      r.set(1, 2 * g_t);
+      r.set(2, 0, 0, 0, 2 * s_x);
+      return r;
+    }
+    const double e_x = 2 * over(s[1], s[2]), g_e = 2 * over(s[5], s[2]);
+    r.set(0, 0, 2 * g_t - g_e, -2 * g_t, 1);
+    r.set(1, 2 * g_t - g_e, e_x * g_e, 0, -e_x);
+    r.set(2, -g_e, e_x * g_e, 0, 2 * s_x - e_x);
+    return r;
+  }
+};
+
+template <class Map, class T>
+void map_row(const Row<T>& row, T* const* outputs, float* number) {
+  Floats sums[kMostSums];
+  for (int k = 0; k < Map::sums; ++k) sums[k] = broadcast(0.0f);
+  const auto read = [&row](auto sixteen, Floats* v) {
+    for (int k = 0; k < Map::vectors; ++k) v[k] = sixteen(row.vector[k]);
+  };
+  each_sixteen<T>(row.columns, [&](int64_t, auto sixteen, auto) {
+    Floats v[kMostVectors];
+    read(sixteen, v);
+    Map::add(sums, v);
+  });
+  double totals[kMostSums];
+  for (int k = 0; k < Map::sums; ++k) totals[k] = sum(sums[k]);
+  const Combination made = Map::solve(totals, row);
+  if (number) *number = static_cast<float>(made.number);
+  if constexpr (Map::outputs > 0) {
+    each_sixteen<T>(row.columns, [&](int64_t i, auto sixteen, auto store_sixteen) {
+      Floats v[kMostVectors];
+      read(sixteen, v);
+      Map::rebase(v, totals);
+      for (int o = 0; o < Map::outputs; ++o) {
+        if (!outputs[o]) continue;
+        Floats result = v[0] * made.coefficients[o][0];
+        for (int k = 1; k < Map::vectors; ++k) result = fused(v[k], made.coefficients[o][k], result);
+        if (o == 0 && made.at >= i && made.at < i + kLanes) {
+          float lanes[kLanes];
+          store(lanes, result);
+          lanes[made.at - i] += static_cast<float>(made.spike);
+          result = load(lanes);
+        }
+        store_sixteen(outputs[o], result);
+      }
+    });
+  }
+}
+
+template <class Map>
+void map_rows(const SphereMapArguments& a) {
+  parallel_for(a.inputs[0].rows, a.threads, [&](int64_t r) {
+    with_dtype(a.inputs[0].dtype, [&](auto type) {
+      using T = decltype(type);
+      Row<T> row{{}, a.inputs[0].columns, a.t ? a.t[r] : 0.0, a.grad_angle ? a.grad_angle[r] : 0.0};
+      const int inputs = a.grad.data ? Map::vectors - 1 : Map::vectors;
+      for (int k = 0; k < inputs; ++k) row.vector[k] = a.inputs[k].row<const T>(r);
+      if (a.grad.data) row.vector[inputs] = a.grad.row<const T>(r);
+      T* outputs[kSphereInputs];
+      for (int o = 0; o < kSphereInputs; ++o)
+        outputs[o] = a.outputs[o].data ? a.outputs[o].row<T>(r) : nullptr;
+      map_row<Map>(row, outputs, a.number ? a.number + r : nullptr);
+    });
+  });
+}
+
+}  // namespace
+
+void sphere_map(const SphereMapArguments& a) {
+  switch (a.map) {
+    case SphereMap::kNormalize:
+      return a.backward ? map_rows<NormalizeBackward>(a) : map_rows<Normalize>(a);
+    case SphereMap::kProject:
+      return a.backward ? map_rows<ProjectBackward>(a) : map_rows<Project>(a);
+    case SphereMap::kAngle:
+      return a.backward ? map_rows<AngleBackward>(a) : map_rows<Angle>(a);
+    case SphereMap::kSlerp:
+      return a.backward ? map_rows<AlongBackward<slerp_weights>>(a) : map_rows<Along<slerp_weights>>(a);
+    case SphereMap::kLog:
+      return a.backward ? map_rows<AlongBackward<log_weights>>(a) : map_rows<Along<log_weights>>(a);
+    case SphereMap::kExp:
+      return a.backward ? map_rows<ExpBackward>(a) : map_rows<Exp>(a);
+    case SphereMap::kRotate:
+      return a.backward ? map_rows<RotateBackward>(a) : map_rows<Rotate>(a);
+  }
+}
+
+}  // namespace dlcore::DLCORE_ISA
