@@ -220,7 +220,6 @@ def test_no_rows_and_no_leading_dimensions(path, backend):
 
 def leaves_of(linear: bool, dtype: torch.dtype) -> list[Tensor]:
     logits = (HEAD.hidden, HEAD.weight, HEAD.bias) if linear else (LOGITS,)
-    # Away from the corner where slerp's weight is capped.
     return [t.detach().to(dtype).requires_grad_() for t in (X, TABLE, *logits)]
 
 

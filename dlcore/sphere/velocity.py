@@ -1,8 +1,8 @@
 """Velocities, scores and context-free logits of the sphere's paths over a vocabulary of unit vectors.
 
 x (..., d) is a state on the unit sphere, table (V, d) the tokens' unit vectors E_k, logits (..., V) those of
-a network's posterior p = softmax(logits): a Tensor or a LinearLogits. P_x u = u - <x, u> x. Nothing of size
-rows × V is kept. Three paths lead from the uniform law to E_k:
+a network's posterior p = softmax(logits): a Tensor or a LinearLogits. P_x u = u - <x, u> x. A velocity and a
+score keep nothing of size rows × V. Three paths lead from the uniform law to E_k:
 
 - "slerp": great circles, x = slerp(E_k, z, s) from uniform noise z at the noise fraction s (S-FLM,
   arXiv 2605.11125);
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._ops.sphere_velocity import MAX_KAPPA
 from dlcore.categorical import Head, head
 from dlcore.linear_logits import LinearLogits
 from dlcore.reference import sphere_velocity as formulas
@@ -27,7 +28,6 @@ from dlcore.reference.categorical import wide
 from dlcore.sphere import cauchy
 
 PATHS = ("slerp", "vmf", "cauchy")
-MAX_KAPPA = 1e8
 #: Norms may be off 1 by what bfloat16 rounds away, and a little more.
 TOLERANCE = 1e-2
 
@@ -188,11 +188,9 @@ def radial_weight(
         raise ValueError(f"{op}: dim must be at least 2, got {dim}")
     concentration = _kappa(op, kappa, path, Head(cosine, None, None))
     checks.value_range(op, "kappa", concentration, 0, MAX_KAPPA)
-    return (
-        torch.ones_like(wide(cosine))
-        if path == "cauchy"
-        else formulas.radial_weight(wide(cosine), concentration, dim)
-    )
+    if path == "cauchy":
+        return torch.ones_like(wide(cosine))
+    return formulas.radial_weight(wide(cosine), concentration, dim)
 
 
 def _operands(op: str, x: Tensor, logits: Tensor | LinearLogits, table: Tensor) -> Head:
