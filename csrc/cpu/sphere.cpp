@@ -1,6 +1,6 @@
 // Maps of the unit sphere and their gradients. Every result is a combination of the arguments whose
-// coefficients come from their inner products: one pass adds these up, a second one, from the cache, combines.
-// Compiled once per ISA level.
+// coefficients come from their inner products: one pass adds these up, a second one, from the cache,
+// combines. Compiled once per ISA level.
 #include "sphere.h"
 
 #include <cmath>
@@ -41,8 +41,8 @@ struct Row {
 
 inline double over(double a, double b) { return b > 0 ? a / b : 0; }
 
-// Two unit vectors x and y: the smaller one of y - x and y + x, e = y - σx, keeps what their angle leaves, and
-// y's part across x is e - share·x.
+// Two unit vectors x and y: the smaller one of y - x and y + x, e = y - σx, keeps what their angle leaves,
+// and y's part across x is e - share·x.
 struct Pair {
   double near, far, square, e_x, sigma, angle, sine, cosine, inner, share;
   bool antipodal;
@@ -75,9 +75,7 @@ struct Pair {
     sums[7] = fused(v[2], v[1] + v[0], sums[7]);
   }
   // y becomes e.
-  static void rebase(Floats* v, const double* s) {
-    v[1] = s[0] <= s[1] ? v[1] - v[0] : v[1] + v[0];
-  }
+  static void rebase(Floats* v, const double* s) { v[1] = s[0] <= s[1] ? v[1] - v[0] : v[1] + v[0]; }
 
   // angle / sine.
   double stretch() const { return angle < 1e-4 ? 1 + angle * angle / 6 : angle / sine; }
@@ -94,9 +92,9 @@ Weights slerp_weights(const Pair& p, double t) {
   const double w = p.angle, turned = t * w, square = w * w;
   const double b = w < 1e-4 ? t * (1 + square * (1 - t * t) / 6) : std::sin(turned) / p.sine;
   const double cubic = (1 - t * t) / 3, quintic = (7 - 10 * t * t + 3 * t * t * t * t) / 90;
-  const double b1 = w < 5e-3 ? t * (cubic + quintic * square) * (1 + square / 6)
-                             : (t * std::cos(turned) * p.sine - std::sin(turned) * p.cosine) /
-                                   (p.sine * p.sine * p.sine);
+  const double b1 =
+      w < 5e-3 ? t * (cubic + quintic * square) * (1 + square / 6)
+               : (t * std::cos(turned) * p.sine - std::sin(turned) * p.cosine) / (p.sine * p.sine * p.sine);
   return {std::cos(turned), b, -t * b, b1};
 }
 
@@ -114,7 +112,7 @@ template <WeightsOf weights>
 struct Along {
   static constexpr int vectors = 2, outputs = 1, sums = 5;
   static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
-  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+  static void rebase(Floats* v, const double* s, const Combination&) { Pair::rebase(v, s); }
 
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
@@ -143,7 +141,7 @@ struct AlongBackward {
     Pair::add(s, v);
     Pair::add_gradient(s, v);
   }
-  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+  static void rebase(Floats* v, const double* s, const Combination&) { Pair::rebase(v, s); }
 
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
@@ -173,7 +171,7 @@ struct AlongBackward {
 struct Angle {
   static constexpr int vectors = 2, outputs = 0, sums = 5;
   static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   template <class T>
   static Combination solve(const double* s, const Row<T>&) {
     Combination r;
@@ -185,7 +183,7 @@ struct Angle {
 struct AngleBackward {
   static constexpr int vectors = 2, outputs = 2, sums = 5;
   static void add(Floats* s, const Floats* v) { Pair::add(s, v); }
-  static void rebase(Floats* v, const double* s) { Pair::rebase(v, s); }
+  static void rebase(Floats* v, const double* s, const Combination&) { Pair::rebase(v, s); }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
@@ -201,7 +199,7 @@ struct AngleBackward {
 struct Exp {
   static constexpr int vectors = 2, outputs = 1, sums = 1;
   static void add(Floats* s, const Floats* v) { s[0] = fused(v[1], v[1], s[0]); }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   static double sinc(double n) { return n < 1e-4 ? 1 - n * n / 6 : std::sin(n) / n; }
   template <class T>
   static Combination solve(const double* s, const Row<T>&) {
@@ -219,7 +217,7 @@ struct ExpBackward {
     s[1] = fused(v[2], v[0], s[1]);
     s[2] = fused(v[2], v[1], s[2]);
   }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   template <class T>
   static Combination solve(const double* s, const Row<T>&) {
     Combination r;
@@ -237,7 +235,7 @@ struct Project {
     s[0] = fused(v[0], v[0], s[0]);
     s[1] = fused(v[0], v[1], s[1]);
   }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   template <class T>
   static Combination solve(const double* s, const Row<T>&) {
     Combination r;
@@ -252,7 +250,7 @@ struct ProjectBackward {
     Project::add(s, v);
     s[2] = fused(v[0], v[2], s[2]);
   }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   template <class T>
   static Combination solve(const double* s, const Row<T>&) {
     Combination r;
@@ -278,7 +276,7 @@ double square_of(double sum, const T* x, int64_t columns) {
 struct Normalize {
   static constexpr int vectors = 1, outputs = 1, sums = 1;
   static void add(Floats* s, const Floats* v) { s[0] = fused(v[0], v[0], s[0]); }
-  static void rebase(Floats*, const double*) {}
+  static void rebase(Floats*, const double*, const Combination&) {}
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
@@ -293,12 +291,13 @@ struct NormalizeBackward {
     s[0] = fused(v[0], v[0], s[0]);
     s[1] = fused(v[0], v[1], s[1]);
   }
-  static void rebase(Floats*, const double*) {}
+  // x becomes a unit vector first: the coefficient of a short or long one may be no float.
+  static void rebase(Floats* v, const double*, const Combination& r) { v[0] = v[0] * r.coefficients[0][1]; }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
-    const double square = square_of(s[0], row.vector[0], row.columns), scale = over(1, std::sqrt(square));
-    r.set(0, -over(s[1] * scale, square), scale);
+    const double scale = over(1, std::sqrt(square_of(s[0], row.vector[0], row.columns)));
+    r.set(0, -s[1] * scale * scale, scale);
     return r;
   }
 };
@@ -313,7 +312,7 @@ struct Rotate {
     s[2] = fused(e, e, s[2]);
     s[3] = fused(v[1], v[1], s[3]);
   }
-  static void rebase(Floats* v, const double*) { v[1] = v[1] + v[2]; }
+  static void rebase(Floats* v, const double*, const Combination&) { v[1] = v[1] + v[2]; }
   static bool antipodal(const double* s) { return s[2] < 4 * kAntipodal * kAntipodal * s[3]; }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
@@ -337,7 +336,7 @@ struct RotateBackward {
     s[4] = fused(v[3], v[2], s[4]);
     s[5] = fused(v[3], v[1] + v[2], s[5]);
   }
-  static void rebase(Floats* v, const double* s) { Rotate::rebase(v, s); }
+  static void rebase(Floats* v, const double* s, const Combination& r) { Rotate::rebase(v, s, r); }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
@@ -381,7 +380,7 @@ void map_row(const Row<T>& row, T* const* outputs, float* number) {
     each_sixteen<T>(row.columns, [&](int64_t i, auto sixteen, auto store_sixteen) {
       Floats v[kMostVectors];
       read(sixteen, v);
-      Map::rebase(v, totals);
+      Map::rebase(v, totals, made);
       for (int o = 0; o < Map::outputs; ++o) {
         if (!outputs[o]) continue;
         Floats result = v[0] * made.coefficients[o][0];

@@ -5,8 +5,8 @@
 
 namespace dlcore {
 
-// What a map takes: normalize (x), project (x, u), angle, slerp and log (x, y), exp (x, v), rotate (x, source,
-// target).
+// What a map takes: normalize (x), project (x, u), angle, slerp and log (x, y), exp (x, v), rotate (x,
+// source, target).
 enum class SphereMap : int {
   kNormalize = 0,
   kProject = 1,
@@ -24,11 +24,11 @@ struct SphereMapArguments {
   SphereMap map = SphereMap::kNormalize;
   bool backward = false;
   View inputs[kSphereInputs];
-  PerRow<float> t;                     // slerp
-  View grad;                           // backward, but for angle
-  const float* grad_angle = nullptr;   // backward of angle, (rows)
-  View outputs[kSphereInputs];         // the result, or a gradient per input
-  float* number = nullptr;             // (rows): angle, or the gradient of t
+  PerRow<float> t;                    // slerp
+  View grad;                          // backward, but for angle
+  const float* grad_angle = nullptr;  // backward of angle, (rows)
+  View outputs[kSphereInputs];        // the result, or a gradient per input
+  float* number = nullptr;            // (rows): angle, or the gradient of t
   int threads = 1;
 };
 

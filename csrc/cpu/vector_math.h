@@ -143,7 +143,8 @@ inline NoisePair normal_blocks(Key key, Domain domain, int64_t first) {
   const Words quarter = (b.odd_high + 0x20000000u) >> 30;
   const Words rest = b.odd_high - (quarter << 30);
   const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
-  const Floats angle = fused(each(convert, rest), kTwoPi * 0x1p-32f, to_float(b.odd_low) * (kTwoPi * 0x1p-64f));
+  const Floats angle =
+      fused(each(convert, rest), kTwoPi * 0x1p-32f, to_float(b.odd_low) * (kTwoPi * 0x1p-64f));
   const Floats square = angle * angle;
   Floats s = fused(square, -0x1.99477ap-13f, 0x1.110746p-7f);
   s = fused(s, square, -0x1.555546p-3f);

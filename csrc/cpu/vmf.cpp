@@ -13,7 +13,8 @@
 namespace dlcore::DLCORE_ISA {
 namespace {
 
-// Each is taken with probability 0.65 or more, so that a row has none with probability 1e-14; it keeps its last.
+// Each is taken with probability 0.65 or more, so that a row has none with probability 1e-14; it keeps its
+// last.
 constexpr int kCandidates = 32;
 
 struct Cosine {
@@ -27,7 +28,8 @@ double exponential(uint64_t bits) {
 }
 
 // Candidate k: y = t/√(q + t²) for Student's t with q = d - 1 degrees of freedom (Bailey 1994), from draws 4k
-// and 4k + 1; it is taken where the exponential number of draw 4k + 2 exceeds q·(log(1 + s) - s/(1 + s)), s = my.
+// and 4k + 1; it is taken where the exponential number of draw 4k + 2 exceeds q·(log(1 + s) - s/(1 + s)), s =
+// my.
 Cosine draw_cosine(Key key, double kappa, int64_t d, bool reject) {
   const auto q = static_cast<double>(d - 1);
   const double b = q / (2 * kappa + std::sqrt(4 * kappa * kappa + q * q));

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.sphere.geometry import vectors
+from dlcore.sphere.geometry import project, vectors
 
 #: The largest concentration: what a float32 holds.
 LARGEST = torch.finfo(torch.float32).max
@@ -27,6 +27,13 @@ def concentration(op: str, kappa: float | Tensor, lead: torch.Size, device: torc
         raise TypeError(f"{op}: kappa must be a number or a Tensor, got None")
     checks.value_range(op, "kappa", wide, 0, LARGEST)
     return wide
+
+
+def tangent(x: Tensor, mean: Tensor) -> Tensor:
+    """mean's part across x in float32 at least, exact also where they meet: x itself has none."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x, mean = x.to(wide), mean.to(wide)
+    return project(x, mean - x)
 
 
 def sample(

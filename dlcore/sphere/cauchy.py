@@ -20,7 +20,7 @@ from dlcore import _checks as checks
 from dlcore.reference import bessel
 from dlcore.sphere import _laws
 from dlcore.sphere._laws import concentration
-from dlcore.sphere.geometry import project, vectors
+from dlcore.sphere.geometry import vectors
 
 __all__ = ["log_prob", "posterior_logits", "rapidity", "sample", "score"]
 
@@ -40,7 +40,7 @@ def rapidity(kappa: float | Tensor, d: int) -> Tensor:
         >>> import torch
         >>> from dlcore.sphere import cauchy
         >>> cauchy.rapidity(torch.tensor([0.0, 100.0]), 64)
-        tensor([0.0000, 0.9423])
+        tensor([0.0000, 0.9361])
     """
     op = "cauchy.rapidity"
     checks.integer(op, "d", d)
@@ -113,8 +113,8 @@ def posterior_logits(x: Tensor, table: Tensor, kappa: float | Tensor) -> Tensor:
     Example:
         >>> import torch
         >>> from dlcore.sphere import cauchy
-        >>> cauchy.posterior_logits(torch.tensor([1.0, 0.0]), torch.eye(2), 0.0)
-        tensor([0., 0.])
+        >>> cauchy.posterior_logits(torch.tensor([1.0, 0.0]), torch.eye(2), 1.5).softmax(-1)
+        tensor([0.7817, 0.2183])
     """
     op = "cauchy.posterior_logits"
     for name, value in (("x", x), ("table", table)):
@@ -131,9 +131,10 @@ def posterior_logits(x: Tensor, table: Tensor, kappa: float | Tensor) -> Tensor:
 
 
 def score(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
-    """The Riemannian gradient of `log_prob` in x: (d - 1) m/(1 - m⟨x, μ⟩) (μ - ⟨x, μ⟩ x), a tangent at x.
+    """The Riemannian gradient of `log_prob` in x: (d - 1) m/(1 - m⟨x, μ⟩) times μ's part across x.
 
-    (..., d) in x's dtype, differentiable in all three. Raises TypeError for dtypes, ValueError for shapes or kappa.
+    A tangent at x (..., d) in x's dtype, differentiable in all three. Raises TypeError for dtypes, ValueError
+    for shapes or kappa.
 
     Example:
         >>> import torch
@@ -142,6 +143,6 @@ def score(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
         tensor([0.0000, 0.7616])
     """
     x, mean, b, facing = _facing("cauchy.score", x, mean, kappa)
-    tangent = project(x, mean)
-    pull = ((x.shape[-1] - 1) * (1 - b) / facing).to(torch.promote_types(x.dtype, torch.float32))
-    return (pull.unsqueeze(-1) * tangent).to(tangent.dtype)
+    tangent = _laws.tangent(x, mean)
+    pull = ((x.shape[-1] - 1) * (1 - b) / facing).to(tangent.dtype)
+    return (pull.unsqueeze(-1) * tangent).to(x.dtype)

@@ -3,7 +3,7 @@
 Every function takes float32, bfloat16, float16 or float64 (mixed ones are promoted), broadcasts the leading
 dimensions of its vectors, computes in float32 at least, returns vectors in the inputs' dtype, and is
 differentiable once in every argument, each gradient in one fused pass. Vectors that are not of unit length
-give what the formulas give; `normalize` makes points.
+give what the formulas give; `normalize` makes points, and its gradient drops what others have along them.
 
 Where two points coincide everything is smooth but the angle, whose derivative is taken as 0. Antipodes have
 no shortest way from one to the other: below an angle of π - 2e-5 (float64: π - 2e-12) `slerp`, `log_map` and

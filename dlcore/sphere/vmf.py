@@ -2,9 +2,9 @@
 
 `sample`, `log_prob` and `score` take points (..., d) and κ as ``float | Tensor`` that broadcasts to the
 leading dimensions. The functions of κ alone take ``float | Tensor`` of any shape (κ >= 0, finite) and the int
-d >= 2, compute in float64 whatever they get, and return the shape and dtype of κ, at least float32 (float64 for
-a Python number). The errors stated are against mpmath with 50 digits, for d from 2 to 4096 and κ from 0 to 1e5.
-They are differentiable in κ any number of times, the first by formulas in which nothing cancels.
+d >= 2, compute in float64 whatever they get, and return the shape and dtype of κ, at least float32 (float64
+for a Python number). The errors stated are against mpmath with 50 digits, for d from 2 to 4096 and κ from 0
+to 1e5. They are differentiable in κ any number of times, the first by formulas in which nothing cancels.
 
 Sources: Mardia and Jupp, "Directional Statistics" (2000), chapters 9 and 10; Wood, "Simulation of the von
 Mises-Fisher distribution" (1994).
@@ -22,7 +22,7 @@ from dlcore import _checks as checks
 from dlcore.reference import bessel
 from dlcore.sphere import _laws
 from dlcore.sphere._laws import concentration
-from dlcore.sphere.geometry import project, vectors
+from dlcore.sphere.geometry import vectors
 
 __all__ = [
     "entropy",
@@ -269,8 +269,7 @@ def score(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
         >>> vmf.score(torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0]), 3.0)
         tensor([0., 3.])
     """
-    op = "vmf.score"
-    x, mean = vectors(op, x=x, mean=mean)
-    k = concentration(op, kappa, x.shape[:-1], x.device)
-    tangent = project(x, mean)
-    return (k.unsqueeze(-1).to(torch.promote_types(x.dtype, torch.float32)) * tangent).to(tangent.dtype)
+    x, mean = vectors("vmf.score", x=x, mean=mean)
+    k = concentration("vmf.score", kappa, x.shape[:-1], x.device)
+    tangent = _laws.tangent(x, mean)
+    return (k.unsqueeze(-1).to(tangent.dtype) * tangent).to(x.dtype)
