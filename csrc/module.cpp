@@ -25,6 +25,8 @@ PYBIND11_MODULE(_C, m) {
   bind_linear_logits(m);
   bind_rng(m);
   bind_sphere(m);
+  bind_sphere_dynamics(m);
+  bind_sphere_velocity(m);
   bind_uniform(m);
   m.def("read", read_floats);
   m.def("capability", [] { return std::string(kernels().name); });

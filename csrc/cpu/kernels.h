@@ -8,6 +8,8 @@
 #include "categorical.h"
 #include "linear_logits.h"
 #include "sphere.h"
+#include "sphere_dynamics.h"
+#include "sphere_velocity.h"
 #include "uniform.h"
 
 namespace dlcore {
@@ -36,6 +38,10 @@ struct Kernels {
   void (*sphere_sample)(const SphereSampleArguments&);
   float (*read)(const float*, int64_t count, int threads);
   void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+  void (*sphere_correct)(const SphereCorrectArguments&);
+  void (*sphere_weights)(const SphereWeightsArguments&);
+  void (*sphere_velocity_backward)(const SphereVelocityBackwardArguments&);
+  void (*largest)(const LargestArguments&);
 };
 
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
@@ -66,6 +72,10 @@ void sphere_map(const SphereMapArguments&);
 void sphere_sample(const SphereSampleArguments&);
 float read(const float*, int64_t count, int threads);
 void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+void sphere_correct(const SphereCorrectArguments&);
+void sphere_weights(const SphereWeightsArguments&);
+void sphere_velocity_backward(const SphereVelocityBackwardArguments&);
+void largest(const LargestArguments&);
 }  // namespace DLCORE_ISA
 #endif
 

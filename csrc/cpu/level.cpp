@@ -31,6 +31,10 @@ const Kernels& level() {
       sphere_sample,
       read,
       gumbel,
+      sphere_correct,
+      sphere_weights,
+      sphere_velocity_backward,
+      largest,
   };
   return table;
 }

@@ -87,6 +87,8 @@ void bind_categorical(py::module_& m);
 void bind_linear_logits(py::module_& m);
 void bind_rng(py::module_& m);
 void bind_sphere(py::module_& m);
+void bind_sphere_dynamics(py::module_& m);
+void bind_sphere_velocity(py::module_& m);
 void bind_uniform(py::module_& m);
 
 }  // namespace dlcore

@@ -1,0 +1,58 @@
+// The Langevin corrector on the sphere: noise, drift and projection in one pass. Compiled once per ISA level.
+#include "sphere_dynamics.h"
+
+#include <cmath>
+#include <vector>
+
+#include "kernels.h"
+#include "parallel.h"
+#include "vectors.h"
+
+namespace dlcore::DLCORE_ISA {
+namespace {
+
+// One row; `moved` has room for whole pairs of sixteens.
+template <class T>
+void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
+  const int64_t columns = a.x.columns;
+  const T *x = a.x.row<const T>(r), *score = a.score.row<const T>(r);
+  const Key key = a.keys[r];
+  for (int64_t i = 0; i < columns; i += 2 * kLanes) {
+    const NoisePair noise = normal_blocks(key, Domain::kElement, i / 2);
+    store_alternating(moved + i, noise.even, noise.odd);
+  }
+  Floats product = broadcast(0.0f);
+  each_sixteen<T>(
+      columns, [&](int64_t i, auto sixteen, auto) { product = fused(sixteen(x), load(moved + i), product); });
+  const double q = static_cast<double>(columns - 1), length = q * a.step_size[r];
+  const double spread = std::sqrt(-std::expm1(-2 * length) / q);
+  const auto by_noise = static_cast<float>(spread), by_score = static_cast<float>(-std::expm1(-length) / q);
+  const auto by_x = static_cast<float>(std::exp(-length) - spread * sum(product));
+  Floats square = broadcast(0.0f);
+  each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto) {
+    const Floats noise = load(moved + i) * by_noise;
+    Floats y = fused(sixteen(x), by_x, fused(sixteen(score), by_score, noise));
+    if (columns - i < kLanes)
+      for (int64_t lane = columns - i; lane < kLanes; ++lane)
+        y.part[lane / kPartLanes][lane % kPartLanes] = 0;
+    store(moved + i, y);
+    square = fused(y, y, square);
+  });
+  const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(sum(square))));
+  T* out = a.out.row<T>(r);
+  each_sixteen<T>(columns, [&](int64_t i, auto, auto place) { place(out, load(moved + i) * scale); });
+}
+
+}  // namespace
+
+void sphere_correct(const SphereCorrectArguments& a) {
+  const int64_t padded = (a.x.columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
+  constexpr int64_t chunk = 16;
+  parallel_for((a.x.rows + chunk - 1) / chunk, a.threads, [&](int64_t c) {
+    std::vector<float> moved(static_cast<size_t>(padded));
+    for (int64_t r = c * chunk; r < std::min(a.x.rows, (c + 1) * chunk); ++r)
+      with_dtype(a.x.dtype, [&](auto type) { correct_row<decltype(type)>(a, r, moved.data()); });
+  });
+}
+
+}  // namespace dlcore::DLCORE_ISA

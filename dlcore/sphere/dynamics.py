@@ -1,0 +1,94 @@
+"""Moves on the unit sphere: steps along a velocity, and Langevin corrections by a score.
+
+Vectors come in any floating dtype, mixed ones are promoted; results have that dtype, and are computed in
+float32 at least. Leading dimensions broadcast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore._ops.declare import result_dtype
+from dlcore.sphere.geometry import exp_map, normalize, vectors
+
+RETRACTIONS = ("exp", "normalize")
+
+
+def step(x: Tensor, velocity: Tensor, delta: float | Tensor, *, retraction: str = "exp") -> Tensor:
+    """The state after `delta` along a velocity: R_x(delta · velocity), (..., d), of norm 1.
+
+    Args:
+        x: (..., d), unit.
+        velocity: (..., d), tangent at x.
+        delta: broadcast to the leading dimensions; s - s' for `velocity(path="slerp", noise=s)`, the increase
+            of κ for "vmf", of the rapidity for "cauchy".
+        retraction: of v = delta · velocity: "exp", along the great circle, cos|v| x + sin|v| v/|v|; or
+            "normalize", (x + v)/|x + v|.
+
+    Differentiable in x, velocity and delta.
+
+    Raises:
+        ValueError: shapes that do not fit, another retraction. TypeError: dtypes.
+
+    Example:
+        >>> import torch, dlcore
+        >>> x, v = torch.tensor([1.0, 0.0]), torch.tensor([0.0, 1.0])
+        >>> dlcore.sphere.step(x, v, torch.pi / 6)
+        tensor([0.8660, 0.5000])
+        >>> dlcore.sphere.step(x, v, 1.0, retraction="normalize")
+        tensor([0.7071, 0.7071])
+    """
+    op = "sphere.step"
+    checks.option(op, "retraction", retraction, RETRACTIONS)
+    x, v = vectors(op, x=x, velocity=velocity)
+    moved = checks.per_row(op, "delta", delta, x.shape[:-1], x.device, result_dtype(x))
+    if moved is None:
+        raise TypeError(f"{op}: delta must be a number or a Tensor, got NoneType None")
+    v = (moved.unsqueeze(-1) * v).to(x.dtype)
+    return normalize(exp_map(x, v) if retraction == "exp" else x + v)
+
+
+def correct(
+    x: Tensor,
+    score: Tensor,
+    step_size: float | Tensor,
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """A step of Langevin dynamics towards the law with this score: (..., d), of norm 1.
+
+    The exponential integrator, with a = (d-1)·step_size and noise ξ ~ N(0, I):
+
+        x' = normalize(e^{-a} x + ((1 - e^{-a}) score + √((d-1)(1 - e^{-2a})) P_x ξ) / (d-1)).
+
+    Noise moves x by √(2(d-1)·step_size): take step_size = c/(d-1), c of 0.1 to 1. No step is too long for a
+    flat law; under a vMF law of κ = d/2 the mean cosine errs by 1% at c = 0.1 and by 4% at c = 1.
+
+    Args:
+        x: (..., d), unit, d at least 2.
+        score: (..., d), tangent at x: `posterior_score`, or the gradient of any log density.
+        step_size: at least 0, broadcast to the leading dimensions.
+        key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
+
+    Differentiable in x, score and step_size.
+
+    Example:
+        >>> import torch, dlcore
+        >>> x = torch.eye(4)[0]
+        >>> dlcore.sphere.correct(x, torch.zeros(4), 0.1 / 3, key=dlcore.rng.key(7)).shape
+        torch.Size([4])
+    """
+    op = "sphere.correct"
+    x, score = vectors(op, x=x, score=score)
+    lead = x.shape[:-1]
+    if x.shape[-1] < 2:
+        raise ValueError(f"{op}: x must be (..., d) with d >= 2, got {tuple(x.shape)}")
+    size = checks.per_row(op, "step_size", step_size, lead, x.device, result_dtype(x))
+    if size is None:
+        raise TypeError(f"{op}: step_size must be a number or a Tensor, got NoneType None")
+    drawn = checks.key(op, key, generator, lead, x.device)
+    corrected: Tensor = torch.ops.dlcore.sphere_correct(x, score, size.expand(lead), drawn)
+    return corrected
