@@ -428,8 +428,7 @@ def decode(
     elif not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
     scale, softcap = _scale(op, softmax_scale, q.shape[3]), _softcap(op, softcap)
-    cache.check_room(op, rows)
-    cache.write(layer, k, v)
+    cache.write_as(op, layer, k, v)
     keys, values = cache.view(layer)
     length = cache.lengths.long().unsqueeze(1)
     bounds = _decode_intervals(length, rows, num_commit, causal, window, window_anchor)
@@ -439,20 +438,21 @@ def decode(
 def _decode_intervals(
     length: Tensor, rows: int, num_commit: int, causal: bool | Tensor, window: int | None, anchor: str
 ) -> Intervals:
+    bounds = torch.zeros((2, len(length), rows, 2), dtype=torch.int32, device=length.device)
     row = torch.arange(rows, device=length.device)
-    position = length + row
-    block = torch.where(row < num_commit, 0, num_commit) + length
-    stop = torch.where(row < num_commit, num_commit, rows) + length
-    start = torch.zeros_like(stop)
+    position, block, stop = length + row, length, length + rows
+    if num_commit:
+        block = torch.where(row < num_commit, 0, num_commit) + length
+        stop = torch.where(row < num_commit, num_commit, rows) + length
     if isinstance(causal, Tensor) or causal:
         stop = torch.where(torch.as_tensor(causal, device=length.device), position + 1, stop)
     if window is not None and anchor == "block":
-        start = (block - (window - 1)).clamp(min=0)
+        bounds[0, ..., 0] = (block - (window - 1)).clamp(min=0)
     elif window is not None:
-        start = (position - (window - 1)).clamp(min=0)
+        bounds[0, ..., 0] = (position - (window - 1)).clamp(min=0)
         stop = torch.minimum(stop, position + window)
-    nothing = torch.zeros_like(start)
-    return _pair((start, stop), (nothing, nothing))
+    bounds[1, ..., 0] = stop
+    return bounds[0], bounds[1]
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

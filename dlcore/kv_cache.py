@@ -84,20 +84,19 @@ class KVCache:
 
     def view(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of a layer in place: (batch, max_len, H, D), paged (num_pages, page_size, H, D)."""
-        layer = self._layer("view", layer)
+        layer = self._layer("KVCache.view", layer)
         return self._keys[layer], self._values[layer]
-
-    def check_room(self, op: str, rows: int) -> None:
-        """ValueError in the name of `op` unless every sequence has room for so many more rows. Reads data."""
-        self._check_room(op, self.lengths + rows)
 
     def write(self, layer: int, k: Tensor, v: Tensor, start: int | Tensor | None = None) -> None:
         """Write rows k (batch, n, H, D) and v from `start` on (int or (batch,); default `lengths`).
 
         `lengths` stay as they are; writing again overwrites.
         """
-        op = "KVCache.write"
-        layer = self._layer("write", layer)
+        self.write_as("KVCache.write", layer, k, v, start)
+
+    def write_as(self, op: str, layer: int, k: Tensor, v: Tensor, start: int | Tensor | None = None) -> None:
+        """`write` whose errors name `op`."""
+        layer = self._layer(op, layer)
         self._check_rows(op, k, v)
         first = self.lengths if start is None else self._rows(op, "start", start)
         last = first + k.shape[1]
@@ -111,7 +110,7 @@ class KVCache:
         For what dLLM-Cache or dKV-Cache style schedules refresh; the positions of a sequence must differ.
         """
         op = "KVCache.scatter"
-        layer = self._layer("scatter", layer)
+        layer = self._layer(op, layer)
         self._check_rows(op, k, v)
         checks.tokens(op, "rows", rows, k.shape[:2])
         checks.token_range(op, "rows", rows, self.max_len)
@@ -149,10 +148,10 @@ class KVCache:
                 layer[self.page_table.long()] = layer[self.page_table[index].long()]
         self.lengths.copy_(self.lengths[index])
 
-    def _layer(self, method: str, layer: int) -> int:
-        checks.integer(f"KVCache.{method}", "layer", layer)
+    def _layer(self, op: str, layer: int) -> int:
+        checks.integer(op, "layer", layer)
         if not 0 <= layer < self.num_layers:
-            raise ValueError(f"KVCache.{method}: layer must lie in [0, {self.num_layers}), got {layer}")
+            raise ValueError(f"{op}: layer must lie in [0, {self.num_layers}), got {layer}")
         return layer
 
     def _rows(self, op: str, name: str, value: int | Tensor) -> Tensor:
@@ -184,13 +183,17 @@ class KVCache:
 
     def _store(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> None:
         keys, values = (x.flatten(0, 1) for x in self.view(layer))
-        inside = (position >= 0) & (position < self.max_len)
+        checked = checks.reads_data(position)
+        inside = None if checked else (position >= 0) & (position < self.max_len)
         if self.page_table is None or self.page_size is None:
             row = position + self.max_len * torch.arange(self.batch, device=position.device).unsqueeze(1)
         else:
-            page = self.page_table.long().gather(1, torch.where(inside, position, 0) // self.page_size)
+            known = position if inside is None else torch.where(inside, position, 0)
+            page = self.page_table.long().gather(1, known // self.page_size)
             row = page * self.page_size + position % self.page_size
-        # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
-        row = torch.where(inside, row, keys.shape[0])
+        if inside is not None:
+            # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
+            row = torch.where(inside, row, keys.shape[0])
+        row = row.flatten()
         for store, x in ((keys, k), (values, v)):
-            store.index_copy_(0, row.flatten(), x.detach().flatten(0, 1))
+            store.index_copy_(0, row, x.detach().flatten(0, 1))

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "normal.h"
 #include "parallel.h"
 #include "vectors.h"
 
@@ -19,7 +20,7 @@ void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
   const Key key = a.keys[r];
   for (int64_t i = 0; i < columns; i += 2 * kLanes) {
     const NoisePair noise = normal_blocks(key, Domain::kElement, i / 2);
-    store_alternating(moved + i, noise.even, noise.odd);
+    store_interleaved(moved + i, noise.even, noise.odd);
   }
   Floats product = broadcast(0.0f);
   each_sixteen<T>(
