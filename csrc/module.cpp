@@ -20,6 +20,7 @@ float read_floats(Address data, int64_t count, int threads) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "dlcore's CPU kernels.";
   bind_attention(m);
+  bind_bits(m);
   bind_categorical(m);
   bind_linear_logits(m);
   bind_rng(m);

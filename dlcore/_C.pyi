@@ -31,6 +31,53 @@ def attention_backward(
     threads: int,
 ) -> None: ...
 
+# bits
+#: address, distance between parameters, strides of rows and of columns.
+BitParameters = tuple[int, int, int, int]
+#: low, high, clip.
+BitCoding = tuple[float, float, float]
+#: (residual, x, bits), slope, coding, squared.
+BitLoss = tuple[tuple[View, View, View], BitParameters, BitCoding, bool]
+
+def bit_spans(columns: int) -> int: ...
+def bit_logits(
+    x: View,
+    residual: View | None,
+    slope: BitParameters,
+    coding: BitCoding,
+    sigmoid: bool,
+    out: int,
+    threads: int,
+) -> None: ...
+def bit_step(
+    x: View,
+    residual: View | None,
+    coefficients: BitParameters,
+    coding: BitCoding,
+    key: Key,
+    next: int,
+    probs: int,
+    threads: int,
+) -> None: ...
+def bit_perturb(x: View, spread: BitParameters, key: Key, out: int, threads: int) -> None: ...
+def bit_loss(loss: BitLoss, sums: int, threads: int) -> None: ...
+def bit_loss_backward(
+    loss: BitLoss, grad: int, residual_grad: View, x_grad: View | None, threads: int
+) -> None: ...
+def bit_encode(
+    tokens: int,
+    count: int,
+    width: int,
+    msb: bool,
+    gray: bool,
+    values: tuple[float, float],
+    out: int,
+    threads: int,
+) -> None: ...
+def bit_decode(
+    x: View, msb: bool, gray: bool, threshold: float, vocab: int, tokens: int, threads: int
+) -> None: ...
+
 # rng
 def philox(counter: tuple[int, int, int, int], key: tuple[int, int]) -> list[int]: ...
 def gumbel_of_bits(high: list[int], low: list[int]) -> list[float]: ...

@@ -1,6 +1,6 @@
 """dlcore: the compute core of diffusion language models."""
 
-from dlcore import attention, categorical, process, rng
+from dlcore import attention, bits, categorical, process, rng
 from dlcore._dispatch import backends, explain, last_backend, use_backend
 from dlcore.linear_logits import LinearLogits
 
@@ -10,6 +10,7 @@ __all__ = [
     "LinearLogits",
     "attention",
     "backends",
+    "bits",
     "categorical",
     "explain",
     "last_backend",

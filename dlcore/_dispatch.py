@@ -25,6 +25,8 @@ SERVED_BY = {
     "attention.block_causal": "attention.intervals",
     "attention.block_diffusion": "attention.intervals",
     "attention.decode": "attention.intervals",
+    "bits.churn": "bits.perturb",
+    "bits.corrupt": "bits.perturb",
     "categorical.cross_entropy": "categorical.log_probs",
     "uniform.step": "categorical.sample_mixture",
     "uniform.cross_entropy": "categorical.log_probs",

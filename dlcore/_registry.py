@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcore import _ops  # noqa: F401  (declares the ops)
 from dlcore._dispatch import implement
-from dlcore.reference import attention, categorical, rng, uniform
+from dlcore.reference import attention, bits, categorical, rng, uniform
 from dlcore.reference.backward import gradients
 
 
@@ -29,9 +29,23 @@ def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> 
     return gradients(lambda *a: categorical.expectation(*a)[0], inputs, (0, 1, 2, 3), grad)
 
 
+def _bits_loss_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, with_x = inputs
+    found = gradients(bits.loss, tuple(arguments), (0, 1) if with_x else (0,), grad)
+    return found if with_x else (*found, arguments[1].new_empty(0))
+
+
 REFERENCE: dict[str, Callable[..., Any]] = {
     "attention.intervals": attention.intervals,
     "attention.intervals_backward": attention.intervals_backward,
+    "bits.encode": bits.encode,
+    "bits.decode": bits.decode,
+    "bits.matched_filter": bits.matched_filter,
+    "bits.posterior": bits.posterior,
+    "bits.step": bits.step,
+    "bits.perturb": bits.perturb,
+    "bits.loss": bits.loss,
+    "bits.loss_backward": _bits_loss_backward,
     "rng.fold_in": rng.fold_in,
     "rng.uniform": rng.uniform,
     "rng.normal": rng.normal,
@@ -51,7 +65,13 @@ REFERENCE: dict[str, Callable[..., Any]] = {
 }
 
 #: What a draw or a statistic says carries no gradient.
-NOT_DIFFERENTIABLE = ("categorical.stats", "categorical.sample", "categorical.sample_mixture")
+NOT_DIFFERENTIABLE = (
+    "bits.step",
+    "bits.perturb",
+    "categorical.stats",
+    "categorical.sample",
+    "categorical.sample_mixture",
+)
 
 for _op, _function in REFERENCE.items():
     _function = torch.no_grad()(_function) if _op in NOT_DIFFERENTIABLE else _function
@@ -61,12 +81,13 @@ for _op, _function in REFERENCE.items():
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     """The compiled families, and why they can't take some arguments; empty if the module is not built."""
     try:
-        from dlcore.cpu import attention, categorical, rng, tensors, uniform
+        from dlcore.cpu import attention, bits, categorical, rng, tensors, uniform
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
     return {
         "attention": attention,
+        "bits": bits,
         "categorical": categorical,
         "rng": rng,
         "uniform": uniform,
@@ -74,7 +95,13 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
 
 
 #: What stands before the logits in a backward op: the gradient and what the forward pass saved.
-SAVED = {"categorical.log_probs": 2, "categorical.kl": 2, "categorical.expectation": 3, "uniform.nelbo": 2}
+SAVED = {
+    "bits.loss": 1,
+    "categorical.log_probs": 2,
+    "categorical.kl": 2,
+    "categorical.expectation": 3,
+    "uniform.nelbo": 2,
+}
 
 
 def _of_logits(reasons: Callable[..., list[str]], saved: int) -> Callable[..., list[str]]:

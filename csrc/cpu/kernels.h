@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
 #include "uniform.h"
@@ -12,6 +13,13 @@ struct Kernels {
   const char* name;
   void (*attention)(const AttentionArguments&);
   void (*attention_backward)(const AttentionBackwardArguments&);
+  void (*bit_decode)(const BitDecodeArguments&);
+  void (*bit_encode)(const BitEncodeArguments&);
+  void (*bit_logits)(const BitLogitsArguments&);
+  void (*bit_loss)(const BitLossArguments&);
+  void (*bit_loss_backward)(const BitLossBackwardArguments&);
+  void (*bit_perturb)(const BitPerturbArguments&);
+  void (*bit_step)(const BitStepArguments&);
   void (*scan)(const ScanArguments&);
   void (*softmax_tile)(const SoftmaxTileArguments&);
   void (*histogram)(const HistogramArguments&);
@@ -30,6 +38,13 @@ struct Kernels {
 namespace DLCORE_ISA {
 void attention(const AttentionArguments&);
 void attention_backward(const AttentionBackwardArguments&);
+void bit_decode(const BitDecodeArguments&);
+void bit_encode(const BitEncodeArguments&);
+void bit_logits(const BitLogitsArguments&);
+void bit_loss(const BitLossArguments&);
+void bit_loss_backward(const BitLossBackwardArguments&);
+void bit_perturb(const BitPerturbArguments&);
+void bit_step(const BitStepArguments&);
 Summary scan_row(const ScanArguments&, int64_t r);
 void scan(const ScanArguments&);
 void softmax_tile(const SoftmaxTileArguments&);

@@ -247,6 +247,40 @@ inline Lanes<FloatPart, N> max(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return max(spread(a), y); }, b);
 }
 
+// The square root, correctly rounded.
+inline FloatPart root(FloatPart x) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_sqrt_ps(0xFFFF, (__m512)x);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_sqrt_ps((__m256)x);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < kPartLanes; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+inline Floats root(const Floats& x) {
+  return each([](FloatPart v) { return root(v); }, x);
+}
+
+// a < b ? a : b, so b where either is NaN.
+inline FloatPart min(FloatPart a, FloatPart b) {
+#if defined(__AVX512F__)
+  return (FloatPart)_mm512_maskz_min_ps(0xFFFF, (__m512)a, (__m512)b);
+#elif defined(__AVX2__)
+  return (FloatPart)_mm256_min_ps((__m256)a, (__m256)b);
+#elif defined(__SSE2__)
+  return (FloatPart)_mm_min_ps((__m128)a, (__m128)b);
+#else
+  return a < b ? a : b;
+#endif
+}
+template <int N>
+inline Lanes<FloatPart, N> min(float a, const Lanes<FloatPart, N>& b) {
+  return each([a](FloatPart y) { return min(spread(a), y); }, b);
+}
+
 // a·b + c, rounded once where the machine can.
 inline FloatPart fused(FloatPart a, FloatPart b, FloatPart c) {
 #if defined(__AVX512F__)
@@ -312,19 +346,41 @@ inline WidePart multiply_even(WidePart x, uint32_t word) {
 #endif
 }
 
-struct Product {
-  Words high, low;
+// 32-bit words in 64-bit lanes, whose upper halves hold anything: what products want. Those of lanes 0, 2, ...
+// and those of lanes 1, 3, ...
+struct SpreadWords {
+  WidePart even[kParts], odd[kParts];
 };
 
-inline Product multiply(const Words& a, uint32_t word) {
-  Product r;
+inline SpreadWords spread_words(const Words& x) {
+  SpreadWords r;
   for (int i = 0; i < kParts; ++i) {
-    const auto x = (WidePart)a.part[i];
-    const WidePart even = multiply_even(x, word), odd = multiply_even(x >> 32, word);
-    r.high.part[i] = (WordPart)(even >> 32 | (odd & 0xFFFFFFFF00000000ull));
-    r.low.part[i] = (WordPart)((even & 0xFFFFFFFFull) | odd << 32);
+    r.even[i] = (WidePart)x.part[i];
+    r.odd[i] = (WidePart)x.part[i] >> 32;
   }
   return r;
+}
+
+inline Words gathered(const SpreadWords& x) {
+  Words r;
+  for (int i = 0; i < kParts; ++i)
+    r.part[i] = (WordPart)((x.even[i] & 0xFFFFFFFFull) | x.odd[i] << 32);
+  return r;
+}
+
+template <class F>
+inline SpreadWords each_half(F f, const SpreadWords& a, const SpreadWords& b) {
+  SpreadWords r;
+  for (int i = 0; i < kParts; ++i) {
+    r.even[i] = f(a.even[i], b.even[i]);
+    r.odd[i] = f(a.odd[i], b.odd[i]);
+  }
+  return r;
+}
+
+// The 64-bit products of words.
+inline SpreadWords multiply(const SpreadWords& a, uint32_t word) {
+  return each_half([word](WidePart x, WidePart) { return multiply_even(x, word); }, a, a);
 }
 
 // x[(i + by) % lanes] in lane i.

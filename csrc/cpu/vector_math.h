@@ -13,17 +13,22 @@ constexpr float kLn2 = 0.693147181f;
 constexpr float kExponentFloor = -125.0f;
 constexpr float kExponentCeiling = 126.0f;
 
+// 2^f for f in [-1/2, 1/2].
+template <int N>
+inline Lanes<FloatPart, N> exp2_fraction(const Lanes<FloatPart, N>& f) {
+  auto p = fused(f, 0x1.5bba14p-10f, 0x1.3cea88p-7f);
+  p = fused(p, f, 0x1.c6b752p-5f);
+  p = fused(p, f, 0x1.ebf9bcp-3f);
+  p = fused(p, f, 0x1.62e42ap-1f);
+  return fused(p, f, 1.0f);
+}
+
 // 2^y for y in [-125, 126], relative error 2^-23; NaN stays NaN.
 template <int N>
 inline Lanes<FloatPart, N> exp2(const Lanes<FloatPart, N>& y) {
   const auto n = each([](FloatPart v) { return Exponent(v); }, y);
   const auto f = y - each([](Exponent e) { return e.value(); }, n);
-  auto p = fused(f, 0x1.5bba14p-10f, 0x1.3cea88p-7f);
-  p = fused(p, f, 0x1.c6b752p-5f);
-  p = fused(p, f, 0x1.ebf9bcp-3f);
-  p = fused(p, f, 0x1.62e42ap-1f);
-  p = fused(p, f, 1.0f);
-  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, p);
+  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
 }
 
 // 1 / x for x in [1, 2^125], relative error 2^-22: a first guess from the exponent, squared three times. A
@@ -64,8 +69,12 @@ inline Floats log1p(const Floats& x) {
 
 // Unsigned words to float, rounded once: both halves convert exactly.
 inline Floats to_float(const Words& x) {
+#if defined(__AVX512F__)
+  return each([](WordPart v) { return (FloatPart)_mm512_maskz_cvtepu32_ps(0xFFFF, (__m512i)v); }, x);
+#else
   const auto convert = [](WordPart v) { return __builtin_convertvector((IntPart)v, FloatPart); };
   return fused(each(convert, x >> 16), 65536.0f, each(convert, x & 0xFFFFu));
+#endif
 }
 
 // The 64 bits high·2^32 + low as a number in (0, 1].
@@ -73,16 +82,20 @@ inline Floats unit(const Words& high, const Words& low) {
   return fused(to_float(high), 0x1p-32f, (to_float(low) + 0.5f) * 0x1p-64f);
 }
 
-// -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
-inline Floats gumbel(const Words& high, const Words& low) {
-  const Floats u = unit(high, low);
-  // 1 - u: from the complemented bits where u is large, else rounded, with its rounding given back below.
+// -log1p(-u) for 64 bits u, without loss at either end.
+inline Floats exponential(const Words& high, const Words& low) {
+  // The lesser of u and 1 - u: the latter from the complemented bits.
+  const Words large = each([](WordPart h) { return (WordPart)((IntPart)h >> 31); }, high);
+  const Floats lesser = unit(high ^ large, low ^ large);
+  // 1 - u, where it is the greater rounded, with its rounding given back below.
   const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
-  const Floats w = select(small, 1.0f - u, unit(high ^ 0xFFFFFFFFu, low ^ 0xFFFFFFFFu));
-  const Floats residual = select(small, (1.0f - w) - u, 0.0f);
-  const Floats exponential = 0.0f - fused(residual, 2.0f - w, log(w));
-  return 0.0f - log(exponential);
+  const Floats w = select(small, 1.0f - lesser, lesser);
+  const Floats residual = select(small, (1.0f - w) - lesser, 0.0f);
+  return 0.0f - fused(residual, 2.0f - w, log(w));
 }
+
+// -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
+inline Floats gumbel(const Words& high, const Words& low) { return 0.0f - log(exponential(high, low)); }
 
 // exp(x·inverse_temperature - logsumexp), times a scale. The reference that x is held against is rounded to
 // float; the rest comes back as a factor, so that a common offset of the logits costs no digits.
@@ -99,27 +112,41 @@ struct Probability {
   }
 };
 
+// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i + 1
+// those of `odd`.
+struct Blocks {
+  Words even_low, even_high, odd_low, odd_high;
+};
+
+inline Blocks blocks(Key key, Domain domain, int64_t first) {
+  const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
+  SpreadWords c0 = spread_words(lane_ids() + broadcast(low_word(static_cast<uint64_t>(first))));
+  SpreadWords c1 = spread_words(broadcast(domain_word(domain, first)));
+  SpreadWords c2 = spread_words(broadcast(low_word(offset))), c3 = spread_words(broadcast(high_word(offset)));
+  uint32_t k0 = low_word(seed), k1 = high_word(seed);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const SpreadWords p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
+    const auto mixed = [](const SpreadWords& product, const SpreadWords& word, uint32_t key) {
+      return each_half([key](WidePart p, WidePart w) { return p >> 32 ^ w ^ key; }, product, word);
+    };
+    c0 = mixed(p1, c1, k0);
+    c1 = p1;
+    c2 = mixed(p0, c3, k1);
+    c3 = p0;
+    k0 += kPhiloxWeyl0;
+    k1 += kPhiloxWeyl1;
+  }
+  return {gathered(c0), gathered(c1), gathered(c2), gathered(c3)};
+}
+
 // The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.
 struct GumbelPair {
   Floats even, odd;
 };
 
 inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
-  const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
-  Words c0 = lane_ids() + broadcast(low_word(static_cast<uint64_t>(first)));
-  Words c1 = broadcast(domain_word(domain, first));
-  Words c2 = broadcast(low_word(offset)), c3 = broadcast(high_word(offset));
-  uint32_t k0 = low_word(seed), k1 = high_word(seed);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const Product p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
-    c0 = p1.high ^ c1 ^ broadcast(k0);
-    c1 = p1.low;
-    c2 = p0.high ^ c3 ^ broadcast(k1);
-    c3 = p0.low;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-  return {gumbel(c1, c0), gumbel(c3, c2)};
+  const Blocks b = blocks(key, domain, first);
+  return {gumbel(b.even_high, b.even_low), gumbel(b.odd_high, b.odd_low)};
 }
 
 // Draws [first, first + count) of a domain; first is even, `out` has room for whole blocks of 32.

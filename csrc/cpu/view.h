@@ -24,10 +24,11 @@ struct View {
   template <class T>
   T* row(int64_t r) const {
     int64_t at = 0;
-    for (int d = lead_dims - 1; d >= 0; --d) {
+    for (int d = lead_dims - 1; d > 0; --d) {
       at += r % lead_size[d] * lead_stride[d];
       r /= lead_size[d];
     }
+    at += r * lead_stride[0];
     return reinterpret_cast<T*>(data) + at;
   }
 };

@@ -82,6 +82,7 @@ void run(void (*kernel)(const Arguments&), Arguments arguments, int threads) {
 }
 
 void bind_attention(py::module_& m);
+void bind_bits(py::module_& m);
 void bind_categorical(py::module_& m);
 void bind_linear_logits(py::module_& m);
 void bind_rng(py::module_& m);

@@ -11,6 +11,8 @@ from torch import Tensor
 
 logger = logging.getLogger("dlcore")
 
+View = tuple[int, int, tuple[int, ...], tuple[int, ...]]
+
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 #: Fewer elements than this are not worth waking another thread.
@@ -19,7 +21,7 @@ _SERIAL = 1 << 15
 _workspaces = threading.local()
 
 
-def view(x: Tensor) -> tuple[int, int, tuple[int, ...], tuple[int, ...]]:
+def view(x: Tensor) -> View:
     """(address, dtype, shape, stride) of a tensor whose last dimension is contiguous."""
     return x.data_ptr(), DTYPES[x.dtype], tuple(x.shape), x.stride()
 

@@ -1,0 +1,101 @@
+// Tokens to bits and back. Compiled once per ISA level.
+#include "bits.h"
+#include "kernels.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace dlcore::DLCORE_ISA {
+namespace {
+
+// Rows that one task takes: a row is short.
+constexpr int64_t kRowsAtOnce = 256;
+
+uint64_t to_gray(uint64_t code) { return code ^ code >> 1; }
+
+uint64_t from_gray(uint64_t code) {
+  for (int shift = 1; shift < 64; shift *= 2) code ^= code >> shift;
+  return code;
+}
+
+// The lowest `width` bits the other way round.
+uint64_t reversed(uint64_t x, int width) {
+  x = (x >> 1 & 0x5555555555555555u) | (x & 0x5555555555555555u) << 1;
+  x = (x >> 2 & 0x3333333333333333u) | (x & 0x3333333333333333u) << 2;
+  x = (x >> 4 & 0x0F0F0F0F0F0F0F0Fu) | (x & 0x0F0F0F0F0F0F0F0Fu) << 4;
+  return __builtin_bswap64(x) >> (64 - width);
+}
+
+template <class Body>
+void for_rows(int64_t rows, int threads, Body body) {
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t task) {
+    const int64_t end = std::min(rows, (task + 1) * kRowsAtOnce);
+    for (int64_t r = task * kRowsAtOnce; r < end; ++r) body(r);
+  });
+}
+
+Words lane_bit_masks() {
+  Words r;
+  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = 1u << i;
+  return r;
+}
+
+template <class T>
+int64_t decode_row(const BitDecodeArguments& a, const T* row, int width) {
+  uint64_t code = 0;
+  uint32_t broken = 0;
+  for (int at = 0; at < width; at += kLanes) {
+    Floats x;
+    uint32_t valid = 0xFFFFu;
+    if (at + kLanes <= width) {
+      x = load(row + at);
+    } else {
+      T padded[kLanes] = {};
+      std::memcpy(padded, row + at, static_cast<size_t>(width - at) * sizeof(T));
+      x = load(padded);
+      valid = (1u << (width - at)) - 1;
+    }
+    code |= static_cast<uint64_t>(lane_bits(less(broadcast(a.threshold), x)) & valid) << at;
+    broken |= ~lane_bits(equal(x, x)) & valid;
+  }
+  if (broken) return -1;
+  if (a.msb) code = reversed(code, width);
+  if (a.gray) code = from_gray(code);
+  const auto token = static_cast<int64_t>(code);
+  return a.vocab > 0 && token >= a.vocab ? token % a.vocab : token;
+}
+
+}  // namespace
+
+void bit_encode(const BitEncodeArguments& a) {
+  const Words masks = lane_bit_masks();
+  const Floats low = broadcast(a.low), high = broadcast(a.high);
+  for_rows(a.count, a.threads, [&](int64_t r) {
+    auto code = static_cast<uint64_t>(a.tokens[r]);
+    if (a.gray) code = to_gray(code);
+    if (a.msb) code = reversed(code, a.width);
+    float* out = a.out + r * a.width;
+    for (int at = 0; at < a.width; at += kLanes) {
+      const Words word = broadcast(static_cast<uint32_t>(code >> at));
+      const Mask set = each([](WordPart w, WordPart m) { return (IntPart)((w & m) != 0); }, word, masks);
+      const Floats bits = select(set, high, low);
+      if (at + kLanes <= a.width) {
+        store(out + at, bits);
+        continue;
+      }
+      float tail[kLanes];
+      store(tail, bits);
+      std::memcpy(out + at, tail, static_cast<size_t>(a.width - at) * sizeof(float));
+    }
+  });
+}
+
+void bit_decode(const BitDecodeArguments& a) {
+  const int width = static_cast<int>(a.x.columns);
+  with_dtype(a.x.dtype, [&](auto type) {
+    for_rows(a.x.rows, a.threads, [&](int64_t r) {
+      a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width);
+    });
+  });
+}
+
+}  // namespace dlcore::DLCORE_ISA

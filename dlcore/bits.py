@@ -1,0 +1,680 @@
+"""Bitstream diffusion: tokens as `width` bits, x = bit + σ·noise per bit, and a posterior per bit.
+
+Codings: bits are {0, 1} ("01": CoBit) or {-1, 1} ("pm1": Analog Bits); σ is in the coding's own units, so
+x and σ of "pm1" are 2x - 1 and 2σ of "01". Probabilities are always those of a set bit, in [0, 1].
+
+What x alone says of its bit is the matched filter, the logit (x - 1/2)/σ² ("01") or 2x/σ² ("pm1"), clamped to
+±clip; a network adds a residual logit. Sums are made in float32 whatever the inputs' dtypes; a float64 input
+makes everything float64 (on the reference).
+
+Noise levels sigma and gamma are ``float | Tensor``: they broadcast to the leading dimensions of x (one per
+sequence of x (B, S), one per token of x (B, L, w)), or, with as many dimensions as x, to x itself (one per bit).
+Row r of x is x.flatten(0, -2)[r]; its noise is `rng.normal` of its key, so chunks of rows with `rng.split` keys
+agree with the whole. NaN in x or in a residual gives NaN at that place alone.
+
+Sources: CoBit, Batzolis et al., arXiv 2605.07013; Analog Bits, Chen, Zhang and Hinton, ICLR 2023.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore.entropy_schedule import EntropySchedule
+
+__all__ = [
+    "EntropySchedule",
+    "churn",
+    "churn_gamma",
+    "corrupt",
+    "decode",
+    "edm_weight",
+    "encode",
+    "euler_step",
+    "heun_step",
+    "loss",
+    "matched_filter",
+    "patch",
+    "posterior",
+    "scale_input",
+    "step",
+    "unpatch",
+]
+
+CODINGS = {"01": (0.0, 1.0), "pm1": (-1.0, 1.0)}
+ORDERS = ("msb", "lsb")
+MAX_WIDTH = 62
+#: σ² is taken to be at least this, so that x exactly between the two bits has logit 0 at σ = 0 too.
+LEAST_VARIANCE = 1e-12
+#: The most that public samplers (EDM) raise a noise level by.
+MOST_CHURN = math.sqrt(2) - 1
+LIMITS = torch.finfo(torch.float32)
+
+
+def _coding(op: str, coding: str) -> tuple[float, float]:
+    checks.option(op, "coding", coding, tuple(CODINGS))
+    return CODINGS[coding]
+
+
+def _clip(op: str, clip: float) -> float:
+    return _real(op, "clip", clip, 0.0)
+
+
+def _real(op: str, name: str, value: float, low: float, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {checks.describe(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {value:.8g}")
+    return value
+
+
+def _inputs(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Floating tensors of one shape and device, all in float64 if one is."""
+    first: tuple[str, Tensor] | None = None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        checks.floating(op, name, x)
+        if first is None:
+            first = name, x
+        elif x.shape != first[1].shape:
+            wanted = f"{first[0]}'s shape {tuple(first[1].shape)}"
+            raise ValueError(f"{op}: {name} must have {wanted}, got {tuple(x.shape)}")
+        checks.on_device(op, name, x, first[1].device)
+    if any(x is not None and x.dtype == torch.float64 for x in tensors.values()):
+        return tuple(None if x is None else x.double() for x in tensors.values())
+    return tuple(tensors.values())
+
+
+def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.0) -> float | Tensor:
+    """A parameter that broadcasts to x: one per row, or of x's number of dimensions; a number as it is."""
+    if not isinstance(value, Tensor) and not torch.compiler.is_compiling():
+        return _real(op, name, value, low, LIMITS.max)
+    per_element = isinstance(value, Tensor) and value.dim() == x.dim()
+    lead = x.shape if per_element else x.shape[:-1]
+    level = checks.per_row(op, name, value, lead, x.device, torch.float64)
+    if level is None:
+        raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
+    checks.value_range(op, name, level, low, LIMITS.max)
+    return level if per_element else level.unsqueeze(-1)
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _for(x: Tensor, *parameters: float | Tensor) -> Tensor:
+    """Parameters (n, ...) that broadcast to x, in the dtype of its results."""
+    if not any(isinstance(p, Tensor) for p in parameters):
+        return torch.tensor(parameters, dtype=_result_dtype(x), device=x.device).unsqueeze(-1)
+    like = next(p for p in parameters if isinstance(p, Tensor))
+    tensors = (p if isinstance(p, Tensor) else torch.full_like(like, p) for p in parameters)
+    return torch.stack(torch.broadcast_tensors(*tensors)).to(_result_dtype(x))
+
+
+def _slope(sigma: float | Tensor, coding: tuple[float, float]) -> float | Tensor:
+    """The matched filter's logit per unit of x."""
+    variance = sigma * sigma
+    if isinstance(variance, Tensor):
+        return (coding[1] - coding[0]) / variance.clamp(min=LEAST_VARIANCE)
+    return (coding[1] - coding[0]) / max(variance, LEAST_VARIANCE)
+
+
+def _spread(
+    sigma: float | Tensor, gamma: float | Tensor, noise_scale: float | Tensor
+) -> float | Tensor:
+    """The deviation of noise that lifts sigma to sigma·(1 + gamma)."""
+    return noise_scale * sigma * (gamma * (2 + gamma)) ** 0.5
+
+
+def _width(op: str, width: int) -> None:
+    checks.integer(op, "width", width)
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"{op}: width must lie in [1, {MAX_WIDTH}], got {width}")
+
+
+def _ranking(op: str, ranking: Tensor | None, width: int, device: torch.device) -> None:
+    """A permutation of [0, V) with V <= 2^width."""
+    if ranking is None:
+        return
+    checks.tokens(op, "ranking", ranking, device=device)
+    if ranking.dim() != 1 or not 1 <= ranking.shape[0] <= 2**width:
+        raise ValueError(f"{op}: ranking must be (V,) with V in [1, 2^{width}], got {tuple(ranking.shape)}")
+    checks.token_range(op, "ranking", ranking, ranking.shape[0])
+    if checks.reads_data(ranking) and int(torch.bincount(ranking).max()) > 1:
+        raise ValueError(f"{op}: ranking must be a permutation, got a rank twice")
+
+
+def encode(
+    tokens: Tensor,
+    width: int,
+    *,
+    order: str = "msb",
+    gray: bool = False,
+    coding: str = "01",
+    ranking: Tensor | None = None,
+) -> Tensor:
+    """The bits of tokens. Returns (..., width) float32.
+
+    Args:
+        tokens: (...) int64 in [0, 2^width), or in [0, V) with a ranking.
+        width: bits per token, 1 to 62.
+        order: the most ("msb": CoBit) or the least significant bit first ("lsb": Analog Bits).
+        gray: write the Gray code n ^ (n >> 1), in which neighbours differ in one bit.
+        coding: bits are {0, 1} ("01") or {-1, 1} ("pm1").
+        ranking: (V,) int64, a permutation: the rank of each token in a semantic order. The code is then that of
+            the rank; with `gray` it is CoBit's "semantic" code, in which like tokens have like bits.
+
+    Raises:
+        TypeError: dtypes. ValueError: width, a token out of range, a ranking that is no permutation.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.encode(torch.tensor([5, 2]), 3)
+        tensor([[1., 0., 1.],
+                [0., 1., 0.]])
+    """
+    op = "bits.encode"
+    checks.tokens(op, "tokens", tokens)
+    _width(op, width)
+    checks.option(op, "order", order, ORDERS)
+    low, high = _coding(op, coding)
+    _ranking(op, ranking, width, tokens.device)
+    checks.token_range(op, "tokens", tokens, 2**width if ranking is None else ranking.shape[0])
+    if ranking is not None:
+        tokens = ranking[tokens]
+    written: Tensor = torch.ops.dlcore.bits_encode(tokens, width, order == "msb", gray, low, high)
+    return written
+
+
+def decode(
+    bits_or_probs: Tensor,
+    *,
+    vocab_size: int | None = None,
+    order: str = "msb",
+    gray: bool = False,
+    coding: str = "01",
+    ranking: Tensor | None = None,
+) -> Tensor:
+    """The tokens of bits: the inverse of `encode`. Returns (...) int64.
+
+    Args:
+        bits_or_probs: (..., w), w up to 62. A bit is set above 1/2 ("01": bits, noisy bits or probabilities) or
+            above 0 ("pm1"). What `step` and `posterior` call probs are "01" whatever coding they were given.
+        vocab_size: V: the 2^w - V codes without a token wrap around, n mod V (CoBit's raw_binary); None: no code
+            does. With a ranking it is the ranking's length.
+        order, gray, coding, ranking: as in `encode`.
+
+    Returns:
+        int64; -1 for a token with a NaN bit.
+
+    Raises:
+        TypeError: dtypes. ValueError: more than 62 bits, vocab_size, ranking.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.decode(torch.tensor([[0.9, 0.2, 0.6], [1.0, 1.0, 1.0]]), vocab_size=6)
+        tensor([5, 1])
+    """
+    op = "bits.decode"
+    checks.floating(op, "bits_or_probs", bits_or_probs)
+    width = bits_or_probs.shape[-1]
+    if width > MAX_WIDTH:
+        raise ValueError(f"{op}: bits_or_probs must be (..., w) with w at most {MAX_WIDTH}, got {width}")
+    checks.option(op, "order", order, ORDERS)
+    threshold = sum(_coding(op, coding)) / 2
+    _ranking(op, ranking, width, bits_or_probs.device)
+    if vocab_size is not None:
+        checks.integer(op, "vocab_size", vocab_size)
+        if not 1 <= vocab_size <= 2**width:
+            raise ValueError(f"{op}: vocab_size must lie in [1, 2^{width}], got {vocab_size}")
+        if ranking is not None and vocab_size != ranking.shape[0]:
+            raise ValueError(f"{op}: vocab_size must be the ranking's {ranking.shape[0]}, got {vocab_size}")
+    vocab = vocab_size if ranking is None else ranking.shape[0]
+    read: Tensor = torch.ops.dlcore.bits_decode(bits_or_probs, order == "msb", gray, threshold, vocab or 0)
+    if ranking is None:
+        return read
+    inverse = torch.empty_like(ranking).scatter(0, ranking, torch.arange(len(ranking), device=ranking.device))
+    return torch.where(read < 0, read, inverse[read.clamp(min=0)])
+
+
+def patch(x: Tensor, width: int) -> Tensor:
+    """A bitstream (..., L·width) as one row per token (..., L, width), without a copy.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.patch(torch.zeros(2, 12), 3).shape
+        torch.Size([2, 4, 3])
+    """
+    op = "bits.patch"
+    if not isinstance(x, Tensor) or x.dim() < 1:
+        raise TypeError(f"{op}: x must be a Tensor (..., n), got {checks.describe(x)}")
+    checks.integer(op, "width", width)
+    if width < 1 or x.shape[-1] % width:
+        raise ValueError(f"{op}: width must divide x's last dimension {x.shape[-1]}, got {width}")
+    return x.unflatten(-1, (-1 if x.shape[-1] else 0, width))
+
+
+def unpatch(x: Tensor) -> Tensor:
+    """The inverse of `patch`: (..., L, w) -> (..., L·w).
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.unpatch(torch.zeros(2, 4, 3)).shape
+        torch.Size([2, 12])
+    """
+    if not isinstance(x, Tensor) or x.dim() < 2:
+        raise TypeError(f"bits.unpatch: x must be a Tensor (..., L, w), got {checks.describe(x)}")
+    return x.flatten(-2)
+
+
+def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip: float = 30.0) -> Tensor:
+    """The logit of a bit given its own noisy value: (x - 1/2)/σ² ("01") or 2x/σ² ("pm1"), within ±clip.
+
+    Args:
+        x: (..., S) noisy bits.
+        sigma: at least 0. Towards 0 the logit is ±clip, at x exactly between the bits 0; for large σ it is 0.
+        coding: "01" or "pm1".
+        clip: the largest logit, `inf` for none.
+
+    Returns:
+        (..., S) float32 or wider. Differentiable in x, with gradient 0 where the clip binds.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, sigma, clip.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.matched_filter(torch.tensor([0.5, 1.0, 9.0]), 0.5)
+        tensor([ 0.,  2., 30.])
+    """
+    op = "bits.matched_filter"
+    code = _coding(op, coding)
+    (x,) = _inputs(op, x=x)
+    assert x is not None
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
+    filtered: Tensor = torch.ops.dlcore.bits_matched_filter(x, slope, sum(code) / 2, _clip(op, clip))
+    return filtered
+
+
+def posterior(
+    x: Tensor,
+    sigma: float | Tensor,
+    residual: Tensor | None = None,
+    *,
+    coding: str = "01",
+    clip: float = 30.0,
+) -> Tensor:
+    """The probability that a bit is set: sigmoid(residual + matched filter).
+
+    Args:
+        x, sigma, coding, clip: as in `matched_filter`.
+        residual: (..., S) logits of a network, None for what x alone says. Independent fair bits need none.
+
+    Returns:
+        (..., S) float32 or wider. Differentiable in x and residual.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, sigma, clip.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.posterior(torch.tensor([0.5, 1.0]), 0.5)
+        tensor([0.5000, 0.8808])
+    """
+    op = "bits.posterior"
+    code = _coding(op, coding)
+    x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
+    clip = _clip(op, clip)
+    probs: Tensor = torch.ops.dlcore.bits_posterior(x, residual, slope, sum(code) / 2, clip)
+    return probs
+
+
+def corrupt(
+    bits: Tensor,
+    sigma: float | Tensor,
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Noisy bits x = bits + σ·noise. Returns (..., S) float32 or wider; not differentiable.
+
+    Args:
+        bits: (..., S) of either coding.
+        sigma: at least 0.
+        key: int64 (2,) or one per row (*bits.shape[:-1], 2), see `dlcore.rng`; else drawn from `generator` or
+            torch's own.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, sigma.
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore import bits
+        >>> bits.corrupt(torch.ones(2, 8), 0.5, key=dlcore.rng.key(7)).shape
+        torch.Size([2, 8])
+    """
+    op = "bits.corrupt"
+    (bits,) = _inputs(op, bits=bits)  # type: ignore[assignment]
+    return _perturb(op, bits, _level(op, "sigma", sigma, bits), key, generator)
+
+
+def churn(
+    x: Tensor,
+    sigma: float | Tensor,
+    gamma: float | Tensor,
+    *,
+    noise_scale: float | Tensor = 1.003,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, float | Tensor]:
+    """Noise that lifts x from σ to σ̂ = σ·(1 + γ): x̂ = x + √(σ̂² - σ²)·noise_scale·noise.
+
+    Args:
+        x: (..., S) noisy bits of either coding.
+        sigma: at least 0.
+        gamma: at least 0; see `churn_gamma`.
+        noise_scale: S_noise; 1 is what leaves the law of an exact sampler alone.
+        key, generator: as in `corrupt`.
+
+    Returns:
+        x̂ (..., S) float32 or wider, not differentiable, and σ̂, a float if sigma and gamma are.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, sigma, gamma, noise_scale.
+
+    Source:
+        Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models", Algorithm 2.
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore import bits
+        >>> x_hat, sigma_hat = bits.churn(torch.zeros(2, 8), 2.0, 0.25, key=dlcore.rng.key(7))
+        >>> sigma_hat
+        2.5
+    """
+    op = "bits.churn"
+    (x,) = _inputs(op, x=x)  # type: ignore[assignment]
+    levels = (_level(op, "sigma", sigma, x), _level(op, "gamma", gamma, x))
+    spread = _spread(*levels, _level(op, "noise_scale", noise_scale, x))
+    return _perturb(op, x, spread, key, generator), sigma * (1 + gamma)
+
+
+def _perturb(
+    op: str, x: Tensor, spread: float | Tensor, key: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    key = checks.key(op, key, generator, x.shape[:-1], x.device)
+    noisy: Tensor = torch.ops.dlcore.bits_perturb(x, _for(x, spread)[0], key)
+    return noisy
+
+
+def step(
+    x: Tensor,
+    residual: Tensor | None,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    gamma_next: float | Tensor = 0.0,
+    noise_scale: float | Tensor = 1.003,
+    coding: str = "01",
+    clip: float = 30.0,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """One step of the probability flow from σ to σ', in one pass: x' = m + (σ'/σ)·(x - m), m the posterior mean.
+
+    With gamma_next > 0 the same pass also churns the result, up to σ'·(1 + gamma_next): that is then the sigma
+    of the next network call and of the next `step`. Where σ' = σ, x stays to the bit, so clean positions (a
+    prompt) are held by a sigma and sigma_next of their own per bit.
+
+    Args:
+        x: (..., S) noisy bits at sigma.
+        residual: (..., S) logits of a network at (x, sigma), or None.
+        sigma: positive, the level of x.
+        sigma_next: at least 0. At 0 the result is the posterior mean; above σ the flow runs backwards.
+        gamma_next, noise_scale: as in `churn`; a gamma_next of 0.0 (a number) draws no noise and no key.
+        coding, clip: as in `posterior`.
+        key, generator: as in `corrupt`. The noise is that of `churn` with the same key.
+
+    Returns:
+        x_next and probs, both (..., S) float32 or wider. Not differentiable: see `posterior` and `euler_step`.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, levels out of range.
+
+    Source:
+        CoBit's stochastic sampler, arXiv 2605.07013, in the form that never divides by σ².
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore import bits
+        >>> x_next, probs = bits.step(torch.tensor([[0.5, 1.0]]), None, 0.5, 0.25)
+        >>> x_next
+        tensor([[0.5000, 0.9404]])
+        >>> x_next, _ = bits.step(x_next, None, 0.25, 0.125, gamma_next=0.1, key=dlcore.rng.key(7))
+    """
+    op = "bits.step"
+    code = _coding(op, coding)
+    x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
+    here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
+    noisy = isinstance(gamma_next, Tensor) or gamma_next != 0
+    spread: float | Tensor = 0.0
+    if isinstance(gamma_next, Tensor) or gamma_next != 0:
+        gamma = _level(op, "gamma_next", gamma_next, x)
+        spread = _spread(there, gamma, _level(op, "noise_scale", noise_scale, x))
+        key = checks.key(op, key, generator, x.shape[:-1], x.device)
+    else:
+        key = None
+    coefficients = _for(x, _slope(here, code), there / here, spread)
+    clip = _clip(op, clip)
+    moved: tuple[Tensor, Tensor] = torch.ops.dlcore.bits_step(x, residual, coefficients, *code, clip, key)
+    return moved
+
+
+def euler_step(
+    x: Tensor, probs: Tensor, sigma: float | Tensor, sigma_next: float | Tensor, *, coding: str = "01"
+) -> Tensor:
+    """The flow's step of `step` for given probabilities: guided ones, p_u + w·(p_c - p_u), say.
+
+    Args:
+        x: (..., S) noisy bits at sigma.
+        probs: (..., S) of a set bit, whatever the coding; guidance may leave [0, 1].
+        sigma, sigma_next, coding: as in `step`.
+
+    Returns:
+        (..., S) float32 or wider. Differentiable.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, levels out of range.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.euler_step(torch.tensor([1.0]), torch.tensor([0.5]), 0.5, 0.25)
+        tensor([0.7500])
+    """
+    op = "bits.euler_step"
+    low, high = _coding(op, coding)
+    x, probs = _inputs(op, x=x, probs=probs)  # type: ignore[assignment]
+    here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
+    (ratio,) = _for(x, there / here)
+    x = x.to(ratio.dtype)
+    mean = low + (high - low) * probs.to(ratio.dtype)
+    return torch.where(ratio == 1, x, mean + ratio * (x - mean))
+
+
+def heun_step(
+    x_next: Tensor,
+    probs: Tensor,
+    probs_next: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    *,
+    coding: str = "01",
+) -> Tensor:
+    """Heun's correction of an Euler step: x' + (σ/σ' - 1)/2·(m' - m), with m' the posterior mean at (x', σ').
+
+    That is the mean of the slopes at both ends, (x - m)/σ and (x' - m')/σ', in a form that keeps the digits.
+    Where σ' = 0 the Euler step stands.
+
+    Args:
+        x_next: (..., S) the Euler step, without churn.
+        probs, probs_next: (..., S) at the step's start and at (x_next, sigma_next).
+        sigma, sigma_next, coding: as in `step`.
+
+    Returns:
+        (..., S) float32 or wider. Differentiable.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, levels out of range.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> x, sigma, sigma_next = torch.tensor([0.9]), 0.5, 0.4
+        >>> x_next, probs = bits.step(x, None, sigma, sigma_next)
+        >>> bits.heun_step(x_next, probs, bits.posterior(x_next, sigma_next), sigma, sigma_next)
+        tensor([0.8874])
+    """
+    op = "bits.heun_step"
+    low, high = _coding(op, coding)
+    x_next, probs, probs_next = _inputs(  # type: ignore[assignment]
+        op, x_next=x_next, probs=probs, probs_next=probs_next
+    )
+    here = _level(op, "sigma", sigma, x_next, LIMITS.tiny)
+    there = _level(op, "sigma_next", sigma_next, x_next)
+    here, there = _for(x_next.double(), here, there)
+    weight = torch.where(there > 0, here / torch.where(there > 0, there, 1) - 1, 0) * (high - low) / 2
+    weight = weight.to(_result_dtype(x_next))
+    return x_next + weight * (probs_next.to(weight.dtype) - probs.to(weight.dtype))
+
+
+def churn_gamma(
+    sigma: float | Tensor, s_churn: float, num_steps: int, *, window: tuple[float, float] | None = None
+) -> float | Tensor:
+    """The gamma of one of num_steps steps: min(s_churn/num_steps, √2 - 1) inside the window, else 0.
+
+    Entropy-gated churn is this with `EntropySchedule.window` and steps on `EntropySchedule.grid`.
+
+    Args:
+        sigma: the level before churn, of any shape.
+        s_churn: the sum of the gammas where the cap does not bind; CoBit's is γ·(evaluations - 1).
+        num_steps: of the grid, one less than its levels.
+        window: (lowest, highest) sigma that is churned, None for all.
+
+    Returns:
+        A float for a float, else a tensor of sigma's shape.
+
+    Raises:
+        TypeError: types. ValueError: values out of range.
+
+    Example:
+        >>> from dlcore import bits
+        >>> bits.churn_gamma(1.0, 25.0, 250, window=(0.1, 10.0)), bits.churn_gamma(20.0, 25.0, 250, window=(0.1, 10.0))
+        (0.1, 0.0)
+    """
+    op = "bits.churn_gamma"
+    checks.integer(op, "num_steps", num_steps)
+    if num_steps < 1:
+        raise ValueError(f"{op}: num_steps must be at least 1, got {num_steps}")
+    gamma = min(_real(op, "s_churn", s_churn, 0.0) / num_steps, MOST_CHURN)
+    low, high = (0.0, math.inf) if window is None else window
+    if isinstance(sigma, Tensor):
+        return torch.where((sigma >= low) & (sigma <= high), gamma, torch.zeros_like(sigma))
+    return gamma if low <= _real(op, "sigma", sigma, 0.0) <= high else 0.0
+
+
+def loss(
+    residual: Tensor,
+    x: Tensor,
+    bits: Tensor,
+    sigma: float | Tensor,
+    *,
+    kind: str = "squared",
+    coding: str = "01",
+    clip: float = 30.0,
+) -> Tensor:
+    """How far the posterior is from the bits: a mean over the last dimension, in one pass.
+
+    "squared": the mean of (posterior mean - bit)², in the coding's units: what `EntropySchedule.fit` takes as
+    error, and CoBit's loss when times `edm_weight`. Its gradient in a logit is 2·(p - b)·p·(1 - p): none where
+    a wrong bit is saturated. "bce": the binary cross-entropy in nats per bit, gradient p - b. Both keep their
+    digits for saturated bits: p - b and 1 - p are never differences of near numbers.
+
+    Args:
+        residual: (..., S) logits of a network at (x, sigma).
+        x: (..., S) noisy bits.
+        bits: (..., S) the clean bits in the coding's values; between them they are probabilities.
+        sigma: at least 0.
+        kind: "squared" or "bce".
+        coding, clip: as in `posterior`.
+
+    Returns:
+        (...) float32 or wider: per sequence of x (B, S), per token of x (B, L, w). Differentiable in residual
+        and x (through the matched filter, 0 where the clip binds), not in bits and sigma. NaN for a logit that
+        is infinite with "bce".
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, sigma, clip, kind.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> x, clean = torch.tensor([[0.5, 1.0]]), torch.tensor([[0.0, 1.0]])
+        >>> bits.loss(torch.zeros(1, 2), x, clean, 0.5)
+        tensor([0.1321])
+        >>> bits.loss(torch.zeros(1, 2), x, clean, 0.5, kind="bce")
+        tensor([0.4100])
+    """
+    op = "bits.loss"
+    code = _coding(op, coding)
+    checks.option(op, "kind", kind, ("squared", "bce"))
+    residual, x, bits = _inputs(op, residual=residual, x=x, bits=bits)  # type: ignore[assignment]
+    slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
+    clip = _clip(op, clip)
+    mean: Tensor = torch.ops.dlcore.bits_loss(residual, x, bits, slope, *code, clip, kind == "squared")
+    return mean
+
+
+def edm_weight(sigma: Tensor, *, coding: str = "01") -> Tensor:
+    """λ(σ) = (σ² + σ_d²)/(σ·σ_d)², with σ_d the deviation of a fair bit: 1/2 ("01") or 1 ("pm1").
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.edm_weight(torch.tensor([0.5, 80.0]))
+        tensor([8.0000, 4.0002])
+    """
+    low, high = _coding("bits.edm_weight", coding)
+    deviation = (high - low) / 2
+    return deviation**-2 + sigma**-2
+
+
+def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tensor:
+    """What a network is fed: (x - centre)/√(σ² + σ_d²), of variance 1 for fair bits. Differentiable in x.
+
+    Also for self-conditioning on probabilities, which CoBit centres and scales alike.
+
+    Example:
+        >>> import torch
+        >>> from dlcore import bits
+        >>> bits.scale_input(torch.tensor([1.0, 0.5]), 0.0)
+        tensor([1., 0.])
+    """
+    op = "bits.scale_input"
+    low, high = _coding(op, coding)
+    (x,) = _inputs(op, x=x)  # type: ignore[assignment]
+    level, deviation = _level(op, "sigma", sigma, x), (high - low) / 2
+    (scale,) = _for(x, (level * level + deviation * deviation) ** -0.5)
+    return (x.to(scale.dtype) - (low + high) / 2) * scale
