@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   bind_categorical(m);
   bind_linear_logits(m);
   bind_rng(m);
+  bind_sphere_velocity(m);
   bind_uniform(m);
   m.def("read", read_floats);
   m.def("capability", [] { return std::string(kernels().name); });

@@ -144,6 +144,23 @@ def kl_backward(
     p: View, q: View, temperature: Row, grad: int, numbers: int, p_out: View, q_out: View, threads: int
 ) -> None: ...
 
+# sphere_velocity
+#: (rows of parameters, their stride), how many terms; or None: SLERP's weight.
+Radial = tuple[tuple[int, int], int] | None
+
+def sphere_weights(logits: View, reference: int, radial: Radial, cosines: int, threads: int) -> None: ...
+def sphere_velocity_backward(
+    logits: View,
+    logsumexp: int,
+    mean: int,
+    radial: Radial,
+    cosines: int,
+    pulls: int,
+    out: View,
+    threads: int,
+) -> None: ...
+def largest(logits: View, first_token: int, count: int, values: int, ids: int, threads: int) -> None: ...
+
 # uniform
 def start_nelbo(state: int, rows: int, saved: int) -> None: ...
 def nelbo(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlcore import _ops  # noqa: F401  (declares the ops)
 from dlcore._dispatch import implement
-from dlcore.reference import attention, bits, categorical, rng, uniform
+from dlcore.reference import attention, bits, categorical, rng, sphere_velocity, uniform
 from dlcore.reference.backward import gradients
 
 
@@ -33,6 +33,13 @@ def _bits_loss_backward(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
     *arguments, with_x = inputs
     found = gradients(bits.loss, tuple(arguments), (0, 1) if with_x else (0,), grad)
     return found if with_x else (*found, arguments[1].new_empty(0))
+
+
+def _velocity_backward(grad: Tensor, _: Tensor, __: Tensor, ___: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *arguments, with_x, with_table = inputs
+    grads = gradients(lambda *a: sphere_velocity.velocity(*a)[0], tuple(arguments), (0, 1, 2, 3, 4), grad)
+    empty = grad.new_empty(0)
+    return (*grads[:3], grads[3] if with_x else empty, grads[4] if with_table else empty.clone())
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {
@@ -60,6 +67,9 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "categorical.expectation": categorical.expectation,
     "categorical.expectation_backward": _expectation_backward,
     "categorical.sample_expectation": categorical.sample_expectation,
+    "sphere.largest": sphere_velocity.largest,
+    "sphere.velocity": sphere_velocity.velocity,
+    "sphere.velocity_backward": _velocity_backward,
     "uniform.nelbo": uniform.nelbo,
     "uniform.nelbo_backward": _backward(lambda *a: uniform.nelbo(*a)[0], (0, 1, 2)),
 }
@@ -71,6 +81,7 @@ NOT_DIFFERENTIABLE = (
     "categorical.stats",
     "categorical.sample",
     "categorical.sample_mixture",
+    "sphere.largest",
 )
 
 for _op, _function in REFERENCE.items():
@@ -81,7 +92,7 @@ for _op, _function in REFERENCE.items():
 def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
     """The compiled families, and why they can't take some arguments; empty if the module is not built."""
     try:
-        from dlcore.cpu import attention, bits, categorical, rng, tensors, uniform
+        from dlcore.cpu import attention, bits, categorical, rng, sphere_velocity, tensors, uniform
     except ImportError as error:
         reason = f"the compiled module dlcore._C can't be imported: {error}"
         return {}, lambda *_: [reason]
@@ -90,6 +101,7 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
         "bits": bits,
         "categorical": categorical,
         "rng": rng,
+        "sphere": sphere_velocity,
         "uniform": uniform,
     }, tensors.reasons
 
@@ -100,6 +112,7 @@ SAVED = {
     "categorical.log_probs": 2,
     "categorical.kl": 2,
     "categorical.expectation": 3,
+    "sphere.velocity": 4,
     "uniform.nelbo": 2,
 }
 

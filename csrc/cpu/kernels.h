@@ -5,6 +5,7 @@
 #include "bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
+#include "sphere_velocity.h"
 #include "uniform.h"
 
 namespace dlcore {
@@ -31,6 +32,9 @@ struct Kernels {
   void (*nelbo_backward)(const NelboBackwardArguments&);
   float (*read)(const float*, int64_t count, int threads);
   void (*gumbel)(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+  void (*sphere_weights)(const SphereWeightsArguments&);
+  void (*sphere_velocity_backward)(const SphereVelocityBackwardArguments&);
+  void (*largest)(const LargestArguments&);
 };
 
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
@@ -57,6 +61,9 @@ void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
 float read(const float*, int64_t count, int threads);
 void gumbel(const uint32_t* high, const uint32_t* low, int64_t count, float* out);
+void sphere_weights(const SphereWeightsArguments&);
+void sphere_velocity_backward(const SphereVelocityBackwardArguments&);
+void largest(const LargestArguments&);
 }  // namespace DLCORE_ISA
 #endif
 

@@ -29,6 +29,9 @@ const Kernels& level() {
       nelbo_backward,
       read,
       gumbel,
+      sphere_weights,
+      sphere_velocity_backward,
+      largest,
   };
   return table;
 }

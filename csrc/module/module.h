@@ -86,6 +86,7 @@ void bind_bits(py::module_& m);
 void bind_categorical(py::module_& m);
 void bind_linear_logits(py::module_& m);
 void bind_rng(py::module_& m);
+void bind_sphere_velocity(py::module_& m);
 void bind_uniform(py::module_& m);
 
 }  // namespace dlcore

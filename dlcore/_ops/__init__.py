@@ -1,5 +1,5 @@
 """Every op, declared once, a file for each family. Importing this declares them all."""
 
-from dlcore._ops import attention, bits, categorical, rng, uniform
+from dlcore._ops import attention, bits, categorical, rng, sphere_velocity, uniform
 
-__all__ = ["attention", "bits", "categorical", "rng", "uniform"]
+__all__ = ["attention", "bits", "categorical", "rng", "sphere_velocity", "uniform"]

@@ -1,0 +1,273 @@
+"""Velocities, scores and context-free logits of the sphere's paths over a vocabulary of unit vectors.
+
+x (..., d) is a state on the unit sphere, table (V, d) the tokens' unit vectors E_k, logits (..., V) those of
+a network's posterior p = softmax(logits): a Tensor or a LinearLogits. P_x u = u - <x, u> x. Nothing of size
+rows × V is kept. Three paths lead from the uniform law to E_k:
+
+- "slerp": great circles, x = slerp(E_k, z, s) from uniform noise z at the noise fraction s (S-FLM,
+  arXiv 2605.11125);
+- "vmf": von Mises-Fisher laws of concentration κ (Spherical Flows, arXiv 2605.05629);
+- "cauchy": spherical Cauchy laws of rapidity artanh m.
+
+Norms are read (not under torch.compile): ValueError where one is off 1 by more than 1e-3, or 1e-2 in bfloat16
+and float16. float64 runs on the reference, and then logits, x and table all are.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore.categorical import Head, head
+from dlcore.linear_logits import LinearLogits
+from dlcore.reference import sphere_velocity as formulas
+from dlcore.reference.categorical import wide
+
+PATHS = ("slerp", "vmf", "cauchy")
+MAX_KAPPA = 1e8
+
+
+def velocity(
+    x: Tensor,
+    logits: Tensor | LinearLogits,
+    table: Tensor,
+    *,
+    path: str = "slerp",
+    noise: float | Tensor | None = None,
+    kappa: float | Tensor | None = None,
+    top_k: int | None = None,
+) -> Tensor:
+    """The path's velocity under the posterior: P_x(Σ_k p_k g(<x, E_k>) E_k), (..., d).
+
+    "slerp": g = ω / sin ω, the mean of the tokens' log maps; divided by `noise` s, the velocity per unit
+    *decrease* of s. Where p is certain, `step` by s - s' lands on the circle's point at s', s' = 0 on E_k.
+    "vmf": g solves (1 - μ²)(g' + κg) - (d-1)μg = A_d(κ) - μ; the velocity per unit of κ. "cauchy": g = 1; the
+    velocity per unit of rapidity.
+
+    Against float64, float32 errs by some 1e-6 of Σ p_k g_k or less, whatever d and κ. Next to an antipode g is
+    unbounded: below -1 + 2^-20 its cosine counts as that. A row with NaN in x or logits, with +inf or nothing
+    but -inf in logits gives NaN; other rows are untouched.
+
+    Differentiable, once, in x, logits (or hidden, weight and bias), table and noise; not in kappa. With top_k
+    a gradient in table or weight is dense.
+
+    Args:
+        x: (..., d), d at least 2, floating, unit.
+        logits: (..., V).
+        table: (V, d), floating, unit rows.
+        noise: s in (0, 1], "slerp" alone; without it the velocity times s.
+        kappa: [0, 1e8], "vmf" alone.
+        top_k: renormalise over so many largest logits, ties to the lowest id; their rows are gathered,
+            (..., top_k, d), and no product with the whole table is taken. 1 is the log map of the argmax.
+
+    Raises:
+        ValueError: shapes that do not fit, vectors that are not unit, a parameter of another path.
+        TypeError: dtypes. NotImplementedError: a gradient in kappa is asked for.
+
+    Example:
+        >>> import torch, dlcore
+        >>> table = torch.eye(3)
+        >>> v = dlcore.sphere.velocity(table[0], torch.tensor([-torch.inf, 0, -torch.inf]), table, noise=0.5)
+        >>> v  # a right angle in half a unit of time
+        tensor([0.0000, 3.1416, 0.0000])
+        >>> dlcore.sphere.step(table[0], v, 0.5).round(decimals=4)
+        tensor([0., 1., 0.])
+    """
+    op = "sphere.velocity"
+    checks.option(op, "path", path, PATHS)
+    h = _operands(op, x, logits, table)
+    concentration = _kappa(op, kappa, path, h)
+    fraction = _noise(op, noise, path, h)
+    if top_k is not None:
+        result = _of_largest(op, x, h, table, path, concentration, top_k)
+    elif path == "cauchy":
+        result = _project(wide(x), torch.ops.dlcore.categorical_expectation(*h, table, None, None, None)[0])
+    else:
+        result = torch.ops.dlcore.sphere_velocity(*h, x, table, concentration)[0]
+    return result if fraction is None else result / fraction.to(result.dtype).unsqueeze(-1)
+
+
+def posterior_score(
+    x: Tensor, logits: Tensor | LinearLogits, table: Tensor, kappa: float | Tensor
+) -> Tensor:
+    """κ Σ_k p_k P_x E_k, (..., d): the Riemannian score of the mixture of vMF laws with posterior p.
+
+    With the logits of `matched_filter` plus a log prior it is the gradient of ln Σ_k prior_k e^{κ <x, E_k>}
+    (arXiv 2605.05629, eq. 19). One product with the table. Differentiable, once, in everything.
+
+    Args:
+        x, logits, table: as in `velocity`.
+        kappa: at least 0, broadcast to the leading dimensions.
+
+    Example:
+        >>> import torch, dlcore
+        >>> table = torch.eye(2)
+        >>> dlcore.sphere.posterior_score(table[0], torch.zeros(2), table, kappa=4.0)
+        tensor([0., 2.])
+    """
+    op = "sphere.posterior_score"
+    h = _operands(op, x, logits, table)
+    scale = checks.per_row(op, "kappa", kappa, h.lead, x.device, formulas.wide(x).dtype)
+    if scale is None:
+        raise TypeError(f"{op}: kappa must be a number or a Tensor, got NoneType None")
+    checks.value_range(op, "kappa", scale, 0, torch.finfo(scale.dtype).max)
+    mean = torch.ops.dlcore.categorical_expectation(*h, table, None, None, None)[0]
+    return scale.unsqueeze(-1) * _project(wide(x), mean)
+
+
+def matched_filter(
+    x: Tensor,
+    table: Tensor,
+    *,
+    path: str = "slerp",
+    noise: float | Tensor | None = None,
+    kappa: float | Tensor | None = None,
+    rapidity: float | Tensor | None = None,
+) -> Tensor:
+    """ln p(x | token k) up to a constant, (..., V): the posterior's logits without context or prior.
+
+    "slerp": (d-2)·(ln sin(θ_k/s) - ln sin θ_k), -inf where θ_k >= sπ; "vmf": κ <x, E_k>; "cauchy":
+    -(d-1)·ln(1 - tanh(rapidity)·<x, E_k>). Differentiable in x and table. This is a (..., V) tensor; where V is
+    large the vMF path's is `LinearLogits(kappa * x, table)`.
+
+    Args:
+        x, table: as in `velocity`.
+        noise: s in (0, 1], kappa: at least 0, rapidity: at least 0; exactly the path's own.
+
+    Example:
+        >>> import torch, dlcore
+        >>> table = torch.eye(3)
+        >>> dlcore.sphere.matched_filter(table[0], table, path="vmf", kappa=5.0)
+        tensor([5., 0., 0.])
+    """
+    op = "sphere.matched_filter"
+    checks.option(op, "path", path, PATHS)
+    own = {"slerp": "noise", "vmf": "kappa", "cauchy": "rapidity"}[path]
+    given = {"noise": noise, "kappa": kappa, "rapidity": rapidity}
+    for name, value in given.items():
+        if (value is None) == (name == own):
+            state = "is needed" if value is None else "is not a parameter"
+            raise ValueError(f"{op}: {name} {state} with path={path!r}, which takes {own}")
+    _points(op, x, table)
+    state, rows = wide(x), wide(table)
+    level = checks.per_row(op, own, given[own], x.shape[:-1], x.device, state.dtype)
+    assert level is not None
+    low, high = (torch.finfo(state.dtype).tiny, 1) if path == "slerp" else (0, torch.finfo(state.dtype).max)
+    checks.value_range(op, own, level, low, high)
+    return formulas.matched_filter(state, rows, path, level.unsqueeze(-1))
+
+
+def radial_weight(
+    cosine: Tensor, dim: int, *, path: str = "slerp", kappa: float | Tensor | None = None
+) -> Tensor:
+    """g(cosine), the weight of a token at this cosine in `velocity`; elementwise, differentiable in cosine.
+
+    The vMF path's weight has no closed form beyond d = 3. It is a Chebyshev series whose coefficients solve a
+    small linear system at each κ, in float64: a relative error below 1e-9 for d >= 2 and κ up to 1e5, and
+    g(±1) = (1 ∓ A_d(κ)) / (d-1), g = 1/(d-1) at κ = 0.
+
+    Args:
+        cosine: (..., n), floating; bfloat16 and float16 give float32.
+        dim: d, at least 2. path: as in `velocity`. kappa: [0, 1e8], broadcast to cosine.shape[:-1], "vmf" alone.
+
+    Example:
+        >>> import torch, dlcore
+        >>> dlcore.sphere.radial_weight(torch.tensor([1.0, 0.0]), 768)
+        tensor([1.0000, 1.5708])
+    """
+    op = "sphere.radial_weight"
+    checks.option(op, "path", path, PATHS)
+    checks.floating(op, "cosine", cosine)
+    checks.integer(op, "dim", dim)
+    if dim < 2:
+        raise ValueError(f"{op}: dim must be at least 2, got {dim}")
+    concentration = _kappa(op, kappa, path, Head(cosine, None, None))
+    checks.value_range(op, "kappa", concentration, 0, MAX_KAPPA)
+    return torch.ones_like(wide(cosine)) if path == "cauchy" else formulas.radial_weight(
+        wide(cosine), concentration, dim
+    )
+
+
+def _operands(op: str, x: Tensor, logits: Tensor | LinearLogits, table: Tensor) -> Head:
+    """Check what every drift takes."""
+    h = head(op, logits)
+    _points(op, x, table)
+    if table.shape[0] != h.vocab:
+        raise ValueError(f"{op}: table must be ({h.vocab}, d) for logits (..., {h.vocab}), got {tuple(table.shape)}")
+    if x.shape[:-1] != h.lead:
+        raise ValueError(f"{op}: x must be {(*h.lead, table.shape[1])}, got {tuple(x.shape)}")
+    checks.on_device(op, "x", x, h.logits.device)
+    if (x.dtype == torch.float64) != (h.logits.dtype == torch.float64):
+        raise TypeError(f"{op}: x, logits and table must all be float64 or none, got {x.dtype}, {h.logits.dtype}")
+    return h
+
+
+def _points(op: str, x: Tensor, table: Tensor) -> None:
+    """Unit vectors of one dimension, on one device."""
+    checks.floating(op, "x", x)
+    checks.floating(op, "table", table)
+    if table.dim() != 2 or table.shape[1] < 2 or x.shape[-1] != table.shape[1]:
+        raise ValueError(
+            f"{op}: table must be (V, d) for x (..., d), d >= 2, got {tuple(table.shape)} and {tuple(x.shape)}"
+        )
+    if (x.dtype == torch.float64) != (table.dtype == torch.float64):
+        raise TypeError(f"{op}: x and table must both be float64 or none, got {x.dtype} and {table.dtype}")
+    checks.on_device(op, "table", table, x.device)
+    _unit(op, "x", x)
+    _unit(op, "table", table)
+
+
+def _unit(op: str, name: str, x: Tensor) -> None:
+    """Vectors of norm 1. Reads data; a row with NaN is let through."""
+    if not checks.reads_data(x):
+        return
+    tolerance = 1e-3 if x.element_size() > 2 else 1e-2
+    norm = torch.linalg.vector_norm(x.detach(), dim=-1, dtype=wide(x[..., :0]).dtype)
+    wrong = (norm - 1).abs() > tolerance
+    if bool(wrong.any()):
+        raise ValueError(f"{op}: {name} must hold unit vectors, got one of norm {norm[wrong][0].item():.6g}")
+
+
+def _kappa(op: str, kappa: float | Tensor | None, path: str, h: Head) -> Tensor | None:
+    if (kappa is None) == (path == "vmf"):
+        state = "is needed" if kappa is None else "is a parameter of path='vmf' alone, not"
+        raise ValueError(f"{op}: kappa {state} with path={path!r}")
+    if isinstance(kappa, Tensor) and kappa.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: has no gradient in kappa, detach it")
+    return checks.per_row(op, "kappa", kappa, h.lead, h.logits.device, torch.float64)
+
+
+def _noise(op: str, noise: float | Tensor | None, path: str, h: Head) -> Tensor | None:
+    if noise is not None and path != "slerp":
+        raise ValueError(f"{op}: noise is a parameter of path='slerp' alone, got path={path!r}")
+    fraction = checks.per_row(op, "noise", noise, h.lead, h.logits.device, torch.float64)
+    checks.value_range(op, "noise", fraction, torch.finfo(torch.float32).tiny, 1)
+    return fraction
+
+
+def _project(x: Tensor, u: Tensor) -> Tensor:
+    return u - (x * u).sum(-1, keepdim=True) * x
+
+
+def _of_largest(
+    op: str, x: Tensor, h: Head, table: Tensor, path: str, kappa: Tensor | None, count: int
+) -> Tensor:
+    """The velocity under the posterior of the `count` largest logits, from their rows alone."""
+    checks.integer(op, "top_k", count)
+    if count < 1:
+        raise ValueError(f"{op}: top_k must be at least 1, got {count}")
+    checks.value_range(op, "kappa", kappa, 0, MAX_KAPPA)
+    ids = torch.ops.dlcore.sphere_largest(*h, min(count, h.vocab))
+    invalid, ids = ids[..., :1] < 0, ids.clamp(min=0)
+    if h.weight is None:
+        values = wide(h.logits.gather(-1, ids))
+    else:
+        values = (wide(h.weight[ids]) * wide(h.logits).unsqueeze(-2)).sum(-1)
+        values = values if h.bias is None else values + wide(h.bias[ids])
+    state, rows = wide(x), wide(table[ids])
+    p = torch.softmax(values, -1)
+    if path != "cauchy":
+        p = p * formulas.radial_weight((rows * state.unsqueeze(-2)).sum(-1), kappa, table.shape[1])
+    return _project(state, (p.unsqueeze(-1) * rows).sum(-2)).masked_fill(invalid, torch.nan)
