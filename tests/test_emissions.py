@@ -134,6 +134,21 @@ def test_edges() -> None:
     assert vmf_emission(table.float(), table, 2.0).dtype == torch.float32
 
 
+def test_errors_of_bits_integrate_to_the_chains_entropy() -> None:
+    """I-MMSE: dH(bits | x)/d ln σ = Σ mmse/σ², from 0 where all is known to the entropy itself at σ = ∞."""
+    source, length = chain(2), 24
+    tokens = source.sample(400, length, generator=torch.Generator().manual_seed(3))
+    clean, levels = CODES[tokens], torch.logspace(-1.2, 1.5, 55, dtype=torch.float64)
+    rates = []
+    for seed, sigma in enumerate(levels.tolist()):
+        x = clean + sigma * normal(*clean.shape, seed=seed)
+        bits = bit_logits(source.posterior(gaussian_emission(x, CODES, sigma)).denoiser, CODES).sigmoid()
+        rates.append((bits - clean).square().sum((-1, -2)).mean() / sigma**2)
+    # Beyond the last level the error is the bits' own variance, and ∫ dσ/σ³ = 1/(2σ²).
+    found = float(torch.trapezoid(torch.stack(rates), levels.log()) + rates[-1] / 2)
+    assert found == pytest.approx(source.entropy(length), rel=0.02)
+
+
 X, TABLE = torch.zeros(2, 3), torch.eye(3)
 BAD = [
     (

@@ -25,12 +25,14 @@ from dlcore.testing.markov import MarkovChain
 WIDTH = 32
 #: The noise that a bitstream starts and ends with: CoBit's.
 SIGMA_MAX, SIGMA_MIN = 80.0, 0.08
-#: The sum of the γ over a run of entropy-gated churn: fixed, so that the error falls as 1/steps.
-CHURN = 8.0
+#: Entropy-gated churn has γ = CHURN/√steps: as steps grow more of it in all, and less per step.
+CHURN = 0.7
+#: Above this noise the network of the "blind" runs sees no context, only each bit alone.
+BLIND = 0.7
 #: ELF's scale of noise, and the law of logit t where its embeddings are decided, for the grid.
 SCALE, LOGIT_MEAN, LOGIT_STD = 2.0, -0.2, 0.8
-#: ELF's γ.
-GAMMA = 4.0
+#: ELF's γ at 32 steps.
+GAMMA = 1.5
 #: The noise fraction that a SLERP run ends with, and the concentration of a vMF run: by then all is decided.
 LEAST_NOISE, MOST_KAPPA = 0.5, 60.0
 #: Logits of bits are cut at the first, log-likelihoods of tokens at minus the second: certain, and finite.
@@ -56,6 +58,11 @@ class FlowNetwork(Network):
         tokens = self._posterior(gaussian_emission(groups, self.codes, sigma)).denoiser
         logits = bit_logits(tokens, self.codes).clamp(-CERTAIN, CERTAIN).flatten(-2)
         return logits - bits.matched_filter(x, sigma)
+
+    def blind_residual(self, x: Tensor, sigma: float) -> Tensor:
+        """The same of a network that has not learnt high noise: nothing there."""
+        known = self.residual(x, sigma)
+        return known if sigma < BLIND else torch.zeros_like(known)
 
     def embedded(self, x: Tensor, t: float) -> Tensor:
         """(B, L, V) log-probabilities at noisy embeddings of ELF's path."""
@@ -104,17 +111,23 @@ def _read_bits(network: FlowNetwork, probs: Tensor, last: bool) -> Tensor:
 
 
 def bitstream(
-    network: FlowNetwork, shape: Shape, steps: int, key: Tensor, churn: float = 0.0
+    network: FlowNetwork,
+    shape: Shape,
+    steps: int,
+    key: Tensor,
+    churn: float = 0.0,
+    blind: bool = False,
 ) -> Iterator[Tensor]:
-    """CoBit: the flow of bits on a grid of equal entropy, with noise of total γ `churn` on the way."""
+    """CoBit: the flow of bits on a grid of equal entropy, raised by γ = churn/√steps on the way."""
+    predict = network.blind_residual if blind else network.residual
     start, *keys = rng.split(key, steps + 1)
     levels = entropy_schedule(network.chain).grid(max(steps, 2), SIGMA_MAX, SIGMA_MIN).tolist()
-    gammas = [bits.churn_gamma(sigma, churn, steps) if churn else 0.0 for sigma in levels[:-1]] + [0.0]
+    gammas = [bits.churn_gamma(sigma, churn * math.sqrt(steps), steps) for sigma in levels[:-1]] + [0.0]
     sigma = levels[0] * (1 + gammas[0])
     x = 0.5 + sigma * rng.normal(start, (shape[0], shape[1] * network.width))
     for i, k in enumerate(keys):
         last = i == steps - 1
-        residual = network.residual(x, sigma)
+        residual = predict(x, sigma)
         after, gamma = (0.0, 0.0) if last else (levels[i + 1], gammas[i + 1])
         x, probs = bits.step(x, residual, sigma, after, gamma_next=gamma, noise_scale=1.0, key=k)
         sigma = after * (1 + gamma)
@@ -122,8 +135,18 @@ def bitstream(
 
 
 def churned_bitstream(network: FlowNetwork, shape: Shape, steps: int, key: Tensor) -> Iterator[Tensor]:
-    """CoBit's entropy-gated churn: a constant γ per step of the entropic grid."""
+    """CoBit's entropy-gated churn: as much in every step of the entropic grid."""
     return bitstream(network, shape, steps, key, churn=CHURN)
+
+
+def blind_bitstream(network: FlowNetwork, shape: Shape, steps: int, key: Tensor) -> Iterator[Tensor]:
+    """The flow of a network that errs at high noise: what is decided there stays."""
+    return bitstream(network, shape, steps, key, blind=True)
+
+
+def churned_blind_bitstream(network: FlowNetwork, shape: Shape, steps: int, key: Tensor) -> Iterator[Tensor]:
+    """Churn with that network: at lower noise, where it is right, it decides anew."""
+    return bitstream(network, shape, steps, key, churn=CHURN, blind=True)
 
 
 def embedded(
@@ -209,6 +232,8 @@ def corrected_von_mises_fisher(
 FLOWS: dict[str, Sampler] = {
     "bits": Sampler("bitstream, flow", bitstream),
     "bits-churn": Sampler("bitstream, entropy-gated churn", churned_bitstream),
+    "blind": Sampler("bitstream, blind network, flow", blind_bitstream, exact=False),
+    "blind-churn": Sampler("bitstream, blind network, churn", churned_blind_bitstream, exact=False),
     "slerp": Sampler("sphere, great circles (S-FLM)", great_circles),
     "vmf": Sampler("sphere, vMF", von_mises_fisher),
     "vmf-corrector": Sampler("sphere, vMF with corrector", corrected_von_mises_fisher),

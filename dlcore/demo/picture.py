@@ -27,6 +27,8 @@ _STYLES = (
     ("#CC79A7", "v"),
     ("#7A6A00", "P"),
     ("#555555", "<"),
+    ("#000000", ">"),
+    ("#8C564B", "p"),
 )
 Samplers = Mapping[str, Sampler]
 
