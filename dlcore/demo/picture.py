@@ -27,7 +27,7 @@ _STYLES = (
     ("#CC79A7", "v"),
     ("#7A6A00", "P"),
     ("#555555", "<"),
-    ("#000000", ">"),
+    ("#6A3D9A", ">"),
     ("#8C564B", "p"),
 )
 Samplers = Mapping[str, Sampler]
@@ -62,6 +62,7 @@ def _draw(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth
     axes.set_xlabel("bigram entropy (nats)")
     axes.set_ylabel("perplexity under the true law")
     axes.grid(alpha=0.25, linewidth=0.6)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10), numticks=20))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     for name, group in groupby(results, key=lambda r: r.sampler):
@@ -103,7 +104,6 @@ def _zoom(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth
     margin = 0.06 * (max(x) - min(x))
     axes.set_xlim(min(x) - margin, max(x) + margin)
     axes.set_ylim(min(y) / 1.05, max(y) * 1.08)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10), numticks=20))
 
 
 def _label(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
