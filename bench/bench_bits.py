@@ -34,7 +34,7 @@ def _step_check(churned: bool, eager: Callable[..., Any]) -> Callable[..., None]
             return plain(result, x, residual)
         moved, probs = result
         want, exact = eager(x.double(), residual.double())
-        close(probs, exact)
+        close(probs, exact, 1e-2 if residual.dtype == torch.bfloat16 else 2e-3)
         noise = (moved - want) / (1.003 * NEXT * (GAMMA * (2 + GAMMA)) ** 0.5)
         assert abs(float(noise.std()) - 1) < 6 / noise.numel() ** 0.5
 
@@ -121,7 +121,9 @@ CASES = (
     Case("bits.loss", SHAPE, TINY, partial(_loss, kind="bce"), "bce, forward, backward"),
     Case("bits.encode", (64, 1024), (2, 9), _encode, f"{WIDTH} bits"),
     Case("bits.decode", (64, 1024), (2, 9), _decode, f"{WIDTH} bits"),
-    Case("bits.step", (1, 256), TINY, partial(_step, churned=False), "host overhead", "", ("dlcore", "eager")),
+    Case(
+        "bits.step", (1, 256), TINY, partial(_step, churned=False), "host overhead", "", ("dlcore", "eager")
+    ),
 )
 
 

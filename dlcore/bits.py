@@ -8,9 +8,10 @@ What x alone says of its bit is the matched filter, the logit (x - 1/2)/σ² ("0
 makes everything float64 (on the reference).
 
 Noise levels sigma and gamma are ``float | Tensor``: they broadcast to the leading dimensions of x (one per
-sequence of x (B, S), one per token of x (B, L, w)), or, with as many dimensions as x, to x itself (one per bit).
-Row r of x is x.flatten(0, -2)[r]; its noise is `rng.normal` of its key, so chunks of rows with `rng.split` keys
-agree with the whole. NaN in x or in a residual gives NaN at that place alone.
+sequence of x (B, S), one per token of x (B, L, w)), or, with as many dimensions as x, to x itself (one per
+bit). Row r of x is x.flatten(0, -2)[r]; its noise is `rng.normal` of its key to 2e-6 (float32), so chunks of
+rows with `rng.split` keys agree with the whole; it costs least on long rows: noise x (B, S), not (B, L, w).
+NaN in x or in a residual gives NaN at that place alone.
 
 Sources: CoBit, Batzolis et al., arXiv 2605.07013; Analog Bits, Chen, Zhang and Hinton, ICLR 2023.
 """
@@ -24,6 +25,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore.bit_codes import decode, encode, patch, unpatch, values_of
 from dlcore.entropy_schedule import EntropySchedule
 
 __all__ = [
@@ -45,19 +47,11 @@ __all__ = [
     "unpatch",
 ]
 
-CODINGS = {"01": (0.0, 1.0), "pm1": (-1.0, 1.0)}
-ORDERS = ("msb", "lsb")
-MAX_WIDTH = 62
 #: σ² is taken to be at least this, so that x exactly between the two bits has logit 0 at σ = 0 too.
 LEAST_VARIANCE = 1e-12
 #: The most that public samplers (EDM) raise a noise level by.
 MOST_CHURN = math.sqrt(2) - 1
 LIMITS = torch.finfo(torch.float32)
-
-
-def _coding(op: str, coding: str) -> tuple[float, float]:
-    checks.option(op, "coding", coding, tuple(CODINGS))
-    return CODINGS[coding]
 
 
 def _clip(op: str, clip: float) -> float:
@@ -72,22 +66,25 @@ def _real(op: str, name: str, value: float, low: float, high: float = math.inf) 
     return value
 
 
-def _inputs(op: str, **tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def _inputs(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
     """Floating tensors of one shape and device, all in float64 if one is."""
-    first: tuple[str, Tensor] | None = None
+    first, like = next(iter(tensors.items()))
     for name, x in tensors.items():
-        if x is None:
-            continue
         checks.floating(op, name, x)
-        if first is None:
-            first = name, x
-        elif x.shape != first[1].shape:
-            wanted = f"{first[0]}'s shape {tuple(first[1].shape)}"
+        if x.shape != like.shape:
+            wanted = f"{first}'s shape {tuple(like.shape)}"
             raise ValueError(f"{op}: {name} must have {wanted}, got {tuple(x.shape)}")
-        checks.on_device(op, name, x, first[1].device)
-    if any(x is not None and x.dtype == torch.float64 for x in tensors.values()):
-        return tuple(None if x is None else x.double() for x in tensors.values())
+        checks.on_device(op, name, x, like.device)
+    if any(x.dtype == torch.float64 for x in tensors.values()):
+        return tuple(x.double() for x in tensors.values())
     return tuple(tensors.values())
+
+
+def _with_residual(op: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    if residual is None:
+        return _inputs(op, x=x)[0], None
+    x, residual = _inputs(op, x=x, residual=residual)
+    return x, residual
 
 
 def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.0) -> float | Tensor:
@@ -96,7 +93,10 @@ def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.
         return _real(op, name, value, low, LIMITS.max)
     per_element = isinstance(value, Tensor) and value.dim() == x.dim()
     lead = x.shape if per_element else x.shape[:-1]
-    level = checks.per_row(op, name, value, lead, x.device, torch.float64)
+    # A level per bit is as many numbers as x has: no wider than x's results.
+    level = checks.per_row(
+        op, name, value, lead, x.device, _result_dtype(x) if per_element else torch.float64
+    )
     if level is None:
         raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
     checks.value_range(op, name, level, low, LIMITS.max)
@@ -124,156 +124,9 @@ def _slope(sigma: float | Tensor, coding: tuple[float, float]) -> float | Tensor
     return (coding[1] - coding[0]) / max(variance, LEAST_VARIANCE)
 
 
-def _spread(
-    sigma: float | Tensor, gamma: float | Tensor, noise_scale: float | Tensor
-) -> float | Tensor:
+def _spread(sigma: float | Tensor, gamma: float | Tensor, noise_scale: float | Tensor) -> float | Tensor:
     """The deviation of noise that lifts sigma to sigma·(1 + gamma)."""
     return noise_scale * sigma * (gamma * (2 + gamma)) ** 0.5
-
-
-def _width(op: str, width: int) -> None:
-    checks.integer(op, "width", width)
-    if not 1 <= width <= MAX_WIDTH:
-        raise ValueError(f"{op}: width must lie in [1, {MAX_WIDTH}], got {width}")
-
-
-def _ranking(op: str, ranking: Tensor | None, width: int, device: torch.device) -> None:
-    """A permutation of [0, V) with V <= 2^width."""
-    if ranking is None:
-        return
-    checks.tokens(op, "ranking", ranking, device=device)
-    if ranking.dim() != 1 or not 1 <= ranking.shape[0] <= 2**width:
-        raise ValueError(f"{op}: ranking must be (V,) with V in [1, 2^{width}], got {tuple(ranking.shape)}")
-    checks.token_range(op, "ranking", ranking, ranking.shape[0])
-    if checks.reads_data(ranking) and int(torch.bincount(ranking).max()) > 1:
-        raise ValueError(f"{op}: ranking must be a permutation, got a rank twice")
-
-
-def encode(
-    tokens: Tensor,
-    width: int,
-    *,
-    order: str = "msb",
-    gray: bool = False,
-    coding: str = "01",
-    ranking: Tensor | None = None,
-) -> Tensor:
-    """The bits of tokens. Returns (..., width) float32.
-
-    Args:
-        tokens: (...) int64 in [0, 2^width), or in [0, V) with a ranking.
-        width: bits per token, 1 to 62.
-        order: the most ("msb": CoBit) or the least significant bit first ("lsb": Analog Bits).
-        gray: write the Gray code n ^ (n >> 1), in which neighbours differ in one bit.
-        coding: bits are {0, 1} ("01") or {-1, 1} ("pm1").
-        ranking: (V,) int64, a permutation: the rank of each token in a semantic order. The code is then that of
-            the rank; with `gray` it is CoBit's "semantic" code, in which like tokens have like bits.
-
-    Raises:
-        TypeError: dtypes. ValueError: width, a token out of range, a ranking that is no permutation.
-
-    Example:
-        >>> import torch
-        >>> from dlcore import bits
-        >>> bits.encode(torch.tensor([5, 2]), 3)
-        tensor([[1., 0., 1.],
-                [0., 1., 0.]])
-    """
-    op = "bits.encode"
-    checks.tokens(op, "tokens", tokens)
-    _width(op, width)
-    checks.option(op, "order", order, ORDERS)
-    low, high = _coding(op, coding)
-    _ranking(op, ranking, width, tokens.device)
-    checks.token_range(op, "tokens", tokens, 2**width if ranking is None else ranking.shape[0])
-    if ranking is not None:
-        tokens = ranking[tokens]
-    written: Tensor = torch.ops.dlcore.bits_encode(tokens, width, order == "msb", gray, low, high)
-    return written
-
-
-def decode(
-    bits_or_probs: Tensor,
-    *,
-    vocab_size: int | None = None,
-    order: str = "msb",
-    gray: bool = False,
-    coding: str = "01",
-    ranking: Tensor | None = None,
-) -> Tensor:
-    """The tokens of bits: the inverse of `encode`. Returns (...) int64.
-
-    Args:
-        bits_or_probs: (..., w), w up to 62. A bit is set above 1/2 ("01": bits, noisy bits or probabilities) or
-            above 0 ("pm1"). What `step` and `posterior` call probs are "01" whatever coding they were given.
-        vocab_size: V: the 2^w - V codes without a token wrap around, n mod V (CoBit's raw_binary); None: no code
-            does. With a ranking it is the ranking's length.
-        order, gray, coding, ranking: as in `encode`.
-
-    Returns:
-        int64; -1 for a token with a NaN bit.
-
-    Raises:
-        TypeError: dtypes. ValueError: more than 62 bits, vocab_size, ranking.
-
-    Example:
-        >>> import torch
-        >>> from dlcore import bits
-        >>> bits.decode(torch.tensor([[0.9, 0.2, 0.6], [1.0, 1.0, 1.0]]), vocab_size=6)
-        tensor([5, 1])
-    """
-    op = "bits.decode"
-    checks.floating(op, "bits_or_probs", bits_or_probs)
-    width = bits_or_probs.shape[-1]
-    if width > MAX_WIDTH:
-        raise ValueError(f"{op}: bits_or_probs must be (..., w) with w at most {MAX_WIDTH}, got {width}")
-    checks.option(op, "order", order, ORDERS)
-    threshold = sum(_coding(op, coding)) / 2
-    _ranking(op, ranking, width, bits_or_probs.device)
-    if vocab_size is not None:
-        checks.integer(op, "vocab_size", vocab_size)
-        if not 1 <= vocab_size <= 2**width:
-            raise ValueError(f"{op}: vocab_size must lie in [1, 2^{width}], got {vocab_size}")
-        if ranking is not None and vocab_size != ranking.shape[0]:
-            raise ValueError(f"{op}: vocab_size must be the ranking's {ranking.shape[0]}, got {vocab_size}")
-    vocab = vocab_size if ranking is None else ranking.shape[0]
-    read: Tensor = torch.ops.dlcore.bits_decode(bits_or_probs, order == "msb", gray, threshold, vocab or 0)
-    if ranking is None:
-        return read
-    inverse = torch.empty_like(ranking).scatter(0, ranking, torch.arange(len(ranking), device=ranking.device))
-    return torch.where(read < 0, read, inverse[read.clamp(min=0)])
-
-
-def patch(x: Tensor, width: int) -> Tensor:
-    """A bitstream (..., L·width) as one row per token (..., L, width), without a copy.
-
-    Example:
-        >>> import torch
-        >>> from dlcore import bits
-        >>> bits.patch(torch.zeros(2, 12), 3).shape
-        torch.Size([2, 4, 3])
-    """
-    op = "bits.patch"
-    if not isinstance(x, Tensor) or x.dim() < 1:
-        raise TypeError(f"{op}: x must be a Tensor (..., n), got {checks.describe(x)}")
-    checks.integer(op, "width", width)
-    if width < 1 or x.shape[-1] % width:
-        raise ValueError(f"{op}: width must divide x's last dimension {x.shape[-1]}, got {width}")
-    return x.unflatten(-1, (-1 if x.shape[-1] else 0, width))
-
-
-def unpatch(x: Tensor) -> Tensor:
-    """The inverse of `patch`: (..., L, w) -> (..., L·w).
-
-    Example:
-        >>> import torch
-        >>> from dlcore import bits
-        >>> bits.unpatch(torch.zeros(2, 4, 3)).shape
-        torch.Size([2, 12])
-    """
-    if not isinstance(x, Tensor) or x.dim() < 2:
-        raise TypeError(f"bits.unpatch: x must be a Tensor (..., L, w), got {checks.describe(x)}")
-    return x.flatten(-2)
 
 
 def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip: float = 30.0) -> Tensor:
@@ -298,9 +151,8 @@ def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip
         tensor([ 0.,  2., 30.])
     """
     op = "bits.matched_filter"
-    code = _coding(op, coding)
+    code = values_of(op, coding)
     (x,) = _inputs(op, x=x)
-    assert x is not None
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     filtered: Tensor = torch.ops.dlcore.bits_matched_filter(x, slope, sum(code) / 2, _clip(op, clip))
     return filtered
@@ -333,8 +185,8 @@ def posterior(
         tensor([0.5000, 0.8808])
     """
     op = "bits.posterior"
-    code = _coding(op, coding)
-    x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
+    code = values_of(op, coding)
+    x, residual = _with_residual(op, x, residual)
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     probs: Tensor = torch.ops.dlcore.bits_posterior(x, residual, slope, sum(code) / 2, clip)
@@ -366,7 +218,7 @@ def corrupt(
         torch.Size([2, 8])
     """
     op = "bits.corrupt"
-    (bits,) = _inputs(op, bits=bits)  # type: ignore[assignment]
+    (bits,) = _inputs(op, bits=bits)
     return _perturb(op, bits, _level(op, "sigma", sigma, bits), key, generator)
 
 
@@ -405,7 +257,7 @@ def churn(
         2.5
     """
     op = "bits.churn"
-    (x,) = _inputs(op, x=x)  # type: ignore[assignment]
+    (x,) = _inputs(op, x=x)
     levels = (_level(op, "sigma", sigma, x), _level(op, "gamma", gamma, x))
     spread = _spread(*levels, _level(op, "noise_scale", noise_scale, x))
     return _perturb(op, x, spread, key, generator), sigma * (1 + gamma)
@@ -432,11 +284,11 @@ def step(
     key: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """One step of the probability flow from σ to σ', in one pass: x' = m + (σ'/σ)·(x - m), m the posterior mean.
+    """One step of the probability flow from σ to σ', in one pass: x' = m + (σ'/σ)·(x - m), m the mean.
 
-    With gamma_next > 0 the same pass also churns the result, up to σ'·(1 + gamma_next): that is then the sigma
-    of the next network call and of the next `step`. Where σ' = σ, x stays to the bit, so clean positions (a
-    prompt) are held by a sigma and sigma_next of their own per bit.
+    m is the posterior's. With gamma_next > 0 the same pass also churns the result, up to σ'·(1 + gamma_next):
+    that is then the sigma of the next network call and of the next `step`. Where σ' = σ, x stays to the bit,
+    so clean positions (a prompt) are held by a sigma and sigma_next of their own per bit.
 
     Args:
         x: (..., S) noisy bits at sigma.
@@ -448,7 +300,7 @@ def step(
         key, generator: as in `corrupt`. The noise is that of `churn` with the same key.
 
     Returns:
-        x_next and probs, both (..., S) float32 or wider. Not differentiable: see `posterior` and `euler_step`.
+        x_next and probs, (..., S) float32 or wider. Not differentiable; `posterior` and `euler_step` are.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, levels out of range.
@@ -465,10 +317,9 @@ def step(
         >>> x_next, _ = bits.step(x_next, None, 0.25, 0.125, gamma_next=0.1, key=dlcore.rng.key(7))
     """
     op = "bits.step"
-    code = _coding(op, coding)
-    x, residual = _inputs(op, x=x, residual=residual)  # type: ignore[assignment]
+    code = values_of(op, coding)
+    x, residual = _with_residual(op, x, residual)
     here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
-    noisy = isinstance(gamma_next, Tensor) or gamma_next != 0
     spread: float | Tensor = 0.0
     if isinstance(gamma_next, Tensor) or gamma_next != 0:
         gamma = _level(op, "gamma_next", gamma_next, x)
@@ -505,8 +356,8 @@ def euler_step(
         tensor([0.7500])
     """
     op = "bits.euler_step"
-    low, high = _coding(op, coding)
-    x, probs = _inputs(op, x=x, probs=probs)  # type: ignore[assignment]
+    low, high = values_of(op, coding)
+    x, probs = _inputs(op, x=x, probs=probs)
     here, there = _level(op, "sigma", sigma, x, LIMITS.tiny), _level(op, "sigma_next", sigma_next, x)
     (ratio,) = _for(x, there / here)
     x = x.to(ratio.dtype)
@@ -545,13 +396,11 @@ def heun_step(
         >>> x, sigma, sigma_next = torch.tensor([0.9]), 0.5, 0.4
         >>> x_next, probs = bits.step(x, None, sigma, sigma_next)
         >>> bits.heun_step(x_next, probs, bits.posterior(x_next, sigma_next), sigma, sigma_next)
-        tensor([0.8874])
+        tensor([0.8971])
     """
     op = "bits.heun_step"
-    low, high = _coding(op, coding)
-    x_next, probs, probs_next = _inputs(  # type: ignore[assignment]
-        op, x_next=x_next, probs=probs, probs_next=probs_next
-    )
+    low, high = values_of(op, coding)
+    x_next, probs, probs_next = _inputs(op, x_next=x_next, probs=probs, probs_next=probs_next)
     here = _level(op, "sigma", sigma, x_next, LIMITS.tiny)
     there = _level(op, "sigma_next", sigma_next, x_next)
     here, there = _for(x_next.double(), here, there)
@@ -581,8 +430,8 @@ def churn_gamma(
 
     Example:
         >>> from dlcore import bits
-        >>> bits.churn_gamma(1.0, 25.0, 250, window=(0.1, 10.0)), bits.churn_gamma(20.0, 25.0, 250, window=(0.1, 10.0))
-        (0.1, 0.0)
+        >>> [bits.churn_gamma(sigma, 25.0, 250, window=(0.1, 10.0)) for sigma in (20.0, 1.0)]
+        [0.0, 0.1]
     """
     op = "bits.churn_gamma"
     checks.integer(op, "num_steps", num_steps)
@@ -608,9 +457,9 @@ def loss(
     """How far the posterior is from the bits: a mean over the last dimension, in one pass.
 
     "squared": the mean of (posterior mean - bit)², in the coding's units: what `EntropySchedule.fit` takes as
-    error, and CoBit's loss when times `edm_weight`. Its gradient in a logit is 2·(p - b)·p·(1 - p): none where
-    a wrong bit is saturated. "bce": the binary cross-entropy in nats per bit, gradient p - b. Both keep their
-    digits for saturated bits: p - b and 1 - p are never differences of near numbers.
+    error, and CoBit's loss when times `edm_weight`. Its gradient in a logit is 2·(p - b)·p·(1 - p) ("01"):
+    none where a wrong bit is saturated. "bce": the binary cross-entropy in nats per bit, gradient p - b. Both
+    keep their digits for saturated bits: p - b and 1 - p are never differences of near numbers.
 
     Args:
         residual: (..., S) logits of a network at (x, sigma).
@@ -622,8 +471,8 @@ def loss(
 
     Returns:
         (...) float32 or wider: per sequence of x (B, S), per token of x (B, L, w). Differentiable in residual
-        and x (through the matched filter, 0 where the clip binds), not in bits and sigma. NaN for a logit that
-        is infinite with "bce".
+        and x (through the matched filter, 0 where the clip binds), not in bits and sigma. With "bce" an
+        infinite logit gives NaN.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, sigma, clip, kind.
@@ -638,17 +487,17 @@ def loss(
         tensor([0.4100])
     """
     op = "bits.loss"
-    code = _coding(op, coding)
+    code = values_of(op, coding)
     checks.option(op, "kind", kind, ("squared", "bce"))
-    residual, x, bits = _inputs(op, residual=residual, x=x, bits=bits)  # type: ignore[assignment]
+    residual, x, bits = _inputs(op, residual=residual, x=x, bits=bits)
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     mean: Tensor = torch.ops.dlcore.bits_loss(residual, x, bits, slope, *code, clip, kind == "squared")
     return mean
 
 
-def edm_weight(sigma: Tensor, *, coding: str = "01") -> Tensor:
-    """λ(σ) = (σ² + σ_d²)/(σ·σ_d)², with σ_d the deviation of a fair bit: 1/2 ("01") or 1 ("pm1").
+def edm_weight(sigma: float | Tensor, *, coding: str = "01") -> float | Tensor:
+    """EDM's λ(σ) = (σ² + σ_d²)/(σ·σ_d)², with σ_d the deviation of a fair bit: 1/2 ("01") or 1 ("pm1").
 
     Example:
         >>> import torch
@@ -656,9 +505,9 @@ def edm_weight(sigma: Tensor, *, coding: str = "01") -> Tensor:
         >>> bits.edm_weight(torch.tensor([0.5, 80.0]))
         tensor([8.0000, 4.0002])
     """
-    low, high = _coding("bits.edm_weight", coding)
-    deviation = (high - low) / 2
-    return deviation**-2 + sigma**-2
+    low, high = values_of("bits.edm_weight", coding)
+    weight: float | Tensor = 4 / (high - low) ** 2 + 1 / (sigma * sigma)
+    return weight
 
 
 def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tensor:
@@ -673,8 +522,9 @@ def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tens
         tensor([1., 0.])
     """
     op = "bits.scale_input"
-    low, high = _coding(op, coding)
-    (x,) = _inputs(op, x=x)  # type: ignore[assignment]
+    low, high = values_of(op, coding)
+    (x,) = _inputs(op, x=x)
     level, deviation = _level(op, "sigma", sigma, x), (high - low) / 2
     (scale,) = _for(x, (level * level + deviation * deviation) ** -0.5)
-    return (x.to(scale.dtype) - (low + high) / 2) * scale
+    scaled: Tensor = (x.to(scale.dtype) - (low + high) / 2) * scale
+    return scaled

@@ -21,8 +21,8 @@ _LEAST_MASS = 1e-9
 class EntropySchedule:
     """A law of noise levels σ: log-uniform inside bins of given mass.
 
-    With a mass that follows the entropy rate, equal steps of the cumulative mass decide equally much, which is
-    how `grid` places the steps of a sampler and `sample` the levels of training.
+    With a mass that follows the entropy rate, equal steps of the cumulative mass decide equally much: so does
+    `grid` place the steps of a sampler, and `sample` the levels of training.
 
     Args:
         edges: (K + 1,) ascending positive noise levels, σ in the coding's units.
@@ -73,9 +73,9 @@ class EntropySchedule:
     ) -> EntropySchedule:
         """The schedule of pairs (noise level, mean squared error of the posterior mean per bit).
 
-        error/σ² is the entropy rate dH(bits | x)/d ln σ in nats per bit (I-MMSE: Guo, Shamai and Verdú 2005). In
-        log-spaced bins the mass is g(σ)·(mean of error/σ²)^power with g(σ) = σ³/(σ³ + gate³), which leaves out
-        the levels where the bits are settled. A bin without pairs takes the error of the bins around it,
+        error/σ² is the entropy rate dH(bits | x)/d ln σ in nats per bit (I-MMSE: Guo, Shamai and Verdú 2005).
+        In log-spaced bins the mass is g(σ)·(mean of error/σ²)^power with g(σ) = σ³/(σ³ + gate³), which leaves
+        out the levels where the bits are settled. A bin without pairs takes the error of the bins around it,
         interpolated in ln σ. Pairs outside [sigma_min, sigma_max] are left out.
 
         Args:
@@ -94,14 +94,16 @@ class EntropySchedule:
             >>> from dlcore.bits import EntropySchedule
             >>> sigma = torch.logspace(-2, 1, 1000)
             >>> EntropySchedule.fit(sigma, 0.25 * sigma**2 / (sigma**2 + 0.25), bins=16, sigma_min=0.01)
-            EntropySchedule(16 bins of σ in [0.01, 80], median 0.356)
+            EntropySchedule(16 bins of σ in [0.01, 80], median 0.351)
         """
         op = "bits.EntropySchedule.fit"
         for name, x in (("sigma", sigma), ("error", error)):
             if not isinstance(x, Tensor) or not x.is_floating_point():
                 raise TypeError(f"{op}: {name} must be a floating Tensor, got {checks.describe(x)}")
         if sigma.shape != error.shape:
-            raise ValueError(f"{op}: error must have sigma's shape {tuple(sigma.shape)}, got {tuple(error.shape)}")
+            raise ValueError(
+                f"{op}: error must have sigma's shape {tuple(sigma.shape)}, got {tuple(error.shape)}"
+            )
         checks.integer(op, "bins", bins)
         if bins < 1 or not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
@@ -167,8 +169,8 @@ class EntropySchedule:
         Args:
             n: at least 2.
             sigma_max, sigma_min: the last and the first edge by default.
-            midpoints: put the cumulative mass of a bin at its middle (in ln σ), not at its right edge where it
-                belongs: the public code's tables are read this way, half a bin lower.
+            midpoints: put the cumulative mass of a bin at its middle (in ln σ), not at its right edge where
+                it belongs: the public code's tables are read this way, half a bin lower.
 
         Raises:
             ValueError: n below 2, or not 0 < sigma_min < sigma_max.
@@ -251,7 +253,7 @@ class EntropySchedule:
 def _numbers(op: str, name: str, x: Tensor | Sequence[float]) -> Tensor:
     """A vector of float64 on the CPU."""
     try:
-        vector = torch.as_tensor(x).detach().to("cpu", torch.float64)
+        vector = torch.as_tensor(x, dtype=torch.float64).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{op}: {name} must be numbers, got {checks.describe(x)}") from error
     if vector.dim() != 1:

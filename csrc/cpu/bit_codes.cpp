@@ -33,10 +33,17 @@ void for_rows(int64_t rows, int threads, Body body) {
   });
 }
 
-Words lane_bit_masks() {
+// The bit of a code's sixteen that each lane takes.
+Words lane_bit_masks(bool msb) {
   Words r;
-  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = 1u << i;
+  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = 1u << (msb ? kLanes - 1 - i : i);
   return r;
+}
+
+// The sixteen bits of a code that stand at columns [at, at + 16), as lane_bit_masks takes them.
+uint32_t sixteen_bits(uint64_t code, int width, int at, bool msb) {
+  const int shift = msb ? width - kLanes - at : at;
+  return static_cast<uint32_t>(shift >= 0 ? code >> shift : code << -shift);
 }
 
 template <class T>
@@ -60,22 +67,24 @@ int64_t decode_row(const BitDecodeArguments& a, const T* row, int width) {
   if (broken) return -1;
   if (a.msb) code = reversed(code, width);
   if (a.gray) code = from_gray(code);
-  const auto token = static_cast<int64_t>(code);
-  return a.vocab > 0 && token >= a.vocab ? token % a.vocab : token;
+  auto token = static_cast<int64_t>(code);
+  if (a.vocab == 0) return token;
+  // Seldom more than once around: a subtraction takes less than a division.
+  token -= token >= a.vocab ? a.vocab : 0;
+  return token >= a.vocab ? token % a.vocab : token;
 }
 
 }  // namespace
 
 void bit_encode(const BitEncodeArguments& a) {
-  const Words masks = lane_bit_masks();
+  const Words masks = lane_bit_masks(a.msb);
   const Floats low = broadcast(a.low), high = broadcast(a.high);
   for_rows(a.count, a.threads, [&](int64_t r) {
     auto code = static_cast<uint64_t>(a.tokens[r]);
     if (a.gray) code = to_gray(code);
-    if (a.msb) code = reversed(code, a.width);
     float* out = a.out + r * a.width;
     for (int at = 0; at < a.width; at += kLanes) {
-      const Words word = broadcast(static_cast<uint32_t>(code >> at));
+      const Words word = broadcast(sixteen_bits(code, a.width, at, a.msb));
       const Mask set = each([](WordPart w, WordPart m) { return (IntPart)((w & m) != 0); }, word, masks);
       const Floats bits = select(set, high, low);
       if (at + kLanes <= a.width) {
@@ -92,9 +101,8 @@ void bit_encode(const BitEncodeArguments& a) {
 void bit_decode(const BitDecodeArguments& a) {
   const int width = static_cast<int>(a.x.columns);
   with_dtype(a.x.dtype, [&](auto type) {
-    for_rows(a.x.rows, a.threads, [&](int64_t r) {
-      a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width);
-    });
+    for_rows(a.x.rows, a.threads,
+             [&](int64_t r) { a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width); });
   });
 }
 

@@ -44,62 +44,72 @@ const float* lanes(const View& v, const Place& place, Group& group) {
   return found;
 }
 
-// Where results of a place are stored lane by lane, and what is then left to do.
+// Where results of a place are stored lane by lane: at once where they are floats and whole lanes.
+template <class T>
 class Result {
  public:
-  template <class T>
-  Result(T* out, const Place& place, Group& group) : count_(place.count), group_(group) {
+  Result(T* out, const Place& place, Group& group) : out_(out), count_(place.count), lanes_(group.at) {
     if constexpr (std::is_same_v<T, float>)
-      if (place.whole()) direct_ = out;
+      if (place.whole()) lanes_ = out;
   }
-  float* at() { return direct_ ? direct_ : group_.at; }
-  template <class T>
-  void finish(T* out) const {
-    if (!direct_) write_group(out, count_, group_.at);
+  float* lanes() { return lanes_; }
+  void finish() const {
+    if (static_cast<void*>(lanes_) != out_) write_group(out_, count_, lanes_);
+  }
+  template <class F>
+  void fill(F of) {
+    float* to = lanes_;
+    for (int64_t i = 0; i < count_; i += kLanes) store(to + i, of(i));
+    finish();
   }
 
  private:
+  T* out_;
   int64_t count_;
-  Group& group_;
-  float* direct_ = nullptr;
+  float* lanes_;
 };
 
-// Numbers along a group: one for all, or one of each place.
-struct Numbers {
+// Numbers along a group: one for all, which stays in a register, or one of each place.
+struct Same {
+  Floats value;
+  Floats operator[](int64_t) const { return value; }
+};
+struct Each {
   const float* at;
-  int64_t mask;  // 0: one for all
-  Floats operator[](int64_t i) const { return load(at + (i & mask)); }
+  Floats operator[](int64_t i) const { return load(at + i); }
 };
 
-// The k-th parameter of a row.
+// The k-th parameter of a row, all along it as Kind says: Same or Each.
+template <class Kind>
 class Parameter {
  public:
-  Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {
-    own_ = p.column != 0;
-    if (!own_) store(group_.at, broadcast(*data_));
+  Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {}
+  Kind along(const Place& place) {
+    if constexpr (std::is_same_v<Kind, Same>)
+      return {broadcast(*data_)};
+    else
+      return {lanes(data_ + place.first, place, group_)};
   }
-  Numbers along(const Place& place) {
-    if (!own_) return {group_.at, 0};
-    return {lanes(data_ + place.first, place, group_), -1};
-  }
-  bool all_zero() const { return !own_ && *data_ == 0; }
+  bool all_zero() const { return std::is_same_v<Kind, Same> && *data_ == 0; }
 
  private:
   const float* data_;
-  bool own_;
   Group group_;
 };
+
+template <class F>
+void with_kind(const BitParameters& p, F f) {
+  if (p.column == 0) return f(Same{});
+  f(Each{});
+}
 
 // The residual of a row, or zeros.
 class Residual {
  public:
   explicit Residual(const View& view) : view_(view) {
-    if (!view.data) store(group_.at, broadcast(0.0f));
+    if (!view.data) std::fill(group_.at, group_.at + kGroup, 0.0f);
   }
-  Numbers along(const Place& place) {
-    if (!view_.data) return {group_.at, 0};
-    return {lanes(view_, place, group_), -1};
-  }
+  Each along(const Place& place) { return {view_.data ? lanes(view_, place, group_) : group_.at}; }
 
  private:
   const View& view_;
@@ -162,180 +172,218 @@ struct Filter {
 
 void bit_logits(const BitLogitsArguments& a) {
   const Filter filter(a.coding);
-  for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter slopes(a.slope, 0, row);
-    Residual residuals(a.residual);
-    Group x_group, out_group;
-    for_groups(row, first, count, [&](const Place& place) {
-      const float* x = lanes(a.x, place, x_group);
-      const Numbers residual = residuals.along(place), slope = slopes.along(place);
-      float* out = a.out + row * a.x.columns + place.first;
-      Result result(out, place, out_group);
-      for (int64_t i = 0; i < place.count; i += kLanes) {
-        const Floats l = residual[i] + filter(load(x + i), slope[i]);
-        store(result.at() + i, a.sigmoid ? sigmoid(l) : l);
-      }
-      result.finish(out);
-    });
-  });
-}
-
-void bit_step(const BitStepArguments& a) {
-  const Filter filter(a.coding);
-  const float low = a.coding.low, width = a.coding.high - a.coding.low;
-  for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter slopes(a.parameters, 0, row), ratios(a.parameters, 1, row), spreads(a.parameters, 2, row);
-    Residual residuals(a.residual);
-    const bool noisy = a.keys && !spreads.all_zero();
-    const Key key = noisy ? a.keys[row] : Key{};
-    Group x_group, noise, next_group, probs_group;
-    for_groups(row, first, count, [&](const Place& place) {
-      const float* x = lanes(a.x, place, x_group);
-      const Numbers residual = residuals.along(place);
-      const Numbers slope = slopes.along(place), ratio = ratios.along(place), spread = spreads.along(place);
-      const int64_t at = row * a.x.columns + place.first;
-      Result next(a.next + at, place, next_group), probs(a.probs + at, place, probs_group);
-      if (noisy) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
-      const auto move = [&](auto churned, int64_t i) {
-        const Floats here = load(x + i);
-        const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
-        const Floats mean = fused(p, width, low);
-        // Where σ stays, so does x, to the bit.
-        Floats moved = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
-        if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
-        store(probs.at() + i, p);
-        store(next.at() + i, moved);
-      };
-      if (noisy)
-        for (int64_t i = 0; i < place.count; i += kLanes) move(std::true_type{}, i);
-      else
-        for (int64_t i = 0; i < place.count; i += kLanes) move(std::false_type{}, i);
-      probs.finish(a.probs + at);
-      next.finish(a.next + at);
-    });
-  });
-}
-
-void bit_perturb(const BitPerturbArguments& a) {
-  for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    Parameter spreads(a.spread, 0, row);
-    const Key key = a.keys[row];
-    Group x_group, noise, out_group;
-    for_groups(row, first, count, [&](const Place& place) {
-      const float* x = lanes(a.x, place, x_group);
-      const Numbers spread = spreads.along(place);
-      float* out = a.out + row * a.x.columns + place.first;
-      Result result(out, place, out_group);
-      fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
-      for (int64_t i = 0; i < place.count; i += kLanes)
-        store(result.at() + i, fused(spread[i], load(noise.at + i), load(x + i)));
-      result.finish(out);
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      Parameter<decltype(kind)> slopes(a.slope, 0, row);
+      Residual residuals(a.residual);
+      Group x_group, out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const float* x = lanes(a.x, place, x_group);
+        const auto residual = residuals.along(place);
+        const auto slope = slopes.along(place);
+        Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
+        const auto logit = [&](int64_t i) { return residual[i] + filter(load(x + i), slope[i]); };
+        if (a.sigmoid)
+          result.fill([&](int64_t i) { return sigmoid(logit(i)); });
+        else
+          result.fill(logit);
+      });
     });
   });
 }
 
 namespace {
 
-// A row of a loss, read group by group.
+// `churned`: whether the result gets noise.
+template <class Kind, class Churned>
+void step_span(const BitStepArguments& a, int64_t row, int64_t first, int64_t count, Churned churned) {
+  const Filter filter(a.coding);
+  const float low = a.coding.low, width = a.coding.high - a.coding.low;
+  Parameter<Kind> slopes(a.parameters, 0, row), ratios(a.parameters, 1, row), spreads(a.parameters, 2, row);
+  Residual residuals(a.residual);
+  const Key key = churned ? a.keys[row] : Key{};
+  Group x_group, noise, next_group, probs_group;
+  for_groups(row, first, count, [&](const Place& place) {
+    const float* x = lanes(a.x, place, x_group);
+    const auto residual = residuals.along(place);
+    const auto slope = slopes.along(place), ratio = ratios.along(place), spread = spreads.along(place);
+    const int64_t at = row * a.x.columns + place.first;
+    Result<float> next(a.next + at, place, next_group), probs(a.probs + at, place, probs_group);
+    if (churned) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
+    float *p_to = probs.lanes(), *to = next.lanes();
+    for (int64_t i = 0; i < place.count; i += kLanes) {
+      const Floats here = load(x + i);
+      const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
+      const Floats mean = fused(p, width, low);
+      // Where σ stays, so does x, to the bit.
+      Floats moved = select(equal(ratio[i], 1.0f), here, fused(ratio[i], here - mean, mean));
+      if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
+      store(p_to + i, p);
+      store(to + i, moved);
+    }
+    probs.finish();
+    next.finish();
+  });
+}
+
+}  // namespace
+
+void bit_step(const BitStepArguments& a) {
+  with_kind(a.parameters, [&](auto kind) {
+    using Kind = decltype(kind);
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      if (a.keys && !Parameter<Kind>(a.parameters, 2, row).all_zero())
+        step_span<Kind>(a, row, first, count, std::true_type{});
+      else
+        step_span<Kind>(a, row, first, count, std::false_type{});
+    });
+  });
+}
+
+void bit_perturb(const BitPerturbArguments& a) {
+  with_kind(a.spread, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      Parameter<decltype(kind)> spreads(a.spread, 0, row);
+      const Key key = a.keys[row];
+      Group x_group, noise, out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const float* x = lanes(a.x, place, x_group);
+        const auto spread = spreads.along(place);
+        fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
+        Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
+        result.fill([&](int64_t i) { return fused(spread[i], load(noise.at + i), load(x + i)); });
+      });
+    });
+  });
+}
+
+namespace {
+
+// A group of a loss.
+template <class Kind>
+struct LossGroup {
+  const float *residual, *x, *bits;
+  Kind slope;
+  Filter filter;
+  float low, inverse_width;
+
+  Floats raw(int64_t i) const { return filter.raw(load(x + i), slope[i]); }
+  Floats logit(int64_t i) const { return load(residual + i) + clamped(raw(i), filter.clip); }
+  Floats bit(int64_t i) const { return (load(bits + i) - low) * inverse_width; }
+};
+
+// Reads the groups of a row.
+template <class Kind>
 class LossRow {
  public:
-  const float weight, inverse_width;
-  LossRow(const BitLossArguments& a, int64_t row)
-      : weight((a.coding.high - a.coding.low) * (a.coding.high - a.coding.low)),
-        inverse_width(1 / (a.coding.high - a.coding.low)),
-        a_(a),
-        filter_(a.coding),
-        slopes_(a.slope, 0, row) {}
-
-  void move_to(const Place& place) {
-    x_ = lanes(a_.x, place, x_group_);
-    residual_ = lanes(a_.residual, place, residual_group_);
-    bits_ = lanes(a_.bits, place, bits_group_);
-    slope_ = slopes_.along(place);
-  }
-  Floats slope(int64_t i) const { return slope_[i]; }
-  Floats raw(int64_t i) const { return filter_.raw(load(x_ + i), slope_[i]); }
-  Floats logit(int64_t i) const { return load(residual_ + i) + clamped(raw(i), filter_.clip); }
-  Floats bit(int64_t i) const { return (load(bits_ + i) - a_.coding.low) * inverse_width; }
-  // 0 in lanes where the clip binds.
-  Floats unclipped(int64_t i, const Floats& gradient) const {
-    return select(less(broadcast(filter_.clip), magnitude(raw(i))), 0.0f, gradient);
+  LossRow(const BitLossArguments& a, int64_t row) : a_(a), slopes_(a.slope, 0, row) {}
+  LossGroup<Kind> along(const Place& place) {
+    return {lanes(a_.residual, place, residual_),
+            lanes(a_.x, place, x_),
+            lanes(a_.bits, place, bits_),
+            slopes_.along(place),
+            Filter(a_.coding),
+            a_.coding.low,
+            1 / (a_.coding.high - a_.coding.low)};
   }
 
  private:
   const BitLossArguments& a_;
-  Filter filter_;
-  Parameter slopes_;
-  Numbers slope_{nullptr, 0};
-  const float *x_ = nullptr, *residual_ = nullptr, *bits_ = nullptr;
-  Group x_group_, residual_group_, bits_group_;
+  Parameter<Kind> slopes_;
+  Group x_, residual_, bits_;
 };
+
+// (high - low)², the square of the units.
+float weight(const BitCoding& c) { return (c.high - c.low) * (c.high - c.low); }
 
 // p - b without cancellation at either end.
 Floats error(const Sigmoid& s, const Floats& bit) { return fused(s.set, 1.0f - bit, 0.0f - s.clear * bit); }
 
 }  // namespace
 
+namespace {
+
+template <class Kind>
+Floats squared(const LossGroup<Kind>& g, int64_t i) {
+  const Floats d = error(Sigmoid(g.logit(i)), g.bit(i));
+  return d * d;
+}
+
+template <class Kind>
+Floats cross_entropy(const LossGroup<Kind>& g, int64_t i) {
+  const Floats l = g.logit(i);
+  return max(0.0f, l) - g.bit(i) * l + log1p(exp_within(0.0f - magnitude(l)));
+}
+
+// The first `count` lanes, and zeros.
+Floats first_lanes(const Floats& x, int64_t count) {
+  float lanes[kLanes];
+  store(lanes, x);
+  std::fill(lanes + count, lanes + kLanes, 0.0f);
+  return load(lanes);
+}
+
+// The sum of `of` over a group; what lies past its end counts nothing. (`of` stands once, to be inlined.)
+template <class F>
+float sum_over(int64_t count, F of) {
+  Floats sums = broadcast(0.0f);
+  for (int64_t i = 0; i < count; i += kLanes) {
+    Floats x = of(i);
+    if (i + kLanes > count) x = first_lanes(x, count - i);
+    sums = sums + x;
+  }
+  return sum(sums);
+}
+
+}  // namespace
+
 void bit_loss(const BitLossArguments& a) {
   const int64_t columns = a.x.columns, spans = bit_spans(columns);
-  for_spans(a.x.rows, columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
-    LossRow loss(a, row);
-    double total = 0;
-    for_groups(row, first, count, [&](const Place& place) {
-      loss.move_to(place);
-      const auto squared = [&](int64_t i) {
-        const Floats d = error(Sigmoid(loss.logit(i)), loss.bit(i));
-        return d * d * loss.weight;
-      };
-      const auto cross_entropy = [&](int64_t i) {
-        const Floats l = loss.logit(i);
-        return max(0.0f, l) - loss.bit(i) * l + log1p(Sigmoid(l).tail);
-      };
-      Floats sums = broadcast(0.0f);
-      const auto add = [&](auto of) {
-        int64_t i = 0;
-        for (; i + kLanes <= place.count; i += kLanes) sums = sums + of(i);
-        if (i == place.count) return;
-        // What lies past the end counts nothing.
-        float tail[kLanes];
-        store(tail, of(i));
-        std::fill(tail + (place.count - i), tail + kLanes, 0.0f);
-        sums = sums + load(tail);
-      };
-      if (a.squared)
-        add(squared);
-      else
-        add(cross_entropy);
-      total += sum(sums);
+  const double scale = a.squared ? weight(a.coding) : 1;
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, columns, a.threads, [&](int64_t row, int64_t first, int64_t count) {
+      LossRow<decltype(kind)> groups(a, row);
+      double total = 0;
+      for_groups(row, first, count, [&](const Place& place) {
+        const auto group = groups.along(place);
+        total += a.squared ? sum_over(place.count, [&](int64_t i) { return squared(group, i); })
+                           : sum_over(place.count, [&](int64_t i) { return cross_entropy(group, i); });
+      });
+      a.sums[row * spans + first / kBitSpan] = scale * total;
     });
-    a.sums[row * spans + first / kBitSpan] = total;
   });
 }
 
 void bit_loss_backward(const BitLossBackwardArguments& b) {
   const BitLossArguments& a = b.loss;
-  for_spans(a.x.rows, a.x.columns, b.threads, [&](int64_t row, int64_t first, int64_t count) {
-    LossRow loss(a, row);
-    const float scale = b.grad[row] * (a.squared ? 2 * loss.weight : 1);
-    Group group;
-    for_groups(row, first, count, [&](const Place& place) {
-      loss.move_to(place);
-      const auto gradient = [&](int64_t i) {
-        const Sigmoid s(loss.logit(i));
-        const Floats g = error(s, loss.bit(i)) * scale;
-        return a.squared ? g * (s.set * s.clear) : g;
-      };
-      const auto write = [&](const View& out, auto of) {
-        with_dtype(out.dtype, [&](auto type) {
-          auto* to = out.row<decltype(type)>(row) + place.first;
-          Result result(to, place, group);
-          for (int64_t i = 0; i < place.count; i += kLanes) store(result.at() + i, of(i));
-          result.finish(to);
-        });
-      };
-      write(b.residual_grad, gradient);
-      if (b.x_grad.data)
-        write(b.x_grad, [&](int64_t i) { return loss.unclipped(i, gradient(i) * loss.slope(i)); });
+  with_kind(a.slope, [&](auto kind) {
+    for_spans(a.x.rows, a.x.columns, b.threads, [&](int64_t row, int64_t first, int64_t count) {
+      LossRow<decltype(kind)> groups(a, row);
+      const float scale = b.grad[row] * (a.squared ? 2 * weight(a.coding) : 1);
+      Group out_group;
+      for_groups(row, first, count, [&](const Place& place) {
+        const auto group = groups.along(place);
+        const auto write = [&](const View& out, auto of) {
+          with_dtype(out.dtype, [&](auto type) {
+            Result(out.row<decltype(type)>(row) + place.first, place, out_group).fill(of);
+          });
+        };
+        const auto write_both = [&](auto in_logit) {
+          write(b.residual_grad, in_logit);
+          if (!b.x_grad.data) return;
+          write(b.x_grad, [&](int64_t i) {
+            const Mask clipped = less(broadcast(group.filter.clip), magnitude(group.raw(i)));
+            return select(clipped, 0.0f, in_logit(i) * group.slope[i]);
+          });
+        };
+        if (a.squared)
+          write_both([&](int64_t i) {
+            const Sigmoid s(group.logit(i));
+            return error(s, group.bit(i)) * scale * (s.set * s.clear);
+          });
+        else
+          write_both([&](int64_t i) { return error(Sigmoid(group.logit(i)), group.bit(i)) * scale; });
+      });
     });
   });
 }

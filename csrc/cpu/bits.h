@@ -10,7 +10,8 @@ constexpr int64_t kBitSpan = 4096;
 
 inline int64_t bit_spans(int64_t columns) { return (columns + kBitSpan - 1) / kBitSpan; }
 
-// Several float32 parameters `apart` from each other, each shared by all elements, by a row's, or one of its own.
+// Several float32 parameters `apart` from each other, each shared by all elements, by a row's, or one of its
+// own.
 struct BitParameters {
   const float* data = nullptr;
   int64_t apart = 0, row = 0, column = 0;

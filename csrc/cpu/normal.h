@@ -5,16 +5,16 @@
 
 namespace dlcore::DLCORE_ISA {
 
-// sin and cos of 2π·(bits / 2^32), absolute error 2^-24: polynomials on an eighth of the circle either side of
-// the nearest multiple of a quarter.
+// sin and cos of 2π·(bits / 2^32), absolute error 2^-24: polynomials on an eighth of the circle either side
+// of the nearest multiple of a quarter.
 struct SineCosine {
   Floats sine, cosine;
 };
 
 inline SineCosine sine_cosine(const Words& bits) {
   const Words quarter = (bits + broadcast(0x20000000u)) >> 30;
-  const Floats g = each([](WordPart b) { return __builtin_convertvector((IntPart)(b << 2), FloatPart); },
-                        bits) * 0x1p-32f;
+  const Floats g =
+      each([](WordPart b) { return __builtin_convertvector((IntPart)(b << 2), FloatPart); }, bits) * 0x1p-32f;
   const Floats square = g * g;
   Floats s = fused(square, -0x1.2d9b40p-8f, 0x1.465ec4p-4f);
   s = fused(s, square, -0x1.4abbbap-1f);
@@ -46,8 +46,8 @@ inline void store_interleaved(float* out, const Floats& a, const Floats& b) {
   }
 }
 
-// Draws [first, first + count) of a domain, by Box-Muller: draw 2i is the radius, 2i + 1 the angle of normals 2i
-// and 2i + 1. first is even, `out` has room for whole blocks of 32.
+// Draws [first, first + count) of a domain, by Box-Muller: draw 2i is the radius, 2i + 1 the angle of normals
+// 2i and 2i + 1. first is even, `out` has room for whole blocks of 32.
 inline void fill_normal(Key key, Domain domain, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     const Blocks b = blocks(key, domain, (first + i) / 2);

@@ -346,8 +346,8 @@ inline WidePart multiply_even(WidePart x, uint32_t word) {
 #endif
 }
 
-// 32-bit words in 64-bit lanes, whose upper halves hold anything: what products want. Those of lanes 0, 2, ...
-// and those of lanes 1, 3, ...
+// 32-bit words in 64-bit lanes, whose upper halves hold anything: what products want. Those of lanes 0, 2,
+// ... and those of lanes 1, 3, ...
 struct SpreadWords {
   WidePart even[kParts], odd[kParts];
 };
@@ -363,8 +363,7 @@ inline SpreadWords spread_words(const Words& x) {
 
 inline Words gathered(const SpreadWords& x) {
   Words r;
-  for (int i = 0; i < kParts; ++i)
-    r.part[i] = (WordPart)((x.even[i] & 0xFFFFFFFFull) | x.odd[i] << 32);
+  for (int i = 0; i < kParts; ++i) r.part[i] = (WordPart)((x.even[i] & 0xFFFFFFFFull) | x.odd[i] << 32);
   return r;
 }
 
@@ -376,6 +375,14 @@ inline SpreadWords each_half(F f, const SpreadWords& a, const SpreadWords& b) {
     r.odd[i] = f(a.odd[i], b.odd[i]);
   }
   return r;
+}
+
+inline WidePart exclusive_or(WidePart a, WidePart b, WidePart c) {
+#if defined(__AVX512F__)
+  return (WidePart)_mm512_ternarylogic_epi64((__m512i)a, (__m512i)b, (__m512i)c, 0x96);
+#else
+  return a ^ b ^ c;
+#endif
 }
 
 // The 64-bit products of words.

@@ -112,8 +112,8 @@ struct Probability {
   }
 };
 
-// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i + 1
-// those of `odd`.
+// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i +
+// 1 those of `odd`.
 struct Blocks {
   Words even_low, even_high, odd_low, odd_high;
 };
@@ -127,7 +127,9 @@ inline Blocks blocks(Key key, Domain domain, int64_t first) {
   for (int round = 0; round < kPhiloxRounds; ++round) {
     const SpreadWords p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
     const auto mixed = [](const SpreadWords& product, const SpreadWords& word, uint32_t key) {
-      return each_half([key](WidePart p, WidePart w) { return p >> 32 ^ w ^ key; }, product, word);
+      const WidePart same = WidePart{} + key;
+      return each_half([same](WidePart p, WidePart w) { return exclusive_or(p >> 32, w, same); }, product,
+                       word);
     };
     c0 = mixed(p1, c1, k0);
     c1 = p1;

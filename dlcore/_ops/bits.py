@@ -80,7 +80,9 @@ def _backward_posterior(ctx: Any, saved: tuple[Tensor, ...], grad: Tensor) -> tu
 autograd("bits.matched_filter", _setup_matched_filter, _backward_matched_filter)
 autograd("bits.posterior", _setup_posterior, _backward_posterior)
 
-_LOSS = "Tensor residual, Tensor x, Tensor bits, Tensor slope, float low, float high, float clip, bool squared"
+_LOSS = (
+    "Tensor residual, Tensor x, Tensor bits, Tensor slope, float low, float high, float clip, bool squared"
+)
 define(
     "bits.loss",
     f"({_LOSS}) -> Tensor",

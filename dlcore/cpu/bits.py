@@ -52,12 +52,27 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
     return tokens
 
 
+def _long_rows(
+    parameters: Tensor, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same with rows that share their parameters joined, where they lie back to back."""
+    joinable = x.is_contiguous() and (residual is None or residual.is_contiguous())
+    while joinable and x.dim() > 1 and parameters.shape[-1] == 1:
+        if parameters.dim() > 2:
+            if parameters.shape[-2] != 1:
+                break
+            parameters = parameters.squeeze(-2)
+        x, residual = x.flatten(-2), None if residual is None else residual.flatten(-2)
+    return parameters, x, residual
+
+
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
     x, residual = rows_contiguous(x), _rows(residual)
     out = torch.empty(x.shape, dtype=torch.float32)
-    parameters, coding = _Parameters(slope.unsqueeze(0), x), (center, center, clip)
+    values, x, residual = _long_rows(slope.unsqueeze(0), x, residual)
+    parameters, coding = _Parameters(values, x), (center, center, clip)
     _C.bit_logits(
         view(x),
         _view(residual),
@@ -89,8 +104,10 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     x, residual = rows_contiguous(x), _rows(residual)
     key = None if key is None else key.contiguous()
-    parameters = _Parameters(coefficients, x)
     moved, probs = (torch.empty(x.shape, dtype=torch.float32) for _ in range(2))
+    if key is None:
+        coefficients, x, residual = _long_rows(coefficients, x, residual)
+    parameters = _Parameters(coefficients, x)
     _C.bit_step(
         view(x),
         _view(residual),

@@ -1,4 +1,4 @@
-"""The meaning of bitstream diffusion's ops, in plain torch: x = bit + σ·noise, bits of values low and high."""
+"""The meaning of bitstream diffusion's ops in torch: x = bit + σ·noise, bits of values low and high."""
 
 from __future__ import annotations
 
