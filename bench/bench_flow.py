@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -15,8 +16,8 @@ from dlcore.process import flow
 
 SHAPE, TINY = (32, 1024, 512), (2, 8, 16)
 T, NEXT, GAMMA, SCALE = 0.4, 0.43, 1.5, 2.0
-#: The one kernel here; `step` itself is torch's lerp.
-NOISE = "rng.normal"
+#: The one kernel here adds noise; `step` itself is torch's lerp.
+NOISE = "bits.perturb"
 
 
 def elf_step(x: Tensor, clean: Tensor) -> Tensor:
@@ -37,8 +38,8 @@ def euler_of(path: str) -> Callable[[Tensor, Tensor], Tensor]:
     """DDIM as it is mostly written: the noise first, then both terms of the new state."""
 
     def ddim(x: Tensor, clean: Tensor) -> Tensor:
-        noise: Tensor = (x - T**0.5 * clean) / (1 - T) ** 0.5
-        return NEXT**0.5 * clean + (1 - NEXT) ** 0.5 * noise
+        noise = (x - math.sqrt(T) * clean) / math.sqrt(1 - T)
+        return math.sqrt(NEXT) * clean + math.sqrt(1 - NEXT) * noise
 
     return elf_step if path == "linear" else ddim
 

@@ -354,6 +354,19 @@ def test_noise_is_keyed_by_row() -> None:
     )
 
 
+def test_noise_is_the_same_with_and_without_a_gradient() -> None:
+    x = normal(2, 3, 40, dtype=torch.float32)
+    for function in (
+        lambda x: flow.interpolate(x, 0.4, key=KEY),
+        lambda x: flow.renoise(x, 0.6, torch.tensor([[0.2], [0.5]]), scale=2.0, key=KEY),
+        lambda x: flow.sde_step(x, lambda x, t: x, 0.3, 0.6, 1.0, key=KEY),
+        lambda x: flow.step(x, x, 0.3, 0.6, refresh=0.5, key=KEY),
+    ):
+        with_gradient = function(x.clone().requires_grad_())
+        assert with_gradient.requires_grad
+        torch.testing.assert_close(function(x), with_gradient.detach(), rtol=1e-6, atol=2e-6)
+
+
 def test_refresh_mixes_old_and_new_noise() -> None:
     """CTM: z' = t'x̂ + (1-t')s(√(1-γ²)ε_old + γε)."""
     clean, old = normal(300, 400), normal(300, 400, seed=1)

@@ -204,9 +204,9 @@ def von_mises_fisher(
     """vMF: a flow of growing concentration; with `corrector` every second call is Langevin's."""
     start, run = rng.split(key, 2)
     x = _uniform(shape, start)
-    levels = torch.linspace(0, MOST_KAPPA, max(-(-steps // 2) if corrector else steps, 2)).tolist()
+    levels = torch.linspace(0, MOST_KAPPA, max(steps // 2 + 1 if corrector else steps, 2)).tolist()
     size = min(CORRECTION / steps, MOST_CORRECTION) / (WIDTH - 1)
-    at, corrected = 0, not corrector
+    at, corrected = 0, True
     for i, k in enumerate(rng.split(run, steps)):
         kappa, last = levels[at], i == steps - 1
         logits = network.concentrated(x, kappa)

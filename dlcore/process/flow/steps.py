@@ -34,11 +34,17 @@ def _states(op: str, **states: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(dtype) for x in states.values())
 
 
-def _noise(op: str, x: Tensor, key: Tensor | None, generator: torch.Generator | None) -> Tensor:
-    """Standard normal numbers like x (..., d); row r of a shared key draws as the r-th folded key would."""
-    keys = rows.row_keys(op, key, generator, x.shape[:-1], x.device)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return rng.normal(keys, x.shape[-1:], dtype=dtype)
+def _perturb(
+    op: str, x: Tensor, spread: Tensor, key: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """x + spread·noise, spread per row; row r of a shared key draws as the r-th folded key would."""
+    key, level = checks.key(op, key, generator, x.shape[:-1], x.device), paths.per_row(spread, x)
+    if torch.is_grad_enabled() and (x.requires_grad or level.requires_grad):
+        keys = rows.row_keys(op, key, None, x.shape[:-1], x.device)
+        return torch.addcmul(x, level, rng.normal(keys, x.shape[-1:], dtype=x.dtype))
+    # Without a gradient noise is added in one pass.
+    perturbed: Tensor = torch.ops.dlcore.bits_perturb(x, level, key)
+    return perturbed
 
 
 def _scale(op: str, value: float | Tensor, x: Tensor) -> Tensor:
@@ -82,14 +88,16 @@ def interpolate(
     way = paths.find(op, path)
     if noise is None:
         (clean,) = _states(op, clean=clean)
-        noise = _noise(op, clean, key, generator)
     elif key is not None or generator is not None:
         raise ValueError(f"{op}: give noise, or key or generator, not both")
     else:
         clean, noise = _states(op, clean=clean, noise=noise)
     at = paths.time(op, "t", t, clean, way)
+    signal = paths.per_row(way.alpha(at), clean) * clean
     spread = way.sigma(at) * _scale(op, scale, clean)
-    return torch.addcmul(paths.per_row(way.alpha(at), clean) * clean, paths.per_row(spread, clean), noise)
+    if noise is None:
+        return _perturb(op, signal, spread, key, generator)
+    return signal.addcmul_(paths.per_row(spread, clean), noise)
 
 
 def velocity_from_clean(
@@ -133,14 +141,19 @@ def velocity_from_clean(
         at = at.expand(of_x.shape)
         got = rows.first(at, ~(of_x.isfinite() & of_clean.isfinite()))
         raise ValueError(f"{op}: the velocity of path {path!r} is unbounded at t = {got:g}")
-    return torch.addcmul(paths.per_row(of_x, x) * x, paths.per_row(of_clean, x), clean)
+    return _combine(of_x, x, of_clean, clean)
+
+
+def _combine(keep: Tensor, x: Tensor, take: Tensor, clean: Tensor) -> Tensor:
+    """keep·x + take·clean, with memory for one result."""
+    return (paths.per_row(keep, x) * x).addcmul_(paths.per_row(take, x), clean)
 
 
 def _move(x: Tensor, clean: Tensor, keep: Tensor, take: Tensor, way: Path) -> Tensor:
     """keep·x + take·clean; in one pass where the two add up to one, with either end exact."""
     if way.affine:
         return torch.lerp(clean, x, paths.per_row(keep, x))
-    return torch.addcmul(paths.per_row(keep, x) * x, paths.per_row(take, x), clean)
+    return _combine(keep, x, take, clean)
 
 
 def _coefficients(op: str, now: Tensor, after: Tensor, way: Path) -> tuple[Tensor, Tensor]:
@@ -204,8 +217,8 @@ def step(
     keep = keep * ((1 - new) * (1 + new)).sqrt()
     take = way.alpha(after) - keep * way.alpha(now)
     spread = way.sigma(after) * new * _scale(op, scale, x)
-    moved = torch.addcmul(paths.per_row(keep, x) * x, paths.per_row(take, x), clean)
-    return torch.addcmul(moved, paths.per_row(spread, x), _noise(op, x, key, generator))
+    moved = _combine(keep, x, take, clean)
+    return _perturb(op, moved, spread, key, generator)
 
 
 def heun_step(
@@ -298,8 +311,7 @@ def renoise(
     if rows.checkable(now) and rows.checkable(back) and bool((needed < before * (1 - 1e-12)).any()):
         raise ValueError(f"{op}: t_back must be at least as noisy as t, got {t_back!r} after {t!r}")
     spread = ((needed - before).clamp_min(0) * (needed + before)).sqrt() * _scale(op, scale, x)
-    noise = _noise(op, x, key, generator)
-    return torch.addcmul(paths.per_row(keep, x) * x, paths.per_row(spread, x), noise)
+    return _perturb(op, paths.per_row(keep, x) * x, spread, key, generator)
 
 
 def sde_step(
@@ -360,8 +372,7 @@ def sde_step(
     lost = 1 - kept
     spread = (lost * (1 + kept - 2 * kept * now)).clamp_min(0).sqrt() if exact else lost
     spread = spread * _scale(op, scale, x)
-    noise = _noise(op, x, key, generator)
-    x = torch.addcmul(paths.per_row(kept, x) * x, paths.per_row(spread, x), noise)
+    x = _perturb(op, paths.per_row(kept, x) * x, spread, key, generator)
     back = kept * now
     x, clean = _states(op, x=x, clean=denoise(x, back.to(x.dtype)))
     keep, take = _coefficients(op, back, after, way)
