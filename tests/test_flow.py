@@ -483,7 +483,8 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: flow.step(X, X, 1.2, 0.2), ValueError, r"flow.step: t must lie in \[0, 1\], got 1.2"),
     (lambda: flow.step(X, X, math.nan, 0.2), ValueError, r"flow.step: t must lie in \[0, 1\], got nan"),
     (lambda: flow.step(X, X, 0.1, -0.1), ValueError, r"flow.step: t_next must lie in \[0, 1\], got -0.1"),
-    (lambda: flow.step(X, X, -1.0, 0.1, path="edm"), ValueError, r"t must lie in \[0, inf\], got -1.0"),
+    (lambda: flow.step(X, X, -1.0, 0.1, path="edm"), ValueError, r"t must lie in \[0, inf\), got -1.0"),
+    (lambda: flow.step(X, X, math.inf, 0.1, path="edm"), ValueError, r"t must lie in \[0, inf\), got inf"),
     (lambda: flow.step(X, X, None, 0.1), TypeError, "flow.step: t must be a number or a Tensor, got None"),
     (lambda: flow.step(X, X, torch.rand(7), 0.1), ValueError, r"t must broadcast to \(2, 3\), got \(7,\)"),
     (

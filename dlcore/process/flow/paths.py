@@ -19,7 +19,7 @@ class Path:
     """α and σ by time, and dx/dt of the flow as (a, b) with dx/dt = a·x + b·x̂.
 
     Attributes:
-        low, high: the times that there are.
+        low, high: the times that there are; `ends` says whether those two belong.
         affine: α and σ are affine in t. Then α' - (σ'/σ)α = 1 - σ'/σ, so a step is a lerp from x̂ to x.
     """
 
@@ -28,6 +28,7 @@ class Path:
     velocity: Callable[[Tensor], tuple[Tensor, Tensor]]
     low: float
     high: float
+    ends: str = "[]"
     affine: bool = False
 
 
@@ -38,7 +39,7 @@ def _log_velocity(gamma: Tensor) -> tuple[Tensor, Tensor]:
 
 PATHS = {
     "linear": Path(lambda t: t, lambda t: 1 - t, lambda t: (-1 / (1 - t), 1 / (1 - t)), 0, 1, affine=True),
-    "edm": Path(torch.ones_like, lambda t: t, lambda t: (1 / t, -1 / t), 0, torch.inf, affine=True),
+    "edm": Path(torch.ones_like, lambda t: t, lambda t: (1 / t, -1 / t), 0, torch.inf, "[)", affine=True),
     "vp": Path(
         torch.sqrt,
         lambda t: (1 - t).sqrt(),
@@ -64,7 +65,8 @@ def find(op: str, path: str) -> Path:
 
 def time(op: str, name: str, value: float | Tensor, x: Tensor, path: Path) -> Tensor:
     """A time of the path per row of x (..., d) in float64, broadcast to x.shape[:-1] but not expanded."""
-    return rows.within(op, name, rows.number(op, name, value, x.shape[:-1], x.device), path.low, path.high)
+    at = rows.number(op, name, value, x.shape[:-1], x.device)
+    return rows.within(op, name, at, path.low, path.high, path.ends)
 
 
 def ratio(op: str, what: str, top: Tensor, bottom: Tensor) -> Tensor:
