@@ -25,7 +25,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo,bench}")
     commands.add_parser("info", help="versions, CPU level, threads, and which backend can run which op")
     demo = commands.add_parser(
-        "demo", help="samplers on a language whose exact posteriors are known; then block diffusion, trained"
+        "demo",
+        help="samplers on a language whose exact posteriors are known; block diffusion, trained; flows",
     )
     add_arguments(demo)
     commands.add_parser("bench", help="the benchmarks of a source tree; arguments as those of `make bench`")

@@ -175,13 +175,14 @@ def test_chapter_prints_and_saves_what_it_came_to(
 
 
 def test_all_chapters_run_in_turn(tale: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    one = ["--samplers", "masked", "--steps", "2", "--length", "16", "--batch", "4", "--no-timing"]
+    one = ["--samplers", "masked,elf", "--steps", "2", "--length", "16", "--batch", "4", "--no-timing"]
     files = ["--text", str(tale), "--out", str(tmp_path / "out")]
     assert cli.main(["demo", "--seconds", "1", *one, *files]) == 0
     printed = capsys.readouterr().out
-    assert printed.index("Chapter 1") < printed.index("Chapter 2")
+    assert printed.index("Chapter 1") < printed.index("Chapter 2") < printed.index("Chapter 3")
     assert (tmp_path / "out" / "results.json").is_file()
     assert (tmp_path / "out" / "block-diffusion.json").is_file()
+    assert (tmp_path / "out" / "continuous.json").is_file()
 
 
 def test_a_difference_is_told(monkeypatch: pytest.MonkeyPatch, tale: Path, tmp_path: Path) -> None:
@@ -197,15 +198,15 @@ def test_a_difference_is_told(monkeypatch: pytest.MonkeyPatch, tale: Path, tmp_p
 
 
 BAD = [
-    (["--chapter", "3"], "--chapter: must be one of all, 1, 2, got '3'"),
+    (["--chapter", "0"], "--chapter: must be one of all, 1, 2, 3, got '0'"),
     (["--chapter", ""], "--chapter"),
     (["--seconds", "0"], "--seconds: must be a whole number from 1 to 86400, got '0'"),
     (["--seconds", "a minute"], "--seconds"),
     (["--chapter", "1", "--seconds", "5"], "--seconds: only chapter 2 has it, which --chapter leaves out"),
-    (["--chapter", "2", "--samplers", "loo"], "--samplers: only chapter 1 has it"),
-    (["--chapter", "2", "--steps", "8"], "--steps: only chapter 1"),
-    (["--chapter", "2", "--length", "64"], "--length: only chapter 1"),
-    (["--chapter", "2", "--batch", "8"], "--batch: only chapter 1"),
+    (["--chapter", "2", "--samplers", "loo"], "--samplers: only chapters 1 and 3 have it"),
+    (["--chapter", "2", "--steps", "8"], "--steps: only chapters 1 and 3 have it"),
+    (["--chapter", "2", "--length", "64"], "--length: only chapters 1 and 3"),
+    (["--chapter", "2", "--batch", "8"], "--batch: only chapters 1 and 3"),
     (["--chapter", "2", "--no-timing"], "--no-timing: only chapter 1"),
     (
         ["--text", "{tmp}/short.txt"],

@@ -32,10 +32,15 @@ class Options:
     seconds: int
 
 
-#: Defaults of the options that only one chapter has.
-_OF_CHAPTER: dict[int, dict[str, Any]] = {
-    1: {"samplers": None, "steps": (8, 32, 128), "length": 128, "batch": 64, "timing": True},
-    2: {"seconds": 60},
+CHAPTERS = (1, 2, 3)
+#: Defaults of the options that not every chapter has, and the chapters that have them.
+_OF_CHAPTERS: dict[str, tuple[Any, tuple[int, ...]]] = {
+    "samplers": (None, (1, 3)),
+    "steps": ((8, 32, 128), (1, 3)),
+    "length": (128, (1, 3)),
+    "batch": (64, (1, 3)),
+    "timing": (True, (1,)),
+    "seconds": (60, (2,)),
 }
 
 
@@ -65,7 +70,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 
 def _chapters(text: str) -> tuple[int, ...]:
-    chapters = {"all": tuple(_OF_CHAPTER), **{str(number): (number,) for number in _OF_CHAPTER}}
+    chapters = {"all": CHAPTERS, **{str(number): (number,) for number in CHAPTERS}}
     if text not in chapters:
         raise argparse.ArgumentTypeError(f"must be one of {', '.join(chapters)}, got {text!r}")
     return chapters[text]
@@ -76,48 +81,54 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chapter",
         type=_chapters,
-        default=tuple(_OF_CHAPTER),
-        metavar="1|2|all",
-        help="1: samplers, 2: a block-diffusion transformer with a cache (all)",
+        default=CHAPTERS,
+        metavar="1|2|3|all",
+        help="1: samplers, 2: a block-diffusion transformer with a cache, 3: continuous flows (all)",
     )
     parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to fit (default: Python's own)")
     parser.add_argument("--order", type=lambda t: whole(t, 1, 3), default=2, help="of the Markov chain (2)")
     parser.add_argument("--seed", type=lambda t: whole(t, 0, 2**63 - 1), default=0, help="of all draws (0)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="of the results (out)")
     _add_chapter_arguments(
-        parser.add_argument_group("chapter 1", argument_default=argparse.SUPPRESS),
-        parser.add_argument_group("chapter 2", argument_default=argparse.SUPPRESS),
+        *(
+            parser.add_argument_group(title, argument_default=argparse.SUPPRESS)
+            for title in ("chapters 1 and 3", "chapter 1", "chapter 2")
+        )
     )
 
 
-def _add_chapter_arguments(one: argparse._ArgumentGroup, two: argparse._ArgumentGroup) -> None:
-    one.add_argument("--samplers", type=_names, metavar="A,B", help="a selection (default: all)")
-    one.add_argument("--steps", type=_steps, metavar="N,M", help="network calls (8,32,128)")
-    one.add_argument("--length", type=lambda t: whole(t, 2), help="characters (128)")
-    one.add_argument("--batch", type=lambda t: whole(t, 1), help="sequences per sampler (64)")
+def _add_chapter_arguments(
+    both: argparse._ArgumentGroup, one: argparse._ArgumentGroup, two: argparse._ArgumentGroup
+) -> None:
+    both.add_argument("--samplers", type=_names, metavar="A,B", help="a selection (default: all)")
+    both.add_argument("--steps", type=_steps, metavar="N,M", help="network calls (8,32,128)")
+    both.add_argument("--length", type=lambda t: whole(t, 2), help="characters (128)")
+    both.add_argument("--batch", type=lambda t: whole(t, 1), help="sequences per sampler (64)")
     one.add_argument("--no-timing", dest="timing", action="store_false", help="leave out the step times")
     two.add_argument("--seconds", type=lambda t: whole(t, 1, 86_400), help="of training (60)")
 
 
-def from_namespace(parsed: argparse.Namespace, known: tuple[str, ...]) -> Options:
-    """Options of parsed arguments; samplers are checked against `known`.
+def from_namespace(parsed: argparse.Namespace, known: dict[int, tuple[str, ...]]) -> Options:
+    """Options of parsed arguments; samplers are checked against those that the chosen chapters know.
 
     Raises:
-        UserError: an unknown sampler, or an option of a chapter that is left out.
+        UserError: an unknown sampler, or an option of chapters that are left out.
     """
     given = vars(parsed)
     values: dict[str, Any] = {}
-    for chapter, defaults in _OF_CHAPTER.items():
-        for name, default in defaults.items():
-            if name in given and chapter not in parsed.chapter:
-                flag = "no-timing" if name == "timing" else name
-                raise UserError(f"--{flag}: only chapter {chapter} has it, which --chapter leaves out")
-            values[name] = given.get(name, default)
-    chosen = known if values["samplers"] is None else values["samplers"]
-    unknown = [name for name in chosen if name not in known]
+    for name, (default, chapters) in _OF_CHAPTERS.items():
+        if name in given and not set(chapters) & set(parsed.chapter):
+            flag = "no-timing" if name == "timing" else name
+            who = " and ".join(map(str, chapters))
+            having = f"chapter {who} has" if len(chapters) == 1 else f"chapters {who} have"
+            raise UserError(f"--{flag}: only {having} it, which --chapter leaves out")
+        values[name] = given.get(name, default)
+    names = [name for chapter in parsed.chapter for name in known.get(chapter, ())]
+    chosen = names if values["samplers"] is None else values["samplers"]
+    unknown = [name for name in chosen if name not in names]
     if unknown:
-        raise UserError(f"--samplers: unknown {', '.join(map(repr, unknown))}; known are {', '.join(known)}")
-    values["samplers"] = chosen
+        raise UserError(f"--samplers: unknown {', '.join(map(repr, unknown))}; known are {', '.join(names)}")
+    values["samplers"] = tuple(chosen)
     return Options(
         chapters=parsed.chapter,
         text=parsed.text,

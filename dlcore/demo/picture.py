@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -15,56 +15,59 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from dlcore.demo.measures import Result, Truth
-from dlcore.demo.samplers import SAMPLERS
+from dlcore.demo.samplers import Sampler
 
-#: Okabe and Ito's colours, told apart by every kind of colour vision, and a shape each.
-_STYLES = dict(
-    zip(
-        SAMPLERS,
-        (
-            ("#0072B2", "o"),
-            ("#E69F00", "s"),
-            ("#56B4E9", "^"),
-            ("#D55E00", "X"),
-            ("#009E73", "D"),
-            ("#CC79A7", "v"),
-            ("#7A6A00", "P"),
-            ("#555555", "<"),
-        ),
-        strict=True,
-    )
+#: Okabe and Ito's colours, told apart by every kind of colour vision, and a shape each: one per sampler.
+_STYLES = (
+    ("#0072B2", "o"),
+    ("#E69F00", "s"),
+    ("#56B4E9", "^"),
+    ("#D55E00", "X"),
+    ("#009E73", "D"),
+    ("#CC79A7", "v"),
+    ("#7A6A00", "P"),
+    ("#555555", "<"),
+    ("#6A3D9A", ">"),
+    ("#8C564B", "p"),
 )
+Samplers = Mapping[str, Sampler]
 
 
-def save(path: Path, results: Sequence[Result], truth: Truth) -> None:
+def _style(samplers: Samplers, name: str) -> tuple[str, str]:
+    """A sampler's own colour and shape, whichever are shown beside it."""
+    return _STYLES[list(samplers).index(name)]
+
+
+def save(path: Path, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
     """Write the picture as PNG."""
     with matplotlib.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
         figure = Figure(figsize=(11, 5.4), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         whole, near = figure.subplots(1, 2)
         for axes in (whole, near):
-            _draw(axes, results, truth)
+            _draw(axes, samplers, results, truth)
         whole.set_title("All samplers (solid: exact as steps grow)", loc="left")
         near.set_title("Near the truth (numbers: steps)", loc="left")
-        _zoom(near, results, truth)
+        _zoom(near, samplers, results, truth)
         handles, labels = whole.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.draw_without_rendering()  # settles the layout that labels are placed in
-        _label(near, results, truth)
-        _label(whole, [r for r in results if not _inside(near, r)], truth)
+        _label(near, samplers, results, truth)
+        _label(whole, samplers, [r for r in results if not _inside(near, r)], truth)
         figure.savefig(path, metadata={"Software": None})
 
 
-def _draw(axes: Any, results: Sequence[Result], truth: Truth) -> None:
+def _draw(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("bigram entropy (nats)")
     axes.set_ylabel("perplexity under the true law")
     axes.grid(alpha=0.25, linewidth=0.6)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10), numticks=20))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
     for name, group in groupby(results, key=lambda r: r.sampler):
         runs = list(group)
-        colour, marker = _STYLES[name]
+        colour, marker = _style(samplers, name)
         axes.plot(
             [r.figures.bigram_entropy for r in runs],
             [r.figures.perplexity for r in runs],
@@ -72,8 +75,8 @@ def _draw(axes: Any, results: Sequence[Result], truth: Truth) -> None:
             marker=marker,
             markersize=6,
             linewidth=1.4,
-            linestyle="-" if SAMPLERS[name].exact else "--",
-            label=SAMPLERS[name].label,
+            linestyle="-" if samplers[name].exact else "--",
+            label=samplers[name].label,
         )
     axes.plot(
         truth.bigram_entropy, truth.perplexity, "*", color="black", markersize=15, label="the truth", zorder=5
@@ -91,9 +94,9 @@ def _draw(axes: Any, results: Sequence[Result], truth: Truth) -> None:
     )
 
 
-def _zoom(axes: Any, results: Sequence[Result], truth: Truth) -> None:
+def _zoom(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
     """Limit the axes to the truth and the exact samplers, or to all if none is."""
-    shown = [r.figures for r in results if SAMPLERS[r.sampler].exact] or [r.figures for r in results]
+    shown = [r.figures for r in results if samplers[r.sampler].exact] or [r.figures for r in results]
     own, spread = truth.same_size, truth.spread
     x = [f.bigram_entropy for f in shown] + [truth.bigram_entropy]
     x += [own.bigram_entropy - 2 * spread.bigram_entropy, own.bigram_entropy + 2 * spread.bigram_entropy]
@@ -101,10 +104,9 @@ def _zoom(axes: Any, results: Sequence[Result], truth: Truth) -> None:
     margin = 0.06 * (max(x) - min(x))
     axes.set_xlim(min(x) - margin, max(x) + margin)
     axes.set_ylim(min(y) / 1.05, max(y) * 1.08)
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8, 10), numticks=20))
 
 
-def _label(axes: Any, results: Sequence[Result], truth: Truth) -> None:
+def _label(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
     """Write the steps beside each point where there is room: no label lies on a point or on another label."""
     points = [(r.figures.bigram_entropy, r.figures.perplexity) for r in results]
     pixels = axes.transData.transform([*points, (truth.bigram_entropy, truth.perplexity)])
@@ -120,7 +122,7 @@ def _label(axes: Any, results: Sequence[Result], truth: Truth) -> None:
             if not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 offset = ((left - x) * 72 / axes.figure.dpi, (low - y) * 72 / axes.figure.dpi)
-                colour = _STYLES[r.sampler][0]
+                colour = _style(samplers, r.sampler)[0]
                 halo = withStroke(linewidth=2, foreground="white")
                 axes.annotate(
                     text,

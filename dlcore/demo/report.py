@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
@@ -19,7 +19,7 @@ from rich.text import Text
 import dlcore
 from dlcore.demo.measures import Figures, Result, Truth
 from dlcore.demo.options import Options
-from dlcore.demo.samplers import SAMPLERS
+from dlcore.demo.samplers import Sampler
 from dlcore.demo.timing import PROVIDERS, Measurement
 from dlcore.testing.markov import MarkovChain
 
@@ -35,7 +35,9 @@ def chain_facts(chain: MarkovChain, characters: int) -> dict[str, Any]:
     }
 
 
-def print_results(console: Console, results: Sequence[Result], truth: Truth) -> None:
+def print_results(
+    console: Console, samplers: Mapping[str, Sampler], results: Sequence[Result], truth: Truth
+) -> None:
     """Perplexity, entropy and divergence per sampler and step count, the truth above."""
     table = Table(title="Exact figures under the true law", title_justify="left", caption_justify="left")
     table.caption = (
@@ -52,7 +54,7 @@ def print_results(console: Console, results: Sequence[Result], truth: Truth) -> 
     for name, group in groupby(results, key=lambda r: r.sampler):
         runs = list(group)
         for i, run in enumerate(runs):
-            sampler = SAMPLERS[name]
+            sampler = samplers[name]
             table.add_row(
                 sampler.label if i == 0 else "",
                 ("yes" if sampler.exact else "no") if i == 0 else "",
@@ -69,11 +71,13 @@ def _cells(figures: Figures) -> tuple[str, str, str]:
     return f"{figures.perplexity:.2f}{error}", f"{figures.bigram_entropy:.3f}", f"{figures.bigram_kl:.3f}"
 
 
-def print_texts(console: Console, results: Sequence[Result], true_text: str) -> None:
+def print_texts(
+    console: Console, samplers: Mapping[str, Sampler], results: Sequence[Result], true_text: str
+) -> None:
     """A line of every sampler at its largest number of steps."""
     lines = [("the chain itself", true_text)]
     for name, group in groupby(results, key=lambda r: r.sampler):
-        lines.append((SAMPLERS[name].label, list(group)[-1].text))
+        lines.append((samplers[name].label, list(group)[-1].text))
     width = max(len(label) for label, _ in lines)
     console.print("\nWhat they write at the most steps", style="italic")
     for label, text in lines:
@@ -123,6 +127,7 @@ def save_json(
     options: Options,
     facts: dict[str, Any],
     truth: Truth,
+    samplers: Mapping[str, Sampler],
     results: Sequence[Result],
     measured: Sequence[Measurement],
     seconds: dict[str, float],
@@ -132,7 +137,7 @@ def save_json(
         **origin(options),
         "chain": facts,
         "truth": asdict(truth),
-        "results": [{**asdict(r), "exact": SAMPLERS[r.sampler].exact} for r in results],
+        "results": [{**asdict(r), "exact": samplers[r.sampler].exact} for r in results],
         "timing": [asdict(m) for m in measured],
         "seconds": seconds,
     }

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,31 +14,63 @@ from rich.rule import Rule
 
 from dlcore import rng
 from dlcore.demo import blocks, measures, picture, report, text, timing
+from dlcore.demo.flows import FLOWS, FlowNetwork
 from dlcore.demo.options import Options, check_memory, from_namespace, prepare_folder
 from dlcore.demo.progress import HIDDEN, Progress, Stopwatch, reporting, say
-from dlcore.demo.samplers import SAMPLERS, Network
+from dlcore.demo.samplers import SAMPLERS, Network, Sampler
 from dlcore.testing.markov import MarkovChain
+
+
+@dataclass(frozen=True)
+class Chapter:
+    """Samplers, the network that they call, and the files that tell of them."""
+
+    title: str
+    samplers: Mapping[str, Sampler]
+    network: Callable[[MarkovChain], Network]
+    picture: str
+    numbers: str
+
+
+CHAPTERS = {
+    1: Chapter(
+        "Chapter 1: samplers on a language whose exact posteriors are known",
+        SAMPLERS,
+        Network,
+        "perplexity-entropy.png",
+        "results.json",
+    ),
+    3: Chapter(
+        "Chapter 3: flows over bits, spheres and embeddings, with the same exact posteriors",
+        FLOWS,
+        FlowNetwork,
+        "continuous.png",
+        "continuous.json",
+    ),
+}
 
 
 def main(parsed: argparse.Namespace) -> int:
     """Run the demo as asked. Raises UserError for bad options and files."""
-    options = from_namespace(parsed, tuple(SAMPLERS))
+    options = from_namespace(parsed, {number: tuple(c.samplers) for number, c in CHAPTERS.items()})
     prepare_folder(options.out)
     console = Console()
     if not console.is_terminal:
         console = Console(width=120)
     watch = Stopwatch()
     corpus, alphabet = text.load(options.text)
-    if 1 in options.chapters:
+    if set(options.chapters) & set(CHAPTERS):
         check_memory(options, len(alphabet))
     if 2 in options.chapters:
         blocks.check_text(corpus)
-    if 1 in options.chapters:
-        _title(console, "Chapter 1: samplers on a language whose exact posteriors are known")
-        _samplers(console, options, corpus, alphabet, watch)
-    if 2 in options.chapters:
-        _title(console, "Chapter 2: a block-diffusion transformer with a KV cache")
-        blocks.chapter(console, options, corpus, alphabet)
+    for number in options.chapters:
+        if number == 2:
+            _title(console, "Chapter 2: a block-diffusion transformer with a KV cache")
+            blocks.chapter(console, options, corpus, alphabet)
+        elif set(options.samplers) & set(CHAPTERS[number].samplers):
+            _title(console, CHAPTERS[number].title)
+            _samplers(console, options, number, corpus, alphabet, watch)
+        watch = Stopwatch()
     return 0
 
 
@@ -45,21 +78,24 @@ def _title(console: Console, line: str) -> None:
     console.print(Rule(line, align="left"))
 
 
-def _samplers(console: Console, options: Options, corpus: str, alphabet: str, watch: Stopwatch) -> None:
-    """The first chapter."""
+def _samplers(
+    console: Console, options: Options, number: int, corpus: str, alphabet: str, watch: Stopwatch
+) -> None:
+    """The first chapter or the third."""
+    chapter = CHAPTERS[number]
     chain = MarkovChain.fit(corpus, options.order, alphabet=alphabet)
     facts = report.chain_facts(chain, len(corpus))
     _print_chain(console, facts)
     fitted = watch.seconds()
     with _single_thread():
         truth = measures.truth(chain, options.batch, options.length, options.seed)
-        results = generate(console, options, chain)
+        results = generate(console, options, chapter, chain)
     generated = watch.seconds()
-    report.print_results(console, results, truth)
-    report.print_texts(console, results, _true_text(chain, options))
-    picture.save(options.out / "perplexity-entropy.png", results, truth)
+    report.print_results(console, chapter.samplers, results, truth)
+    report.print_texts(console, chapter.samplers, results, _true_text(chain, options))
+    picture.save(options.out / chapter.picture, chapter.samplers, results, truth)
     reported = watch.seconds()
-    measured = _step_times(console) if options.timing else []
+    measured = _step_times(console) if options.timing and number == 1 else []
     seconds = {
         "fit": fitted,
         "samplers": generated - fitted,
@@ -67,31 +103,41 @@ def _samplers(console: Console, options: Options, corpus: str, alphabet: str, wa
         "timing": watch.seconds() - reported,
         "total": watch.seconds(),
     }
-    report.save_json(options.out / "results.json", options, facts, truth, results, measured, seconds)
-    say(console, f"Picture: {options.out / 'perplexity-entropy.png'}")
-    say(console, f"Numbers: {options.out / 'results.json'}")
+    numbers = options.out / chapter.numbers
+    report.save_json(numbers, options, facts, truth, chapter.samplers, results, measured, seconds)
+    say(console, f"Picture: {options.out / chapter.picture}")
+    say(console, f"Numbers: {numbers}")
     say(console, "Seconds: " + ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
-def generate(console: Console, options: Options, chain: MarkovChain) -> list[measures.Result]:
+def generate(
+    console: Console, options: Options, chapter: Chapter, chain: MarkovChain
+) -> list[measures.Result]:
     """Every sampler at every step count; keys depend on sampler and steps alone, not on the selection."""
     fast = chain.to(torch.float32)
-    with reporting(console, len(options.samplers) * len(options.steps)) as progress:
+    chosen = [name for name in options.samplers if name in chapter.samplers]
+    with reporting(console, len(chosen) * len(options.steps)) as progress:
         return [
-            _generate_one(progress, options, chain, fast, name, steps)
-            for name in options.samplers
+            _generate_one(progress, options, chapter, chain, fast, name, steps)
+            for name in chosen
             for steps in options.steps
         ]
 
 
 def _generate_one(
-    progress: Progress, options: Options, chain: MarkovChain, fast: MarkovChain, name: str, steps: int
+    progress: Progress,
+    options: Options,
+    chapter: Chapter,
+    chain: MarkovChain,
+    fast: MarkovChain,
+    name: str,
+    steps: int,
 ) -> measures.Result:
-    key = rng.fold_in(rng.fold_in(rng.key(options.seed), list(SAMPLERS).index(name)), steps)
-    network, watch = Network(fast), Stopwatch()
-    progress.start(SAMPLERS[name].label, steps)
+    key = rng.fold_in(rng.fold_in(rng.key(options.seed), list(chapter.samplers).index(name)), steps)
+    network, sampler, watch = chapter.network(fast), chapter.samplers[name], Stopwatch()
+    progress.start(sampler.label, steps)
     z = torch.empty(0)
-    for z in SAMPLERS[name].sample(network, (options.batch, options.length), steps, key):
+    for z in sampler.sample(network, (options.batch, options.length), steps, key):
         progress.show(network.calls, chain.decode(z[0], placeholder=HIDDEN))
     figures = measures.measure(z, chain)
     result = measures.Result(name, steps, watch.seconds(), figures, chain.decode(z[0]))

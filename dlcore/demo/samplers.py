@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,8 @@ def absorbing_emission(z: Tensor, u: Tensor, alpha: float, vocab_size: int) -> T
 
 
 Shape = tuple[int, int]
-Sample = Callable[[Network, Shape, int, Tensor], Iterator[Tensor]]
+#: (its chapter's network, shape, steps, key) -> states.
+Sample = Callable[[Any, Shape, int, Tensor], Iterator[Tensor]]
 
 
 def _levels(steps: int) -> list[tuple[float, float]]:

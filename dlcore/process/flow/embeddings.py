@@ -1,0 +1,188 @@
+"""Flows whose clean states are embeddings: LangFlow's matched filter, FLM in d dimensions, ELF's times."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import rng
+from dlcore.linear_logits import LinearLogits
+from dlcore.process import _rows as rows
+from dlcore.process.flow import paths
+
+
+def _table(op: str, table: Tensor) -> None:
+    checks.floating(op, "table", table)
+    if table.dim() != 2:
+        raise ValueError(f"{op}: table must be (V, d), got {tuple(table.shape)}")
+
+
+def matched_filter(
+    x: Tensor, table: Tensor, t: float | Tensor, *, path: str = "lognsr", scale: float | Tensor = 1.0
+) -> LinearLogits:
+    """What a noisy embedding alone says of its token: logits (α/σ²)⟨x, E_k⟩, never formed.
+
+    With rows of one norm and a uniform prior, softmax of these is the exact posterior of the token given
+    x = αE_k + σ·noise: the bias of LangFlow and Plaid (a norm that differs would add -α²‖E_k‖²/(2σ²)).
+    On "lognsr" α/σ² = exp((softplus(-γ) - γ)/2). To add them to a network's own head without a second
+    product, join the two: ``LinearLogits(torch.cat([h, m.hidden], -1), torch.cat([W, E], -1))``.
+
+    Args:
+        x: (..., d) state at t.
+        table: (V, d), rows of one norm (LangFlow: √d); not checked.
+        t: time, broadcast to x.shape[:-1]; σ > 0 there.
+        path: "linear", "edm", "vp" or "lognsr".
+        scale: of the noise, > 0.
+
+    Returns:
+        LinearLogits of (..., V): x scaled by α/σ², and the table, in one dtype, float32 or wider (a narrower
+        table is copied). Differentiable.
+
+    Raises:
+        TypeError, ValueError: dtypes, shapes or values that do not fit, or σ = 0.
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore.process import flow
+        >>> m = flow.matched_filter(torch.tensor([2.0, 0.0]), torch.eye(2), 0.0)
+        >>> dlcore.categorical.stats(m).argmax, m.hidden
+        (tensor(0), tensor([2.8284, 0.0000]))
+    """
+    op = "flow.matched_filter"
+    way = paths.find(op, path)
+    _table(op, table)
+    checks.floating(op, "x", x)
+    if x.shape[-1] != table.shape[-1]:
+        raise ValueError(f"{op}: x must be (..., {table.shape[-1]}) as table's rows, got {tuple(x.shape)}")
+    x = x.to(torch.promote_types(torch.promote_types(x.dtype, table.dtype), torch.float32))
+    at = paths.time(op, "t", t, x, way)
+    size = rows.within(
+        op, "scale", rows.number(op, "scale", scale, x.shape[:-1], x.device), 0, torch.inf, "()"
+    )
+    sigma = rows.within(op, "σ(t)", way.sigma(at), 0, torch.inf, "(]")
+    gain = way.alpha(at) / sigma / sigma / size**2
+    return LinearLogits(paths.per_row(gain, x) * x, table.to(x.dtype))
+
+
+def flm_factor(table: Tensor) -> Tensor:
+    """A factor F (d, d) with F·Fᵀ = EᵀE, once per table, for `flm_noise`.
+
+    FLM's state z is one-hot plus noise in V dimensions, but its network reads y = zE alone, and
+    y' = (1-c)y + c·pE is closed in d dimensions: z is never needed. Noise on z is N(0, EᵀE) on y, so
+
+    - start: y = flm_noise(F, (B, L)), at γ = 0;
+    - step: ``step(y, categorical.expectation(logits, table), γ, γ_next)``;
+    - training: ``interpolate(table[x], γ, noise=flm_noise(F, x.shape))``, the same law with V/d times less
+      noise.
+
+    (Not for FMLM's first-stage student, whose correction lives in V dimensions.)
+
+    Args:
+        table: (V, d) floating, E. Its rank may be less than d.
+
+    Returns:
+        (d, d), float32 or wider; computed in float64: Cholesky's, or where EᵀE is singular a symmetric root.
+
+    Raises:
+        TypeError, ValueError: table does not fit.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import flow
+        >>> flow.flm_factor(torch.tensor([[3.0, 0.0], [4.0, 2.0]]))
+        tensor([[5.0000, 0.0000],
+                [1.6000, 1.2000]])
+    """
+    op = "flow.flm_factor"
+    _table(op, table)
+    gram = table.double().T @ table.double()
+    factor: Tensor
+    factor, info = torch.linalg.cholesky_ex(gram)
+    if int(info) != 0:
+        values, vectors = torch.linalg.eigh(gram)
+        factor = vectors * values.clamp_min(0).sqrt()
+    return factor.to(torch.promote_types(table.dtype, torch.float32))
+
+
+def flm_noise(
+    factor: Tensor,
+    shape: tuple[int, ...],
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Noise of y = zE: N(0, EᵀE) per row, the state at γ = 0.
+
+    Args:
+        factor: (d, d) of `flm_factor`.
+        shape: of the rows, (B, L), say.
+        key: int64 (2,) or one per row (*shape, 2), see `dlcore.rng`; else from `generator` or torch's own.
+
+    Returns:
+        (*shape, d) in factor's dtype.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore.process import flow
+        >>> flow.flm_noise(torch.eye(4), (2, 3), key=dlcore.rng.key(7)).shape
+        torch.Size([2, 3, 4])
+    """
+    op = "flow.flm_noise"
+    checks.floating(op, "factor", factor)
+    if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
+        raise ValueError(f"{op}: factor must be (d, d), got {tuple(factor.shape)}")
+    keys = rows.row_keys(op, key, generator, torch.Size(shape), factor.device)
+    dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
+    return rng.normal(keys, factor.shape[:1], dtype=dtype) @ factor.to(dtype).T
+
+
+def elf_grid(
+    steps: int,
+    *,
+    mean: float = -1.5,
+    std: float = 0.8,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Times 0 = t_0 < ... < t_steps = 1 as dense as training's, t = sigmoid(N(mean, std²)).
+
+    Without key and generator they are the law's quantiles (FMLM*, arXiv 2607.00714), the same in every call;
+    with one of them sorted draws, as ELF's official code has it.
+
+    Args:
+        steps: >= 1.
+        mean, std: of the logits of t; std > 0.
+
+    Returns:
+        (steps + 1,) float64 on the CPU, times of the path "linear".
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Example:
+        >>> from dlcore.process import flow
+        >>> [round(t, 3) for t in flow.elf_grid(4).tolist()]
+        [0.0, 0.115, 0.182, 0.277, 1.0]
+    """
+    op = "flow.elf_grid"
+    checks.integer(op, "steps", steps)
+    if steps < 1:
+        raise ValueError(f"{op}: steps must be at least 1, got {steps}")
+    here = torch.device("cpu")
+    middle = rows.within(
+        op, "mean", rows.number(op, "mean", mean, torch.Size(), here), -torch.inf, torch.inf, "()"
+    )
+    spread = rows.within(op, "std", rows.number(op, "std", std, torch.Size(), here), 0, torch.inf, "()")
+    if key is None and generator is None:
+        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps)
+    else:
+        drawn = rng.normal(
+            checks.key(op, key, generator, torch.Size(), here), (steps - 1,), dtype=torch.float64
+        )
+        normal = drawn.sort().values
+    inner = torch.sigmoid(middle + spread * normal)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=1.0)

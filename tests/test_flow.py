@@ -1,0 +1,537 @@
+"""Flows: one lerp is every family's step; Gaussian data give every map in closed form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+
+from dlcore import rng
+from dlcore.process import flow
+
+KEY = rng.key(11)
+#: A time well inside every path, and a later one of less noise.
+INSIDE = {"linear": (0.3, 0.6), "edm": (3.0, 0.7), "vp": (0.2, 0.7), "lognsr": (1.5, -0.5)}
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def levels(path: str, t: Tensor | float) -> tuple[Tensor, Tensor]:
+    """(α, σ) written down once more."""
+    t = torch.as_tensor(t, dtype=torch.float64)
+    return {
+        "linear": lambda: (t, 1 - t),
+        "edm": lambda: (torch.ones_like(t), t),
+        "vp": lambda: (t**0.5, (1 - t) ** 0.5),
+        "lognsr": lambda: ((1 / (1 + t.exp())) ** 0.5, (1 / (1 + (-t).exp())) ** 0.5),
+    }[path]()
+
+
+def gaussian_denoiser(path: str, spread: float, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    """E[clean | x] of clean ~ N(0, spread²): linear in x."""
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = levels(path, t)
+        gain = alpha * spread**2 / (alpha**2 * spread**2 + (scale * sigma) ** 2)
+        return gain.to(x.dtype).unsqueeze(-1) * x if gain.dim() else gain.to(x.dtype) * x
+
+    return denoise
+
+
+# One structure, every family: each of these is the update as its authors write it.
+
+
+def test_linear_step_is_euler_of_elf_and_flm() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    t, t_next = 0.3, 0.55
+    torch.testing.assert_close(
+        flow.step(x, clean, t, t_next), x + (t_next - t) * (clean - x) / (1 - t), rtol=1e-12, atol=1e-12
+    )
+    c = (t_next - t) / (1 - t)  # FLM: z' = (1-c)z + cp
+    torch.testing.assert_close(flow.step(x, clean, t, t_next), (1 - c) * x + c * clean)
+    again = x + (t_next - t) * flow.velocity_from_clean(x, clean, t)
+    torch.testing.assert_close(flow.step(x, clean, t, t_next), again)
+
+
+def test_edm_step_is_euler_of_edm_and_cobit() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    hat, sigma = 3.1, 1.7
+    score = (clean - x) / hat**2
+    torch.testing.assert_close(flow.step(x, clean, hat, sigma, path="edm"), x + (sigma - hat) * -hat * score)
+    velocity = flow.velocity_from_clean(x, clean, hat, path="edm")
+    torch.testing.assert_close(flow.step(x, clean, hat, sigma, path="edm"), x + (sigma - hat) * velocity)
+
+
+def test_vp_step_is_ddim() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    bar, bar_next = 0.3, 0.8
+    noise = (x - bar**0.5 * clean) / (1 - bar) ** 0.5
+    expected = bar_next**0.5 * clean + (1 - bar_next) ** 0.5 * noise
+    torch.testing.assert_close(flow.step(x, clean, bar, bar_next, path="vp"), expected)
+
+
+def test_lognsr_step_is_langflows_and_the_same_as_ddim() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    gamma_t, gamma_s = 2.0, -1.0
+    (a, s), (a_next, s_next) = levels("lognsr", gamma_t), levels("lognsr", gamma_s)
+    got = flow.step(x, clean, gamma_t, gamma_s, path="lognsr")
+    torch.testing.assert_close(got, a_next * clean + s_next / s * (x - a * clean))
+    torch.testing.assert_close(got, flow.step(x, clean, float(a**2), float(a_next**2), path="vp"))
+
+
+@pytest.mark.parametrize("path", INSIDE)
+def test_step_is_exact_while_the_clean_state_stays(path: str) -> None:
+    clean, noise = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    t, t_next = INSIDE[path]
+    start = flow.interpolate(clean, t, noise=noise, path=path)
+    for aim in (t_next, t, (t + t_next) / 2):
+        expected = flow.interpolate(clean, aim, noise=noise, path=path)
+        torch.testing.assert_close(flow.step(start, clean, t, aim, path=path), expected)
+    there = flow.step(start, clean, t, t_next, path=path)
+    torch.testing.assert_close(flow.step(there, clean, t_next, t, path=path), start)  # inverted
+
+
+@pytest.mark.parametrize("path", INSIDE)
+def test_velocity_is_the_derivative_of_the_state(path: str) -> None:
+    clean, noise = normal(5), normal(5, seed=1)
+    t, h = INSIDE[path][0], 1e-6
+    ahead, behind = (flow.interpolate(clean, t + d, noise=noise, path=path) for d in (h, -h))
+    x = flow.interpolate(clean, t, noise=noise, path=path)
+    got = flow.velocity_from_clean(x, clean, t, path=path)
+    torch.testing.assert_close(got, (ahead - behind) / (2 * h), rtol=1e-7, atol=1e-8)
+
+
+def test_elfs_floor_and_weight() -> None:
+    x, clean = normal(4), normal(4, seed=1)
+    got = flow.velocity_from_clean(x, clean, 0.99, floor=0.05)
+    torch.testing.assert_close(got, (clean - x) / 0.05)
+    torch.testing.assert_close(
+        flow.velocity_from_clean(x, clean, 0.3, floor=0.05), flow.velocity_from_clean(x, clean, 0.3)
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ends_are_exact(dtype: torch.dtype) -> None:
+    x, clean = normal(2, 3, 4, dtype=dtype), normal(2, 3, 4, seed=1, dtype=dtype)
+    for path, (t, end) in {
+        "linear": (0.7, 1.0),
+        "edm": (0.3, 0.0),
+        "vp": (0.7, 1.0),
+        "lognsr": (-3.0, -math.inf),
+    }.items():
+        torch.testing.assert_close(flow.step(x, clean, t, end, path=path), clean, rtol=0, atol=0)
+        torch.testing.assert_close(flow.step(x, clean, end, end, path=path), x, rtol=0, atol=0)
+        torch.testing.assert_close(flow.interpolate(clean, end, noise=x, path=path), clean, rtol=0, atol=0)
+    for path, start in {"linear": 0.0, "vp": 0.0, "lognsr": math.inf}.items():
+        torch.testing.assert_close(flow.interpolate(clean, start, noise=x, path=path), x, rtol=0, atol=0)
+        assert bool(flow.step(x, clean, start, INSIDE[path][1], path=path).isfinite().all())
+        torch.testing.assert_close(flow.renoise(x, start, start, path=path), x, rtol=0, atol=0)
+    assert flow.step(x, clean, 0.3, 0.3).equal(x)
+    # Next to the clean end nothing blows up.
+    near = flow.step(x, clean, 1 - 1e-12, 1 - 1e-13)
+    torch.testing.assert_close(near, clean + 0.1 * (x - clean), rtol=1e-3, atol=1e-4)
+
+
+def test_a_prompt_stays_while_the_rest_moves() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    prompt = torch.tensor([True, False, False])
+    t, t_next = (torch.where(prompt, 1.0, torch.tensor(level, dtype=torch.float64)) for level in (0.3, 0.6))
+    moved = flow.step(x, clean, t, t_next)
+    assert moved[:, 0].equal(x[:, 0])
+    torch.testing.assert_close(moved[:, 1:], flow.step(x, clean, 0.3, 0.6)[:, 1:])
+
+
+def test_times_as_numbers_and_tensors_of_any_broadcast() -> None:
+    x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    t = torch.tensor([[0.1], [0.4]], dtype=torch.float64)
+    rows = [[float(level)] * 3 for level in t]
+    whole = flow.step(x, clean, t, 0.7)
+    torch.testing.assert_close(whole, flow.step(x, clean, torch.tensor(rows, dtype=torch.float64), 0.7))
+    for i in range(2):
+        torch.testing.assert_close(whole[i], flow.step(x[i], clean[i], float(t[i]), 0.7))
+    torch.testing.assert_close(flow.step(x, clean, 0, 1), clean)  # whole numbers are times too
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_states_are_moved_in_float32(dtype: torch.dtype) -> None:
+    x, clean = normal(2, 3, 64, dtype=dtype), normal(2, 3, 64, seed=1, dtype=dtype)
+    got = flow.step(x, clean, 0.31, 0.37)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, flow.step(x.double(), clean.double(), 0.31, 0.37).float())
+    assert flow.step(x.float(), clean, 0.31, 0.37).dtype == torch.float32
+    assert flow.step(x.double(), clean, 0.31, 0.37).dtype == torch.float64
+
+
+def test_strided_states() -> None:
+    x, clean = normal(4, 3, 2).transpose(0, 2), normal(2, 3, 8, seed=1)[..., ::2]
+    want = flow.step(x.contiguous(), clean.contiguous(), 0.2, 0.5)
+    torch.testing.assert_close(flow.step(x, clean, 0.2, 0.5), want)
+
+
+# Gaussian data: E[clean | x] is linear, the flow's map is known.
+
+
+@pytest.mark.parametrize(("path", "ends"), [("linear", (0.0, 1.0)), ("vp", (0.0, 1.0)), ("edm", (80.0, 0.0))])
+def test_gaussian_flow_reaches_the_datas_spread(path: str, ends: tuple[float, float]) -> None:
+    """The probability flow's exact map is x ↦ x·√(v_s/v_t) with v = α²s² + σ²."""
+    spread, denoise = 0.6, gaussian_denoiser(path, 0.6)
+    start = flow.interpolate(torch.zeros(1, dtype=torch.float64), ends[0], noise=torch.ones(1), path=path)
+    errors = []
+    for count in (100, 200):
+        grid = torch.linspace(*ends, count + 1, dtype=torch.float64)
+        if path == "edm":
+            grid = flow.edm_grid(count)
+        x = start
+        for t, t_next in pairwise(grid):
+            x = flow.step(x, denoise(x, t), t, t_next, path=path)
+        alpha, sigma = levels(path, ends[0])
+        exact = float(start) * spread / math.sqrt(alpha**2 * spread**2 + sigma**2)
+        errors.append(abs(float(x) - exact))
+    assert errors[1] < 0.02 * spread
+    assert 1.6 < errors[0] / errors[1] < 2.6  # first order
+
+
+#: Terminal standard deviation from σ = 80 on data of deviation 1/2, from the closed recursion.
+EDM_TABLE = [(18, 0.423, 0.5276, 0.5448), (64, 0.478, 0.5018, 0.5060), (256, 0.494, 0.5001, 0.5012)]
+
+
+@pytest.mark.parametrize(("steps", "euler", "heun", "churned"), EDM_TABLE)
+def test_edm_on_gaussian_data(steps: int, euler: float, heun: float, churned: float) -> None:
+    denoise = gaussian_denoiser("edm", 0.5)
+    grid = flow.edm_grid(steps).tolist()
+    deviation = {name: torch.tensor([math.hypot(80, 0.5)], dtype=torch.float64) for name in ("euler", "heun")}
+    variance = torch.tensor([80.0**2 + 0.25], dtype=torch.float64)
+    for now, after in pairwise(grid):
+        x = deviation["euler"]
+        clean = denoise(x, torch.tensor(now))
+        deviation["euler"] = flow.step(x, clean, now, after, path="edm")
+        deviation["heun"] = flow.heun_step(deviation["heun"], denoise, now, after, path="edm")
+        hat = now * 1.2
+        variance = variance + hat**2 - now**2
+        variance = flow.heun_step(variance.sqrt(), denoise, hat, after, path="edm") ** 2
+    assert float(deviation["euler"]) == pytest.approx(euler, abs=6e-4)
+    assert float(deviation["heun"]) == pytest.approx(heun, abs=6e-5)
+    assert float(variance.sqrt()) == pytest.approx(churned, abs=6e-5)
+
+
+@pytest.mark.parametrize("path", INSIDE)
+def test_heun_is_of_second_order(path: str) -> None:
+    denoise, (start, end) = gaussian_denoiser(path, 0.6), INSIDE[path]
+    (a, s), (a_next, s_next) = levels(path, start), levels(path, end)
+    exact = math.sqrt((a_next**2 * 0.36 + s_next**2) / (a**2 * 0.36 + s**2))
+    errors = []
+    for count in (20, 40):
+        x = torch.ones(1, dtype=torch.float64)
+        grid = torch.linspace(start, end, count + 1, dtype=torch.float64).tolist()
+        for t, t_next in pairwise(grid):
+            x = flow.heun_step(x, denoise, t, t_next, path=path)
+        errors.append(abs(float(x) - exact))
+    assert 3.5 < errors[0] / errors[1] < 4.6
+    assert errors[1] < 2e-4
+
+
+def test_heun_as_edm_and_flow_matching_write_it() -> None:
+    x = normal(2, 3, 4)
+    for path, (t, t_next) in list(INSIDE.items())[:2]:
+        denoise = gaussian_denoiser(path, 0.6)
+        first = flow.velocity_from_clean(x, denoise(x, torch.tensor(t)), t, path=path)
+        middle = x + (t_next - t) * first
+        later = denoise(middle, torch.tensor(t_next))
+        second = flow.velocity_from_clean(middle, later, t_next, path=path)
+        expected = x + (t_next - t) * (first + second) / 2
+        torch.testing.assert_close(flow.heun_step(x, denoise, t, t_next, path=path), expected)
+
+
+def test_heuns_last_step_calls_once_and_no_broken_network_shows() -> None:
+    calls = []
+
+    def denoise(x: Tensor, t: Tensor) -> Tensor:
+        calls.append(t)
+        return x / t.log().unsqueeze(-1) * 0 if bool((t == 0).any()) else x / 2
+
+    x = normal(2, 4)
+    assert flow.heun_step(x, denoise, 0.5, 0.0, path="edm").equal(x / 2)
+    assert len(calls) == 1
+    mixed = flow.heun_step(x, denoise, 0.5, torch.tensor([0.0, 0.25]), path="edm")
+    assert len(calls) == 3
+    assert mixed[0].equal(x[0] / 2)
+    assert bool(mixed.isfinite().all())
+
+
+# Noise.
+
+
+@pytest.mark.parametrize("path", INSIDE)
+def test_renoise_keeps_the_marginal_law(path: str) -> None:
+    """Coefficients, read off: x = 1 gives r, its spread √(σ_b² - r²σ²)."""
+    back, t = INSIDE[path]
+    (a, s), (a_back, s_back) = levels(path, t), levels(path, back)
+    drawn = flow.renoise(torch.ones(400, 500, dtype=torch.float64), t, back, path=path, scale=2, key=KEY)
+    kept = a_back / a
+    needed = 2 * torch.sqrt(s_back**2 - (kept * s) ** 2)
+    error = float(needed) / math.sqrt(drawn.numel())
+    assert float(drawn.mean()) == pytest.approx(float(kept), abs=4 * error)
+    assert float(drawn.std()) == pytest.approx(float(needed), abs=4 * error)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_elfs_sde_noise(exact: bool) -> None:
+    """What the network is shown: exact noise has variance (1-at)², the official a²(1-t)² + (1-a)²."""
+    t, t_next, gamma, scale = 0.4, 0.5, 1.5, 2.0
+    a = 1 - gamma * (t_next - t)
+    shown: list[tuple[Tensor, Tensor]] = []
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        shown.append((x, time))
+        return torch.zeros_like(x)
+
+    noise = scale * (1 - t) * normal(400, 500)
+    options = {"exact": exact, "scale": scale, "key": KEY}
+    moved = flow.sde_step(noise, denoise, t, t_next, gamma, **options)
+    ((x, time),) = shown
+    assert float(time) == pytest.approx(a * t)
+    wanted = (1 - a * t) ** 2 if exact else a**2 * (1 - t) ** 2 + (1 - a) ** 2
+    assert (wanted < 0.9 * (1 - a * t) ** 2) == (not exact)
+    # A variance from n numbers has a relative error of √(2/n).
+    assert float(x.var()) / scale**2 == pytest.approx(wanted, rel=4 * math.sqrt(2 / x.numel()))
+    torch.testing.assert_close(moved, x * (1 - t_next) / (1 - a * t))
+    if exact:
+        same = flow.renoise(noise, t, a * t, scale=scale, key=KEY)
+        torch.testing.assert_close(x, same)
+
+
+def test_sde_without_noise_is_the_step() -> None:
+    x, denoise = normal(2, 3, 4), gaussian_denoiser("linear", 0.6)
+    for exact in (True, False):
+        got = flow.sde_step(x, denoise, 0.3, 0.5, 0.0, exact=exact)
+        torch.testing.assert_close(got, flow.step(x, denoise(x, torch.tensor(0.3)), 0.3, 0.5))
+    # From t = 0 nothing but noise is kept or drawn: a = 0 draws all of it.
+    fresh = flow.sde_step(100 * x, lambda x, t: x, 0.0, 0.5, 2.0, key=KEY)
+    assert float(fresh.abs().max()) < 6
+
+
+def test_gaussian_sde_ends_with_the_datas_variance_only_if_exact() -> None:
+    """The whole of ELF's sampler on Gaussian data, as a recursion: the official noise loses 9/10."""
+    spread, scale, steps, gamma = 1.0, 2.0, 256, 1.0
+    denoise = gaussian_denoiser("linear", spread, scale)
+    final = {}
+    for exact in (True, False):
+        variance = scale**2
+        for i in range(steps):
+            t, t_next = i / steps, (i + 1) / steps
+            a = 1 - gamma / steps if i < steps - 1 else 1.0
+            share = (1 - a) * (1 + a - 2 * a * t) if exact else (1 - a) ** 2
+            variance = a**2 * variance + scale**2 * share
+            x = torch.ones(1, dtype=torch.float64)
+            gain = flow.step(x, denoise(x, torch.tensor(a * t, dtype=torch.float64)), a * t, t_next)
+            variance = float(gain) ** 2 * variance
+        final[exact] = variance
+    assert final[True] == pytest.approx(spread**2, abs=0.03)
+    assert final[False] < 0.15 * spread**2
+
+
+def test_noise_is_keyed_by_row() -> None:
+    clean = torch.zeros(2, 3, 4)
+    whole = flow.interpolate(clean, 0.0, key=KEY)
+    keys = rng.fold_in(KEY, torch.arange(6)).view(2, 3, 2)
+    assert flow.interpolate(clean, 0.0, key=keys).equal(whole)
+    assert flow.interpolate(clean[1], 0.0, key=keys[1]).equal(whole[1])
+    assert not flow.interpolate(clean, 0.0, key=rng.key(12)).equal(whole)
+    assert flow.renoise(clean, 1.0, 0.0, key=KEY).equal(whole)
+    torch.manual_seed(3)
+    first = flow.interpolate(clean, 0.0)
+    torch.manual_seed(3)
+    assert flow.interpolate(clean, 0.0).equal(first)
+    generator = torch.Generator().manual_seed(3)
+    assert not flow.interpolate(clean, 0.0, generator=generator).equal(
+        flow.interpolate(clean, 0.0, generator=generator)
+    )
+
+
+def test_noise_is_the_same_with_and_without_a_gradient() -> None:
+    x = normal(2, 3, 40, dtype=torch.float32)
+    for function in (
+        lambda x: flow.interpolate(x, 0.4, key=KEY),
+        lambda x: flow.renoise(x, 0.6, torch.tensor([[0.2], [0.5]]), scale=2.0, key=KEY),
+        lambda x: flow.sde_step(x, lambda x, t: x, 0.3, 0.6, 1.0, key=KEY),
+        lambda x: flow.step(x, x, 0.3, 0.6, refresh=0.5, key=KEY),
+    ):
+        with_gradient = function(x.clone().requires_grad_())
+        assert with_gradient.requires_grad
+        torch.testing.assert_close(function(x), with_gradient.detach(), rtol=1e-6, atol=2e-6)
+
+
+def test_refresh_mixes_old_and_new_noise() -> None:
+    """CTM: z' = t'x̂ + (1-t')s(√(1-γ²)ε_old + γε)."""
+    clean, old = normal(300, 400), normal(300, 400, seed=1)
+    t, t_next, gamma, scale = 0.3, 0.6, 0.75, 2.0
+    x = flow.interpolate(clean, t, noise=old, scale=scale)
+    got = flow.step(x, clean, t, t_next, refresh=gamma, scale=scale, key=KEY)
+    rest = (got - t_next * clean) / ((1 - t_next) * scale)
+    new = (rest - math.sqrt(1 - gamma**2) * old) / gamma
+    torch.testing.assert_close(
+        new, rng.normal(rng.fold_in(KEY, torch.arange(300)), (400,), dtype=torch.float64)
+    )
+    assert flow.step(x, clean, t, 1.0, refresh=gamma, key=KEY).equal(clean)
+    torch.testing.assert_close(
+        flow.step(x, clean, t, t_next, refresh=torch.tensor(0.0), key=KEY), flow.step(x, clean, t, t_next)
+    )
+
+
+# Guidance.
+
+
+@pytest.mark.parametrize("path", INSIDE)
+def test_guidance_of_clean_states_and_of_velocities_is_one(path: str) -> None:
+    x, cond, uncond = normal(2, 3, 4), normal(2, 3, 4, seed=1), normal(2, 3, 4, seed=2)
+    t, _ = INSIDE[path]
+    guided = flow.velocity_from_clean(x, flow.guide(cond, uncond, 3.0), t, path=path)
+    v_cond, v_uncond = (flow.velocity_from_clean(x, y, t, path=path) for y in (cond, uncond))
+    torch.testing.assert_close(guided, flow.guide(v_cond, v_uncond, 3.0))
+
+
+def test_guidance_of_probabilities_is_that_of_embeddings_but_not_of_logits() -> None:
+    table = normal(5, 4)
+    cond, uncond = normal(3, 5, seed=1), normal(3, 5, seed=2)
+    probabilities = flow.guide(cond.softmax(-1), uncond.softmax(-1), 2.0)
+    embedded = flow.guide(cond.softmax(-1) @ table, uncond.softmax(-1) @ table, 2.0)
+    torch.testing.assert_close(probabilities @ table, embedded)
+    assert float((flow.guide(cond, uncond, 2.0).softmax(-1) - probabilities).abs().max()) > 0.05
+
+
+def test_guidance_weights() -> None:
+    cond, uncond = normal(2, 3, 4), normal(2, 3, 4, seed=1)
+    assert flow.guide(cond, uncond, 0.0).equal(uncond)
+    assert flow.guide(cond, uncond, 1.0).equal(cond)
+    torch.testing.assert_close(flow.guide(cond, uncond, 2.5), 2.5 * cond - 1.5 * uncond)
+    per_row = flow.guide(cond, uncond, torch.tensor([[0.0], [2.5]]))
+    assert per_row[0].equal(uncond[0])
+    torch.testing.assert_close(per_row[1], 2.5 * cond[1] - 1.5 * uncond[1])
+
+
+# EDM's coefficients and grids.
+
+
+@pytest.mark.parametrize("sigma", [1e-8, 0.002, 0.5, 3.0, 80.0, 1e30])
+def test_edm_identities(sigma: float) -> None:
+    data = 0.5
+    c = flow.edm_precondition(torch.tensor(sigma, dtype=torch.float64), sigma_data=data)
+    assert float(c.weight * c.c_out**2) == pytest.approx(1)
+    assert float(c.c_in**2) * (sigma**2 + data**2) == pytest.approx(1)
+    assert float(c.c_skip) == pytest.approx(data**2 / (sigma**2 + data**2))
+    assert float(c.c_out) == pytest.approx(sigma * data / math.hypot(sigma, data))
+    assert float(c.c_noise) == pytest.approx(math.log(sigma) / 4)
+    # On Gaussian data of that deviation E[clean | x] is c_skip·x: F ≡ 0 is optimal.
+    assert float(c.c_skip) == pytest.approx(
+        float(gaussian_denoiser("edm", data)(torch.ones(1), torch.tensor(sigma))), rel=1e-6
+    )
+
+
+def test_edm_edges_and_dtypes() -> None:
+    at_zero = flow.edm_precondition(0.0)
+    assert [float(c) for c in at_zero] == [1.0, 0.0, 2.0, -math.inf, math.inf]
+    half = flow.edm_precondition(torch.tensor([300.0, 6e4], dtype=torch.float16))
+    assert all(c.dtype == torch.float32 and bool(c.isfinite().all()) for c in half)
+    assert flow.edm_precondition(torch.ones(2, 3)).c_in.shape == (2, 3)
+
+
+def test_edm_grid() -> None:
+    grid = flow.edm_grid(18)
+    assert grid.shape == (19,)
+    assert [float(grid[i]) for i in (0, 17, 18)] == [80.0, 0.002, 0.0]
+    assert bool((grid.diff() < 0).all())
+    steps = (grid[:-1] ** (1 / 7)).diff()
+    torch.testing.assert_close(steps, steps[:1].expand(17))
+    assert flow.edm_grid(1).tolist() == [80.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: flow.interpolate(x, 0.3, noise=y, path="vp"),
+        lambda x, y: flow.velocity_from_clean(x, y, 0.3),
+        lambda x, y: flow.step(x, y, 0.3, 0.6),
+        lambda x, y: flow.step(x, y, 0.3, 0.6, path="vp"),
+        lambda x, y: flow.step(x, y, torch.tensor([0.2, 0.3]), 0.9, refresh=0.5, key=KEY),
+        lambda x, y: flow.heun_step(x, lambda z, t: z * y, 3.0, 1.0, path="edm"),
+        lambda x, y: flow.sde_step(x, lambda z, t: z * y, 0.3, 0.6, 1.0, key=KEY),
+        lambda x, y: flow.guide(x, y, 2.0),
+    ],
+)
+def test_gradients(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    x, y = normal(2, 3).requires_grad_(), normal(2, 3, seed=1).requires_grad_()
+    assert torch.autograd.gradcheck(function, (x, y))
+
+
+def test_gradient_in_time() -> None:
+    x, y, t = normal(2, 3), normal(2, 3, seed=1), torch.tensor([0.3, 0.5], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda t: flow.step(x, y, t, t + 0.2), (t.requires_grad_(),))
+
+
+X = torch.zeros(2, 3, 4)
+BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
+    (lambda: flow.step(X, X[:1], 0.1, 0.2), ValueError, r"flow.step: clean must have x's shape \(2, 3, 4\)"),
+    (lambda: flow.step(X.long(), X, 0.1, 0.2), TypeError, "flow.step: x must be float32, bfloat16"),
+    (lambda: flow.step([1.0], X, 0.1, 0.2), TypeError, "flow.step: x must be a Tensor, got list"),
+    (lambda: flow.step(torch.tensor(1.0), X, 0.1, 0.2), ValueError, r"flow.step: x must be \(..., n\)"),
+    (lambda: flow.step(X, X, 1.2, 0.2), ValueError, r"flow.step: t must lie in \[0, 1\], got 1.2"),
+    (lambda: flow.step(X, X, math.nan, 0.2), ValueError, r"flow.step: t must lie in \[0, 1\], got nan"),
+    (lambda: flow.step(X, X, 0.1, -0.1), ValueError, r"flow.step: t_next must lie in \[0, 1\], got -0.1"),
+    (lambda: flow.step(X, X, -1.0, 0.1, path="edm"), ValueError, r"t must lie in \[0, inf\), got -1.0"),
+    (lambda: flow.step(X, X, math.inf, 0.1, path="edm"), ValueError, r"t must lie in \[0, inf\), got inf"),
+    (lambda: flow.step(X, X, None, 0.1), TypeError, "flow.step: t must be a number or a Tensor, got None"),
+    (lambda: flow.step(X, X, torch.rand(7), 0.1), ValueError, r"t must broadcast to \(2, 3\), got \(7,\)"),
+    (
+        lambda: flow.step(X, X, 1.0, 0.5),
+        ValueError,
+        "flow.step: a clean state .* cannot become noisy at t_next",
+    ),
+    (lambda: flow.step(X, X, 0.1, 0.2, path="cosine"), ValueError, "path must be one of 'linear', 'edm'"),
+    (lambda: flow.step(X, X, 0.1, 0.2, refresh=2.0), ValueError, r"refresh must lie in \[0, 1\], got 2"),
+    (lambda: flow.step(X, X, 0.1, 0.2, refresh=1.0, scale=-1.0), ValueError, "scale must lie in"),
+    (lambda: flow.interpolate(X, 0.1, noise=X, key=KEY), ValueError, "give noise, or key or generator"),
+    (lambda: flow.interpolate(X, 0.1, noise=X[0]), ValueError, "noise must have clean's shape"),
+    (lambda: flow.interpolate(X, 0.1, key=rng.split(KEY, 5)), ValueError, "key must have shape"),
+    (
+        lambda: flow.velocity_from_clean(X, X, 1.0),
+        ValueError,
+        "velocity of path 'linear' is unbounded at t = 1",
+    ),
+    (lambda: flow.velocity_from_clean(X, X, 0.0, path="vp"), ValueError, "unbounded at t = 0"),
+    (lambda: flow.velocity_from_clean(X, X, 0.3, floor=-1.0), ValueError, r"floor must lie in \[0, 1\]"),
+    (
+        lambda: flow.velocity_from_clean(X, X, 0.3, floor=0.1, path="vp"),
+        ValueError,
+        "floor belongs to path 'linear'",
+    ),
+    (
+        lambda: flow.renoise(X, 0.3, 0.4),
+        ValueError,
+        "t_back must be at least as noisy as t, got 0.4 after 0.3",
+    ),
+    (lambda: flow.renoise(X, 0.0, 0.4), ValueError, "pure noise .* cannot gain signal at t_back"),
+    (lambda: flow.sde_step(X, lambda x, t: x, 0.4, 0.3, 1.0), ValueError, "t_next must be at least t"),
+    (lambda: flow.sde_step(X, lambda x, t: x, 0.3, 0.4, -1.0), ValueError, r"gamma must lie in \[0, inf\)"),
+    (lambda: flow.sde_step(X, lambda x, t: x[0], 0.3, 0.4, 1.0), ValueError, "clean must have x's shape"),
+    (lambda: flow.heun_step(X, lambda x, t: x.long(), 0.3, 0.4), TypeError, "clean must be float32"),
+    (lambda: flow.guide(X, X[0], 1.0), ValueError, "flow.guide: uncond must have cond's shape"),
+    (lambda: flow.guide(X, X, "high"), TypeError, "flow.guide: weight must be a number or a Tensor"),
+    (lambda: flow.edm_precondition(-1.0), ValueError, r"sigma must lie in \[0, inf\), got -1.0"),
+    (lambda: flow.edm_precondition(1.0, sigma_data=0.0), ValueError, r"sigma_data must lie in \(0, inf\)"),
+    (lambda: flow.edm_grid(0), ValueError, "flow.edm_grid: steps must be at least 1, got 0"),
+    (lambda: flow.edm_grid(2.5), TypeError, "steps must be an int"),
+    (lambda: flow.edm_grid(4, sigma_min=80), ValueError, "sigma_min must lie below sigma_max 80"),
+    (lambda: flow.edm_grid(4, rho=0), ValueError, r"rho must lie in \(0, inf\)"),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD)
+def test_bad_input(call: Callable[[], object], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        call()
