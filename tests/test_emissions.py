@@ -11,7 +11,8 @@ import torch
 from scipy.stats import kstest, norm, vonmises_fisher
 from torch import Tensor
 
-from dlcore.testing.emissions import bit_logits, gaussian_emission, slerp_emission, vmf_emission
+from dlcore.sphere import posterior_logits
+from dlcore.testing.emissions import bit_logits, gaussian_emission
 from dlcore.testing.markov import MarkovChain
 
 V, LENGTH, WIDTH = 3, 4, 5
@@ -80,7 +81,7 @@ def test_points_under_von_mises_fisher_noise() -> None:
     def density(position: int, token: int) -> float:
         return float(vonmises_fisher(table[token].numpy(), 4.0).pdf(x[0, position].numpy()))
 
-    check(chain(2), vmf_emission(x, table, 4.0), density)
+    check(chain(2), posterior_logits(x, table, path="vmf", kappa=4.0), density)
 
 
 def test_points_under_great_circle_noise() -> None:
@@ -91,7 +92,7 @@ def test_points_under_great_circle_noise() -> None:
         angle = math.acos(float(x[0, position] @ table[token]))
         return (math.sin(angle / share) / math.sin(angle)) ** (WIDTH - 2) if angle < share * math.pi else 0.0
 
-    check(chain(1), slerp_emission(x, table, share), density)
+    check(chain(1), posterior_logits(x, table, noise=share), density)
 
 
 @pytest.mark.parametrize("width", [3, 16])
@@ -104,7 +105,7 @@ def test_great_circle_emission_is_the_density_of_its_noise(width: int, share: fl
     grid = torch.linspace(0, math.pi * share, 4001, dtype=torch.float64)
     points = torch.zeros(4001, width, dtype=torch.float64)
     points[:, 0], points[:, 1] = grid.cos(), grid.sin()
-    law = slerp_emission(points, e, share)[:, 0].exp() * grid.sin() ** (width - 2)
+    law = posterior_logits(points, e, noise=share)[:, 0].exp() * grid.sin() ** (width - 2)
     cumulative = torch.cumulative_trapezoid(law, grid)
     cumulative = torch.nn.functional.pad(cumulative / cumulative[-1], (1, 0))
 
@@ -117,13 +118,13 @@ def test_great_circle_emission_is_the_density_of_its_noise(width: int, share: fl
 
 def test_edges() -> None:
     table = unit(V, WIDTH)
-    on_top = slerp_emission(table, table, 0.5)
+    on_top = posterior_logits(table, table, noise=0.5)
     torch.testing.assert_close(
         on_top.diagonal(), torch.full((V,), (WIDTH - 2) * math.log(2), dtype=torch.float64)
     )
-    assert slerp_emission(-table, table, 0.5).diagonal().tolist() == [-math.inf] * V
-    assert slerp_emission(-table, table, 1.0).abs().max() == 0
-    assert vmf_emission(table, table, 0.0).abs().max() == 0
+    assert posterior_logits(-table, table, noise=0.5).diagonal().tolist() == [-math.inf] * V
+    assert posterior_logits(-table, table, noise=1.0).abs().max() == 0
+    assert posterior_logits(table, table, path="vmf", kappa=0.0).abs().max() == 0
     assert gaussian_emission(table, table, math.inf).abs().max() == 0
     torch.testing.assert_close(
         gaussian_emission(table, table, torch.tensor([1.0, 2.0, 3.0]))[1],
@@ -131,7 +132,6 @@ def test_edges() -> None:
     )
     certain = torch.tensor([[0.0, -math.inf, -math.inf]])
     assert bit_logits(certain, CODES).tolist() == [[-math.inf, math.inf, -math.inf]]
-    assert vmf_emission(table.float(), table, 2.0).dtype == torch.float32
 
 
 def test_errors_of_bits_integrate_to_the_chains_entropy() -> None:
@@ -164,17 +164,6 @@ BAD = [
         r"sigma must broadcast to \(2,\), got \(5,\)",
     ),
     (lambda: gaussian_emission(X, TABLE, 1.0, alpha=-1.0), ValueError, "alpha must lie in"),
-    (
-        lambda: vmf_emission(X, TABLE, -1.0),
-        ValueError,
-        r"vmf_emission: kappa must lie in \[0, inf\), got -1.0",
-    ),
-    (
-        lambda: slerp_emission(X, TABLE, 0.0),
-        ValueError,
-        r"slerp_emission: noise must lie in \(0, 1\], got 0.0",
-    ),
-    (lambda: slerp_emission(X, TABLE[0], 0.5), ValueError, r"table must be \(V, 3\)"),
     (lambda: bit_logits(X, CODES[:2]), ValueError, r"bit_logits: codes must be \(3, w\), got \(2, 3\)"),
     (lambda: bit_logits(X, TABLE + torch.arange(3)), ValueError, "codes must have two levels"),
 ]

@@ -18,7 +18,7 @@ from torch import Tensor
 from dlcore import bits, rng, sphere
 from dlcore.demo.samplers import Network, Sampler, Shape
 from dlcore.process import flow
-from dlcore.testing.emissions import bit_logits, gaussian_emission, slerp_emission, vmf_emission
+from dlcore.testing.emissions import bit_logits, gaussian_emission
 from dlcore.testing.markov import MarkovChain
 
 #: Of embeddings, and of the sphere. They are drawn at random, of unit norm, times √WIDTH for ELF.
@@ -72,12 +72,12 @@ class FlowNetwork(Network):
     def on_circles(self, x: Tensor, noise: float) -> Tensor:
         """(B, L, V) log-probabilities at points between tokens and uniform noise."""
         # A point that the solver's error put out of every token's reach says nothing.
-        emission = slerp_emission(x, self.points, noise).clamp_min(-EXCLUDED)
+        emission = sphere.posterior_logits(x, self.points, noise=noise).clamp_min(-EXCLUDED)
         return self._posterior(emission).denoiser
 
     def concentrated(self, x: Tensor, kappa: float) -> Tensor:
         """(B, L, V) log-probabilities at points of von Mises-Fisher laws."""
-        return self._posterior(vmf_emission(x, self.points, kappa)).denoiser
+        return self._posterior(sphere.posterior_logits(x, self.points, path="vmf", kappa=kappa)).denoiser
 
 
 @lru_cache(maxsize=1)

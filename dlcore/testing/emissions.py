@@ -1,8 +1,8 @@
 """What a continuous state says of its token: log-likelihoods (..., V) for `MarkovChain.posterior`.
 
 With them the chain is an exact network for every continuous family: bits and embeddings under Gaussian
-noise, points of a sphere under von Mises-Fisher or great-circle noise. Each is a matched filter, up to a
-constant per position; `bit_logits` and `log_probs.exp() @ table` read the denoised state off the posterior.
+noise here, points of a sphere by `dlcore.sphere.posterior_logits`. Each is a matched filter, up to a constant
+per position; `bit_logits` and `log_probs.exp() @ table` read the denoised state off the posterior.
 
     >>> from dlcore.testing.markov import MarkovChain
     >>> chain = MarkovChain(torch.tensor([[0.9, 0.1], [0.5, 0.5]], dtype=torch.float64))
@@ -21,7 +21,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore.process import _rows as rows
 
-__all__ = ["bit_logits", "gaussian_emission", "slerp_emission", "vmf_emission"]
+__all__ = ["bit_logits", "gaussian_emission"]
 
 
 def gaussian_emission(
@@ -52,65 +52,6 @@ def gaussian_emission(
     gain = (signal / noise / noise).unsqueeze(-1).to(x.dtype)
     bias = (signal / noise).square().unsqueeze(-1).to(x.dtype) / 2
     return (gain * x) @ table.T - bias * table.square().sum(-1)
-
-
-def vmf_emission(x: Tensor, table: Tensor, kappa: float | Tensor) -> Tensor:
-    """log vMF(x; E_v, κ) for every token v: κ⟨x, E_v⟩.
-
-    Args:
-        x: (..., d) floating, unit. table: (V, d), unit rows.
-        kappa: >= 0, broadcast to x.shape[:-1].
-
-    Returns:
-        (..., V), nats, in x's dtype.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes or values that do not fit.
-
-    Example:
-        >>> vmf_emission(torch.tensor([1.0, 0.0]), torch.eye(2), kappa=3.0)
-        tensor([3., 0.])
-    """
-    op = "vmf_emission"
-    table = _table(op, x, table)
-    level = rows.number(op, "kappa", kappa, x.shape[:-1], x.device)
-    rows.within(op, "kappa", level, 0, torch.inf, "[)")
-    return level.unsqueeze(-1).to(x.dtype) * (x @ table.T)
-
-
-def slerp_emission(x: Tensor, table: Tensor, noise: float | Tensor) -> Tensor:
-    """log p(x | v) where x lies the share `noise` of the way from E_v to a uniform point (S-FLM).
-
-    (d-2)(ln sin(θ_v/s) - ln sin θ_v) with θ_v the angle from x to E_v and s the share; -inf where θ_v >= πs,
-    which no uniform point explains.
-
-    Args:
-        x: (..., d) floating, unit, d >= 2. table: (V, d), unit rows.
-        noise: s in (0, 1], broadcast to x.shape[:-1]; 1 is uniform noise.
-
-    Returns:
-        (..., V), nats, in x's dtype.
-
-    Raises:
-        TypeError, ValueError: dtypes, shapes or values that do not fit.
-
-    Example:
-        >>> slerp_emission(torch.tensor([1.0, 0.0, 0.0]), torch.eye(3), noise=0.5)
-        tensor([0.6931,   -inf,   -inf])
-    """
-    op = "slerp_emission"
-    table = _table(op, x, table)
-    share = rows.level(op, "noise", noise, x.shape[:-1], x.device, "(]").unsqueeze(-1).to(x.dtype)
-    exact = "donot_use_mm_for_euclid_dist"
-    flat = x.reshape(-1, x.shape[-1])
-    angle = 2 * torch.atan2(*(torch.cdist(flat, e, compute_mode=exact) for e in (table, -table)))
-    angle = angle.view(*x.shape[:-1], -1)
-    # sinc(θ/π) = sin θ / θ: finite at θ = 0.
-    stretched = torch.sinc((angle / share / torch.pi).clamp(max=1)).clamp_min(0).log() - share.log()
-    found = stretched - torch.sinc(angle / torch.pi).log()
-    inside = (angle < share * torch.pi) | (share == 1)
-    found = torch.where(share == 1, 0, found)
-    return torch.where(inside, (x.shape[-1] - 2) * found, -torch.inf)
 
 
 def bit_logits(log_probs: Tensor, codes: Tensor) -> Tensor:
