@@ -34,6 +34,8 @@ def floating(op: str, name: str, x: object) -> None:
         raise TypeError(f"{op}: {name} must be a Tensor, got {describe(x)}")
     if x.dtype not in FLOATING:
         raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got {x.layout}")
     if x.dim() < 1 or x.shape[-1] < 1:
         raise ValueError(f"{op}: {name} must be (..., n) with n >= 1, got {tuple(x.shape)}")
 

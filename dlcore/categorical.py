@@ -482,6 +482,8 @@ def _with_table(
     checks.floating(op, "table", table)
     if table.dim() != 2 or table.shape[0] != h.vocab:
         raise ValueError(f"{op}: table must be ({h.vocab}, E), got {tuple(table.shape)}")
+    if table.dtype == torch.float64 != h.logits.dtype:
+        raise TypeError(f"{op}: table may be float64 only where logits are, got logits of {h.logits.dtype}")
     checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)

@@ -51,6 +51,8 @@ class LinearLogits:
         if bias is not None and bias.shape != weight.shape[:1]:
             raise ValueError(f"LinearLogits: bias must be ({weight.shape[0]},), got {describe(bias)}")
         for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+            if tensor is not None and tensor.layout != torch.strided:
+                raise TypeError(f"LinearLogits: {name} must be dense, got {tensor.layout}")
             if tensor is not None and (tensor.dtype not in FLOATING or tensor.dtype != hidden.dtype):
                 raise TypeError(
                     f"LinearLogits: {name} must be floating and of hidden's dtype {hidden.dtype}, "
@@ -78,4 +80,5 @@ class LinearLogits:
         """The (..., V) logits as one tensor, in float32 or wider: for tests and small vocabularies."""
         from dlcore.reference.categorical import materialize
 
-        return materialize(self.hidden, self.weight, self.bias)
+        with torch.autocast(self.device.type, enabled=False):
+            return materialize(self.hidden, self.weight, self.bias)

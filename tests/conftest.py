@@ -64,3 +64,11 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     choose_capability(request.param)
     yield request.param
     choose_capability(current)
+
+
+@pytest.fixture
+def restored_level() -> Iterator[None]:
+    """Puts the ISA level back after the test."""
+    before = _C.capability()
+    yield
+    choose_capability(before)

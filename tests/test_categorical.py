@@ -518,3 +518,42 @@ def test_empty_and_single():
     one = categorical.sample(torch.zeros(2, 1))
     assert one.tokens.tolist() == [0, 0]
     assert one.stats.margin.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("size", [1e3, 1e5, 1e7, 1e10, 1e20, 1e37])
+def test_large_logits_and_small_temperatures(level, size, restored_level):
+    """Whether the logits are large or the temperature is small, at every level, against float64."""
+    choose_capability(level)
+    spread = rows(1000, lead=(4,))
+    for logits, temperature in ((spread, 1 / size), (torch.full((4, 1000), size), 1.0), (spread + size, 1.0)):
+        stats = categorical.stats(logits, temperature=temperature)
+        with dlcore.use_backend("reference"):
+            truth = categorical.stats(logits.double(), temperature=torch.tensor(temperature).double())
+        assert torch.equal(stats.argmax, truth.argmax)
+        for name in ("argmax_logprob", "entropy", "margin"):
+            torch.testing.assert_close(
+                getattr(stats, name).double(), getattr(truth, name), rtol=1e-5, atol=1e-5, msg=name
+            )
+        torch.testing.assert_close(stats.logsumexp.double(), truth.logsumexp, rtol=1e-6, atol=0)
+
+
+def test_numbers_of_certain_rows_keep_their_bounds():
+    """Rounding makes no probability exceed 1 and no entropy negative."""
+    logits = torch.randn(5000, 64, generator=torch.Generator().manual_seed(0)) * 30
+    draw = categorical.sample(logits, key=KEY)
+    assert draw.logprob.max() <= 0
+    assert draw.stats.argmax_logprob.max() <= 0
+    assert draw.stats.entropy.min() >= 0
+    assert draw.stats.margin.max() <= 1
+
+
+@pytest.mark.parametrize("vocab", [65537, 2 * 65536 + 1])
+def test_a_token_alone_in_an_excluded_segment(vocab, backend):
+    """It has probability 0, which is no reason to keep it."""
+    logits, z = rows(vocab, lead=(6,)), torch.full((6,), vocab - 1)
+    assert (categorical.stats(logits, z, exclude=vocab - 1).index_logprob == -math.inf).all()
+    assert (categorical.cross_entropy(logits, z, exclude=vocab - 1) == math.inf).all()
+    mixture = torch.tensor([1.0, 3.0, 0.2, 3.0, 0.8, 0.0])
+    tokens = categorical.sample_mixture(logits, z, mixture, exclude=vocab - 1, key=KEY)
+    assert (tokens != z).sum() >= 4

@@ -203,6 +203,22 @@ def test_no_rows(backend):
     assert leaf.grad.shape == (2, 0, 3)
 
 
+@pytest.mark.parametrize("loss", ["cross_entropy", "kl", "expectation", "sample_expectation"])
+def test_no_rows_give_weights_no_gradient(loss, backend):
+    hidden, weight, table = torch.randn(0, 8), torch.randn(50, 8), torch.randn(50, 4)
+    leaves = [x.requires_grad_() for x in (weight, table)]
+    logits = LinearLogits(hidden, weight)
+    calls = {
+        "cross_entropy": lambda: categorical.cross_entropy(logits, torch.zeros(0, dtype=torch.int64)),
+        "kl": lambda: categorical.kl(logits, logits),
+        "expectation": lambda: categorical.expectation(logits, table),
+        "sample_expectation": lambda: categorical.sample_expectation(logits, table)[1],
+    }
+    grads = torch.autograd.grad(calls[loss]().sum(), leaves, allow_unused=True)
+    assert all(not g.any() for g in grads if g is not None)
+    assert grads[0] is not None
+
+
 def test_a_gradient_of_a_shifted_capped_entry():
     """The internal op behind the processes' losses: shift at an index, softcap, exclude, all at once."""
     logits, x = normal(*LEAD, 700, scale=4.0), targets(700)

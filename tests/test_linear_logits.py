@@ -282,3 +282,23 @@ def test_extra_memory_is_a_tenth_of_the_logits_at_most():
     for name, peak in peaks.items():
         allowed = logits / 10 + gradients.get(name, 0)
         assert (int(peak) <= allowed) == (name != "materialised"), (name, peak, allowed)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 9])
+def test_few_rows_over_several_segments(rows):
+    """Tiles of few rows are wider than a segment, and rows are shared between threads."""
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = torch.randn(rows, 4, generator=generator), torch.randn(140001, 4, generator=generator)
+    head, index = LinearLogits(hidden, weight), torch.full((rows,), 140000)
+    draw = categorical.sample(head, index, key=KEY)
+    dense = categorical.sample(head.materialize(), index, key=KEY)
+    assert torch.equal(draw.tokens, dense.tokens)
+    for got, want in zip(draw.stats, dense.stats, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_token_alone_in_an_excluded_tile():
+    vocab = 2**20 // 256 + 1
+    head = LinearLogits(torch.randn(256, 4), torch.randn(vocab, 4))
+    index = torch.full((256,), vocab - 1)
+    assert (categorical.stats(head, index, exclude=vocab - 1).index_logprob == -torch.inf).all()

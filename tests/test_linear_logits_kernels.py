@@ -16,6 +16,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows, depth, columns): around lanes, strips, blocks of depth, and parts of rows.
 SHAPES = [
     (1, 1, 1),
+    (3, 0, 70),
     (1, 300, 129),
     (3, 63, 65),
     (17, 64, 64),

@@ -56,8 +56,8 @@ struct Relative {
 
   Relative() = default;
   Relative(float top, float scale) : top(top), scale(scale), product(top * scale) {
-    // Only a fused product keeps its digits, and it must not overflow.
-    fold = kFused && std::fabs(product) < 1e30f;
+    // Only a fused product keeps its digits; beyond, `excess` grows with the product's own rounding.
+    fold = kFused && std::fabs(product) < 0x1p16f;
     if (fold) excess = static_cast<double>(top) * scale - product;
   }
 };
@@ -136,13 +136,14 @@ class Segment {
     Summary s;
     while (looked_ < groups_) look();
     find_largest(s);
+    if (s.invalid) return s;
+    s.index_logit = logit(row_.index);
+    s.target_logit = logit(target);
     if (s.empty()) return s;
     mark_live();
     sum_live(s, beside);
     s.argmax = first_ + best_ * kGroup + find_best_in_group(s);
     if (draws_) draw(s);
-    s.index_logit = logit(row_.index);
-    s.target_logit = logit(target);
     return s;
   }
 
@@ -223,8 +224,9 @@ class Segment {
     }
     add_up();
     const double excess = relative_.excess, factor = std::exp2(-excess);
-    s.weighted = factor * kLn2 * (s.weighted - excess * s.sum);
-    s.sum *= factor;
+    // The largest entry's own part is 1 and 0; rounding may not put the sums on their other side.
+    s.weighted = std::min(0.0, factor * kLn2 * (s.weighted - excess * s.sum));
+    s.sum = std::max(1.0, factor * s.sum);
   }
 
   // The first entry equal to the largest; the largest other entry of the whole segment goes to s.second.
@@ -288,7 +290,7 @@ class Segment {
   Floats check_, lanes_[kLanes];
   alignas(64) float buffer_[kGroup];
   alignas(64) float largest_[kSegmentGroups];
-  alignas(64) float noise_buffer_[kSegmentGroups + 2 * kLanes];
+  alignas(64) float noise_buffer_[kSegmentGroups + 2 * kLanes] = {};
   const float* noise_ = noise_buffer_;
   alignas(64) float sums_[kSegmentGroups];
   alignas(64) float live_[kSegmentGroups];  // negative: the group can be skipped

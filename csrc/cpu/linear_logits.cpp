@@ -80,6 +80,8 @@ void multiply_strip(const MatmulArguments& m, int64_t from, int64_t to, int64_t 
     for (int64_t r = 0; r < rows; ++r) std::copy_n(m.bias + column, columns, c + r * c_stride);
   else if (add && !whole)
     copy(out, m.out_stride, c, c_stride);
+  else if (m.depth == 0 && !add)
+    for (int64_t r = 0; r < rows; ++r) std::fill_n(c + r * c_stride, sixteens * kLanes, 0.0f);
   for (int64_t k = 0; k < m.depth; k += kDepth, add = true) {
     const int64_t depth = std::min(kDepth, m.depth - k);
     pack<T>(m, k, depth, column, columns, panel);
