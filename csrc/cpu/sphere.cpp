@@ -93,14 +93,14 @@ Weights slerp_weights(const Pair& p, double t) {
   const double b = w < 1e-4 ? t * (1 + square * (1 - t * t) / 6) : std::sin(turned) / p.sine;
   const double cubic = (1 - t * t) / 3, quintic = (7 - 10 * t * t + 3 * t * t * t * t) / 90;
   const double b1 =
-      w < 5e-3 ? t * (cubic + quintic * square) * (1 + square / 6)
+      w < 5e-2 ? t * (cubic + quintic * square) * (1 + square / 6)
                : (t * std::cos(turned) * p.sine - std::sin(turned) * p.cosine) / (p.sine * p.sine * p.sine);
   return {std::cos(turned), b, -t * b, b1};
 }
 
 Weights log_weights(const Pair& p, double) {
   const double w = p.angle, square = w * w;
-  const double b1 = w < 5e-3 ? (1.0 / 3 + square * 7 / 90) * (1 + square / 6)
+  const double b1 = w < 5e-2 ? (1.0 / 3 + square * 7 / 90) * (1 + square / 6)
                              : (p.sine - w * p.cosine) / (p.sine * p.sine * p.sine);
   return {0, p.stretch(), 0, b1};
 }
@@ -222,7 +222,7 @@ struct ExpBackward {
   static Combination solve(const double* s, const Row<T>&) {
     Combination r;
     const double n = std::sqrt(s[0]), sinc = Exp::sinc(n);
-    const double slope = n < 1e-2 ? s[0] / 30 - 1.0 / 3 : (std::cos(n) - sinc) / s[0];
+    const double slope = n < 1e-1 ? s[0] / 30 - 1.0 / 3 : (std::cos(n) - sinc) / s[0];
     r.set(0, 0, 0, std::cos(n));
     r.set(1, 0, slope * s[2] - sinc * s[1], sinc);
     return r;
