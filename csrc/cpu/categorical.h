@@ -39,6 +39,8 @@ struct Summary {
 
   bool empty() const { return invalid || !(top > -kInfinity); }
   double logsumexp() const { return empty() ? kNaN : top + std::log(sum); }
+  // Of a logit; differences first, so that a common offset costs no digits.
+  double log_prob(double logit) const { return empty() ? kNaN : logit - top - std::log(sum); }
 };
 
 // The part of a row's order that a truncated draw keeps: above `threshold`, and `ties` entries equal to it.

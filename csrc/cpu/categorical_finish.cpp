@@ -32,9 +32,9 @@ struct RowStats {
 
 RowStats row_stats(const Summary& s) {
   if (s.empty()) return {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
-  const double log_sum = std::log(s.sum), lse = s.top + log_sum;
-  const double p1 = std::exp(-log_sum), p2 = std::exp(s.second - lse);
-  return {lse, -log_sum, p1 - p2, log_sum - s.weighted / s.sum, s.index_logit - lse, s.second - lse};
+  const double log_sum = std::log(s.sum), second = s.second - s.top - log_sum;
+  const double margin = std::exp(-log_sum) - std::exp(second), entropy = log_sum - s.weighted / s.sum;
+  return {s.top + log_sum, -log_sum, margin, entropy, s.index_logit - s.top - log_sum, second};
 }
 
 }  // namespace
@@ -53,7 +53,7 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
   for (int64_t r = 0; r < rows; ++r) {
     const bool empty = state[r].empty();
     tokens[r] = empty ? -1 : drawn[r].token;
-    numbers[6 * rows + r] = static_cast<float>(empty ? kNaN : drawn[r].token_logit - state[r].logsumexp());
+    numbers[6 * rows + r] = static_cast<float>(state[r].log_prob(drawn[r].token_logit));
   }
 }
 
@@ -65,7 +65,8 @@ void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_in
     if (target[r] < 0)
       Column(numbers, rows, r) = {0, 0, 0};
     else
-      Column(numbers, rows, r) = {s.target_logit - lse, with_index ? s.index_logit - lse : 0 * lse, lse};
+      Column(numbers, rows, r) = {s.log_prob(s.target_logit),
+                                  with_index ? s.log_prob(s.index_logit) : 0 * lse, lse};
   }
 }
 
@@ -135,7 +136,7 @@ void finish_mixture(const MixtureArguments& a, const Summary* state, const uint8
     const Block noise = block(a.keys[r], Domain::kRoute, 0);
     const bool greedy = a.temperature && a.temperature[r] == 0;
     double p_z = 0;
-    if (c.need_p()) p_z = greedy ? (s.argmax == a.z[r]) : std::exp(s.index_logit - s.logsumexp());
+    if (c.need_p()) p_z = greedy ? (s.argmax == a.z[r]) : std::exp(s.log_prob(s.index_logit));
     switch (route(c, p_z, uniform(bits(noise, 0)))) {
       case Route::kKeep:
         tokens[r] = a.z[r];
