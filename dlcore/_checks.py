@@ -5,6 +5,7 @@ ValueError for shapes and values, TypeError for dtypes.
 
 from __future__ import annotations
 
+import math
 import os
 
 import torch
@@ -90,6 +91,21 @@ def integer(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be an int, got {describe(value)}")
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{op}: {name} must fit in 64 bits, got {describe(value)}")
+
+
+def real(op: str, name: str, value: float, low: float = -math.inf, high: float = math.inf) -> float:
+    """A number in [low, high], and no bool; NaN never is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{op}: {name} must be a number, got {describe(value)}")
+    if not low <= value <= high:
+        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {value:.8g}")
+    return value
+
+
+def no_gradient(op: str, name: str, value: object) -> None:
+    """No tensor of which a gradient is asked, where the op would drop it."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        raise NotImplementedError(f"{op}: has no gradient in {name}: detach it")
 
 
 def token_id(op: str, name: str, value: int | None, vocab: int) -> None:

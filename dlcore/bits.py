@@ -11,7 +11,7 @@ Noise levels sigma and gamma are ``float | Tensor``: they broadcast to the leadi
 sequence of x (B, S), one per token of x (B, L, w)), or, with as many dimensions as x, to x itself (one per
 bit). Row r of x is x.flatten(0, -2)[r]; its noise is `rng.normal` of its key to 2e-6 (float32), so chunks of
 rows with `rng.split` keys agree with the whole; it costs least on long rows: noise x (B, S), not (B, L, w).
-NaN in x or in a residual gives NaN at that place alone.
+NaN in x or in a residual gives NaN at that place alone, be the place held or moved.
 
 Sources: CoBit, Batzolis et al., arXiv 2605.07013; Analog Bits, Chen, Zhang and Hinton, ICLR 2023.
 """
@@ -55,15 +55,7 @@ LIMITS = torch.finfo(torch.float32)
 
 
 def _clip(op: str, clip: float) -> float:
-    return _real(op, "clip", clip, 0.0)
-
-
-def _real(op: str, name: str, value: float, low: float, high: float = math.inf) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be a number, got {checks.describe(value)}")
-    if not low <= value <= high:
-        raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {value:.8g}")
-    return value
+    return checks.real(op, "clip", clip, 0.0)
 
 
 def _inputs(op: str, **tensors: Tensor) -> tuple[Tensor, ...]:
@@ -90,7 +82,7 @@ def _with_residual(op: str, x: Tensor, residual: Tensor | None) -> tuple[Tensor,
 def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.0) -> float | Tensor:
     """A parameter that broadcasts to x: one per row, or of x's number of dimensions; a number as it is."""
     if not isinstance(value, Tensor) and not torch.compiler.is_compiling():
-        return _real(op, name, value, low, LIMITS.max)
+        return checks.real(op, name, value, low, LIMITS.max)
     per_element = isinstance(value, Tensor) and value.dim() == x.dim()
     lead = x.shape if per_element else x.shape[:-1]
     # A level per bit is as many numbers as x has: no wider than x's results.
@@ -105,6 +97,18 @@ def _level(op: str, name: str, value: float | Tensor, x: Tensor, low: float = 0.
 
 def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(value: float | Tensor) -> float | Tensor:
+    """A tensor in float32 or wider, a number as it is."""
+    return value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
+
+
+def _real_tensor(op: str, name: str, value: Tensor) -> None:
+    """Noise levels of any shape."""
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{op}: {name} must be a real Tensor, got {checks.describe(value)}")
+    checks.value_range(op, name, value, 0.0)
 
 
 def _for(x: Tensor, *parameters: float | Tensor) -> Tensor:
@@ -142,7 +146,7 @@ def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip
         (..., S) float32 or wider. Differentiable in x, with gradient 0 where the clip binds.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, sigma, clip.
+        TypeError: dtypes. ValueError: shapes, sigma, clip. NotImplementedError: a gradient in sigma.
 
     Example:
         >>> import torch
@@ -153,6 +157,7 @@ def matched_filter(x: Tensor, sigma: float | Tensor, *, coding: str = "01", clip
     op = "bits.matched_filter"
     code = values_of(op, coding)
     (x,) = _inputs(op, x=x)
+    checks.no_gradient(op, "sigma", sigma)
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     filtered: Tensor = torch.ops.dlcore.bits_matched_filter(x, slope, sum(code) / 2, _clip(op, clip))
     return filtered
@@ -176,7 +181,7 @@ def posterior(
         (..., S) float32 or wider. Differentiable in x and residual.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, sigma, clip.
+        TypeError: dtypes. ValueError: shapes, sigma, clip. NotImplementedError: a gradient in sigma.
 
     Example:
         >>> import torch
@@ -187,6 +192,7 @@ def posterior(
     op = "bits.posterior"
     code = values_of(op, coding)
     x, residual = _with_residual(op, x, residual)
+    checks.no_gradient(op, "sigma", sigma)
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     probs: Tensor = torch.ops.dlcore.bits_posterior(x, residual, slope, sum(code) / 2, clip)
@@ -241,7 +247,8 @@ def churn(
         key, generator: as in `corrupt`.
 
     Returns:
-        x̂ (..., S) float32 or wider, not differentiable, and σ̂, a float if sigma and gamma are.
+        x̂ (..., S) float32 or wider, not differentiable, and σ̂, a number if sigma and gamma are, else a tensor
+        float32 or wider.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, sigma, gamma, noise_scale.
@@ -260,7 +267,7 @@ def churn(
     (x,) = _inputs(op, x=x)
     levels = (_level(op, "sigma", sigma, x), _level(op, "gamma", gamma, x))
     spread = _spread(*levels, _level(op, "noise_scale", noise_scale, x))
-    return _perturb(op, x, spread, key, generator), sigma * (1 + gamma)
+    return _perturb(op, x, spread, key, generator), _wide(sigma) * (1 + _wide(gamma))
 
 
 def _perturb(
@@ -287,8 +294,9 @@ def step(
     """One step of the probability flow from σ to σ', in one pass: x' = m + (σ'/σ)·(x - m), m the mean.
 
     m is the posterior's. With gamma_next > 0 the same pass also churns the result, up to σ'·(1 + gamma_next):
-    that is then the sigma of the next network call and of the next `step`. Where σ' = σ, x stays to the bit,
-    so clean positions (a prompt) are held by a sigma and sigma_next of their own per bit.
+    that is then the sigma of the next network call and of the next `step`. Where σ' = σ, x stays to the bit
+    (NaN in its residual still gives NaN), so clean positions (a prompt) are held by a sigma and sigma_next of
+    their own per bit.
 
     Args:
         x: (..., S) noisy bits at sigma.
@@ -418,10 +426,10 @@ def churn_gamma(
     Entropy-gated churn is this with `EntropySchedule.window` and steps on `EntropySchedule.grid`.
 
     Args:
-        sigma: the level before churn, of any shape.
+        sigma: the level before churn, at least 0 and of any shape.
         s_churn: the sum of the gammas where the cap does not bind; CoBit's is γ·(evaluations - 1).
         num_steps: of the grid, one less than its levels.
-        window: (lowest, highest) sigma that is churned, None for all.
+        window: (lowest, highest) sigma that is churned, both included; None for all.
 
     Returns:
         A float for a float, else a tensor of sigma's shape.
@@ -438,11 +446,23 @@ def churn_gamma(
     checks.integer(op, "num_steps", num_steps)
     if num_steps < 1:
         raise ValueError(f"{op}: num_steps must be at least 1, got {num_steps}")
-    gamma = min(_real(op, "s_churn", s_churn, 0.0) / num_steps, MOST_CHURN)
-    low, high = (0.0, math.inf) if window is None else window
+    gamma = min(checks.real(op, "s_churn", s_churn, 0.0) / num_steps, MOST_CHURN)
+    low, high = (0.0, math.inf) if window is None else _window(op, window)
     if isinstance(sigma, Tensor):
+        _real_tensor(op, "sigma", sigma)
         return torch.where((sigma >= low) & (sigma <= high), gamma, torch.zeros_like(sigma))
-    return gamma if low <= _real(op, "sigma", sigma, 0.0) <= high else 0.0
+    return gamma if low <= checks.real(op, "sigma", sigma, 0.0) <= high else 0.0
+
+
+def _window(op: str, window: object) -> tuple[float, float]:
+    if not isinstance(window, (tuple, list)):
+        raise TypeError(f"{op}: window must be a pair of numbers, got {checks.describe(window)}")
+    if len(window) != 2:
+        raise ValueError(f"{op}: window must be a pair (lowest, highest), got {window!r}")
+    low, high = (checks.real(op, "window", end) for end in window)
+    if low > high:
+        raise ValueError(f"{op}: window must be (lowest, highest), got {window!r}")
+    return low, high
 
 
 def loss(
@@ -476,7 +496,8 @@ def loss(
         infinite logit gives NaN.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, sigma, clip, kind.
+        TypeError: dtypes. ValueError: shapes, sigma, clip, kind. NotImplementedError: a gradient in bits or
+            sigma is asked for.
 
     Example:
         >>> import torch
@@ -491,6 +512,8 @@ def loss(
     code = values_of(op, coding)
     checks.option(op, "kind", kind, ("squared", "bce"))
     residual, x, bits = _inputs(op, residual=residual, x=x, bits=bits)
+    checks.no_gradient(op, "bits", bits)
+    checks.no_gradient(op, "sigma", sigma)
     slope = _for(x, _slope(_level(op, "sigma", sigma, x), code))[0]
     clip = _clip(op, clip)
     mean: Tensor = torch.ops.dlcore.bits_loss(residual, x, bits, slope, *code, clip, kind == "squared")
@@ -500,15 +523,30 @@ def loss(
 def edm_weight(sigma: float | Tensor, *, coding: str = "01") -> float | Tensor:
     """EDM's λ(σ) = (σ² + σ_d²)/(σ·σ_d)², with σ_d the deviation of a fair bit: 1/2 ("01") or 1 ("pm1").
 
+    Args:
+        sigma: at least 0, a number or a real tensor (...). 0 has the weight inf.
+        coding: "01" or "pm1".
+
+    Returns:
+        A float for a number, else (...) float32 or wider. Differentiable.
+
+    Raises:
+        TypeError: types. ValueError: sigma, coding.
+
     Example:
         >>> import torch
         >>> from dlcore import bits
         >>> bits.edm_weight(torch.tensor([0.5, 80.0]))
         tensor([8.0000, 4.0002])
     """
-    low, high = values_of("bits.edm_weight", coding)
-    weight: float | Tensor = 4 / (high - low) ** 2 + 1 / (sigma * sigma)
-    return weight
+    op = "bits.edm_weight"
+    low, high = values_of(op, coding)
+    least = 4 / (high - low) ** 2
+    if isinstance(sigma, Tensor):
+        _real_tensor(op, "sigma", sigma)
+        return least + _wide(sigma) ** -2.0
+    inverse = 1 / sigma if checks.real(op, "sigma", sigma, 0.0) > 0 else math.inf
+    return least + inverse * inverse
 
 
 def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tensor:

@@ -16,6 +16,8 @@ from dlcore import rng
 
 #: Less mass than this between two noise levels says nothing of where to step.
 _LEAST_MASS = 1e-9
+#: The largest power and gate: their own powers stay finite.
+_MOST = 1e6
 
 
 class EntropySchedule:
@@ -79,15 +81,16 @@ class EntropySchedule:
         interpolated in ln σ. Pairs outside [sigma_min, sigma_max] are left out.
 
         Args:
-            sigma: positive noise levels, of any shape.
+            sigma: positive noise levels, of any shape, none NaN.
             error: of the same shape: `bits.loss(..., kind="squared")`, say.
             bins: how many.
             sigma_min, sigma_max: the first and the last edge.
-            power: 1/2 ("sqrt-rate") or 1 ("rate").
-            gate: where g is a half; 0 for none.
+            power: 1/2 ("sqrt-rate") or 1 ("rate"), at least 0.
+            gate: where g is a half, at least 0; 0 for none.
 
         Raises:
-            ValueError: shapes, errors that are negative or not finite, no pair in range. TypeError: dtypes.
+            ValueError: shapes, a sigma that is NaN, errors that are negative or not finite, no pair in range,
+                numbers out of range. TypeError: dtypes, no numbers.
 
         Example:
             >>> import torch
@@ -105,6 +108,10 @@ class EntropySchedule:
                 f"{op}: error must have sigma's shape {tuple(sigma.shape)}, got {tuple(error.shape)}"
             )
         checks.integer(op, "bins", bins)
+        for name, end in (("sigma_min", sigma_min), ("sigma_max", sigma_max)):
+            checks.real(op, name, end)
+        for name, value in (("power", power), ("gate", gate)):
+            checks.real(op, name, value, 0.0, _MOST)
         if bins < 1 or not 0 < sigma_min < sigma_max < math.inf:
             raise ValueError(
                 f"{op}: takes bins >= 1 and 0 < sigma_min < sigma_max, got {bins}, {sigma_min}, {sigma_max}"
@@ -112,6 +119,8 @@ class EntropySchedule:
         sigma, error = (x.detach().double().cpu().flatten() for x in (sigma, error))
         if not bool((error >= 0).all() and error.isfinite().all()):
             raise ValueError(f"{op}: error must be finite and non-negative")
+        if bool(sigma.isnan().any()):
+            raise ValueError(f"{op}: sigma must be numbers, got nan")
         inside = (sigma >= sigma_min) & (sigma <= sigma_max)
         if not bool(inside.any()):
             raise ValueError(f"{op}: no sigma lies in [{sigma_min}, {sigma_max}]")
@@ -132,7 +141,7 @@ class EntropySchedule:
     def cdf(self, sigma: float | Tensor) -> float | Tensor:
         """The mass below sigma: 0 up to the first edge, 1 from the last on. A float for a float."""
         x = torch.as_tensor(sigma, dtype=torch.float64)
-        below = _interpolate(x.log(), self.edges.log(), self._mass)
+        below = _interpolate(x.clamp_min(0).log(), self.edges.log(), self._mass)
         return below if isinstance(sigma, Tensor) else float(below)
 
     def quantile(self, q: float | Tensor) -> float | Tensor:
@@ -173,7 +182,7 @@ class EntropySchedule:
                 it belongs: the public code's tables are read this way, half a bin lower.
 
         Raises:
-            ValueError: n below 2, or not 0 < sigma_min < sigma_max.
+            ValueError: n below 2, or not 0 < sigma_min < sigma_max. TypeError: n no int, or no numbers.
 
         Example:
             >>> from dlcore.bits import EntropySchedule
@@ -184,6 +193,8 @@ class EntropySchedule:
         checks.integer(op, "n", n)
         high = float(self.edges[-1]) if sigma_max is None else sigma_max
         low = float(self.edges[0]) if sigma_min is None else sigma_min
+        for name, end in (("sigma_max", high), ("sigma_min", low)):
+            checks.real(op, name, end)
         if n < 2 or not 0 < low < high < math.inf:
             raise ValueError(f"{op}: takes n >= 2 and 0 < sigma_min < sigma_max, got {n}, {low}, {high}")
         mass, sigma = self._mass, self.edges

@@ -202,6 +202,12 @@ def test_where_sigma_stays_x_stays_to_the_bit(level):
     assert torch.equal(bits.euler_step(x, torch.rand(2, 50), sigma, sigma), x)
 
 
+def test_nan_in_a_held_bits_residual_shows(backend, level):
+    x, residual = torch.zeros(1, 3), torch.tensor([[0.0, math.nan, 0.0]])
+    moved, _ = bits.step(x, residual, 0.3, 0.3)
+    assert moved.isnan().tolist() == [[False, True, False]]
+
+
 def test_ends_of_sigma(backend, level):
     """σ → 0: the bit that x is nearer to, 1/2 between; σ → ∞: a fair bit; σ' = 0: the posterior mean."""
     x = torch.tensor([[-3.0, 0.4999, 0.5, 0.5001, 9.0]])
@@ -357,6 +363,21 @@ def test_heun_is_the_mean_of_both_slopes():
     slopes = (x - 2 * wide + 1) / sigma, (one - 2 * end + 1) / after
     textbook = x + (after - sigma) * (slopes[0] + slopes[1]) / 2
     torch.testing.assert_close(bits.heun_step(one, wide, end, sigma, after, coding="pm1"), textbook)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
+def test_levels_are_computed_in_float32(dtype):
+    sigma, gamma = torch.tensor([1, 300], dtype=dtype), torch.tensor(0.1, dtype=torch.bfloat16)
+    weight, (_, raised) = bits.edm_weight(sigma), bits.churn(torch.zeros(2, 4), sigma, gamma, key=KEY)
+    assert weight.dtype == raised.dtype == torch.float32
+    torch.testing.assert_close(weight, bits.edm_weight(sigma.double()).float())
+    torch.testing.assert_close(raised, (sigma.double() * (1 + gamma.double())).float())
+
+
+def test_weight_at_the_ends():
+    assert [bits.edm_weight(sigma) for sigma in (0.0, 1e-200, 1e200)] == [math.inf, math.inf, 4.0]
+    assert bits.edm_weight(torch.tensor([0.0, 1e30])).tolist() == [math.inf, 4.0]
+    assert bits.edm_weight(2) == 4.25
 
 
 def test_churn_gamma():

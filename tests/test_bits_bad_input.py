@@ -8,6 +8,7 @@ import torch
 from dlcore import bits, rng
 
 X, T = torch.zeros(2, 8), torch.zeros(2, 3, dtype=torch.int64)
+LEARNT = torch.ones(2, requires_grad=True)
 KEY = rng.key(0)
 BAD = [
     (lambda: bits.encode(T.int(), 4), TypeError, "bits.encode: tokens must be an int64 Tensor, got int32"),
@@ -121,7 +122,57 @@ BAD = [
     (lambda: bits.churn_gamma(1.0, 5.0, 0), ValueError, "churn_gamma: num_steps must be at least 1, got 0"),
     (lambda: bits.churn_gamma(1.0, -5.0, 10), ValueError, "churn_gamma: s_churn must lie in"),
     (lambda: bits.churn_gamma("a", 5.0, 10), TypeError, "churn_gamma: sigma must be a number, got str 'a'"),
+    (lambda: bits.churn_gamma(X - 1, 5.0, 10), ValueError, r"churn_gamma: sigma must lie in .* got -1"),
+    (lambda: bits.churn_gamma(X * math.nan, 5.0, 10), ValueError, "churn_gamma: sigma must .* got nan"),
+    (
+        lambda: bits.churn_gamma(X > 0, 5.0, 10),
+        TypeError,
+        "churn_gamma: sigma must be a real Tensor, got bool",
+    ),
+    (
+        lambda: bits.churn_gamma(1.0, 5.0, 10, window=3.0),
+        TypeError,
+        "window must be a pair of numbers, got f",
+    ),
+    (
+        lambda: bits.churn_gamma(X, 5.0, 10, window=(1.0,)),
+        ValueError,
+        r"window must be a pair .* got \(1.0,\)",
+    ),
+    (
+        lambda: bits.churn_gamma(X, 5.0, 10, window=("a", 1)),
+        TypeError,
+        "window must be a number, got str 'a'",
+    ),
+    (
+        lambda: bits.churn_gamma(1.0, 5.0, 10, window=(2.0, 1.0)),
+        ValueError,
+        "window must be .lowest, highest",
+    ),
+    (
+        lambda: bits.churn_gamma(1.0, 5.0, 10, window=(math.nan, 1.0)),
+        ValueError,
+        "window must lie .* got nan",
+    ),
+    (lambda: bits.matched_filter(X, LEARNT), NotImplementedError, "matched_filter: has no gradient in sigma"),
+    (
+        lambda: bits.posterior(X, LEARNT),
+        NotImplementedError,
+        "posterior: has no gradient in sigma: detach it",
+    ),
+    (lambda: bits.loss(X, X, X, LEARNT), NotImplementedError, "loss: has no gradient in sigma: detach it"),
+    (
+        lambda: bits.loss(X, X, X * LEARNT[:1], 1.0),
+        NotImplementedError,
+        "bits.loss: has no gradient in bits: detach it",
+    ),
     (lambda: bits.edm_weight(torch.ones(1), coding="x"), ValueError, "edm_weight: coding must be one of"),
+    (lambda: bits.edm_weight("a"), TypeError, "bits.edm_weight: sigma must be a number, got str 'a'"),
+    (lambda: bits.edm_weight(None), TypeError, "bits.edm_weight: sigma must be a number, got NoneType"),
+    (lambda: bits.edm_weight(X > 0), TypeError, "edm_weight: sigma must be a real Tensor, got bool"),
+    (lambda: bits.edm_weight(-1.0), ValueError, "bits.edm_weight: sigma must lie in .* got -1"),
+    (lambda: bits.edm_weight(X - 1), ValueError, "bits.edm_weight: sigma must lie in .* got -1"),
+    (lambda: bits.edm_weight(X * math.nan), ValueError, "bits.edm_weight: sigma must lie in .* got nan"),
     (lambda: bits.scale_input(X, -1.0), ValueError, "bits.scale_input: sigma must lie in"),
 ]
 
@@ -130,3 +181,10 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_levels_that_are_learnt_are_taken_where_no_gradient_is_asked():
+    with torch.no_grad():
+        kept = bits.posterior(X, LEARNT), bits.loss(X, X, X * LEARNT[:1], LEARNT)
+    assert torch.equal(kept[0], bits.posterior(X, LEARNT.detach()))
+    assert torch.equal(kept[1], bits.loss(X, X, X, LEARNT.detach()))

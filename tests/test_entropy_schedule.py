@@ -32,6 +32,9 @@ def test_cdf_and_quantile_are_inverse():
     assert schedule.quantile(0.0) == 0.002
     assert schedule.quantile(1.0) == 80.0
     assert (schedule.cdf(1e-9), schedule.cdf(1e9)) == (0.0, 1.0)
+    assert (schedule.cdf(-1.0), schedule.cdf(0.0), schedule.cdf(-math.inf)) == (0.0, 0.0, 0.0)
+    assert schedule.cdf(torch.tensor([-1.0, 99.0])).tolist() == [0.0, 1.0]
+    assert math.isnan(schedule.cdf(math.nan))
     assert 0.8 < schedule.quantile(0.5) < 1.3
 
 
@@ -171,11 +174,30 @@ BAD = [
     (lambda p: EntropySchedule.fit(ONE * 100, ONE), ValueError, r"no sigma lies in \[0.002, 80.0\]"),
     (lambda p: EntropySchedule.fit(ONE, ONE, bins=0), ValueError, "takes bins >= 1"),
     (lambda p: EntropySchedule.fit(ONE, ONE * 0), ValueError, "density must be non-negative, finite and not"),
+    (lambda p: EntropySchedule.fit(ONE * math.nan, ONE), ValueError, "fit: sigma must be numbers, got nan"),
+    (lambda p: EntropySchedule.fit(ONE.index_fill(0, torch.tensor(1), math.nan), ONE), ValueError, "got nan"),
+    (lambda p: EntropySchedule.fit(ONE, ONE, power="a"), TypeError, "fit: power must be a number, got str"),
+    (
+        lambda p: EntropySchedule.fit(ONE, ONE, power=math.nan),
+        ValueError,
+        "fit: power must lie in .* got nan",
+    ),
+    (lambda p: EntropySchedule.fit(ONE, ONE, power=-1.0), ValueError, "fit: power must lie in .* got -1"),
+    (lambda p: EntropySchedule.fit(ONE, ONE, gate=-0.1), ValueError, "fit: gate must lie in .* got -0.1"),
+    (
+        lambda p: EntropySchedule.fit(ONE, ONE, gate=1e200),
+        ValueError,
+        r"fit: gate must lie in .* got 1e\+200",
+    ),
+    (lambda p: EntropySchedule.fit(ONE, ONE, gate=None), TypeError, "fit: gate must be a number, got NoneT"),
+    (lambda p: EntropySchedule.fit(ONE, ONE, sigma_min="a"), TypeError, "fit: sigma_min must be a number"),
     (lambda p: recipe().quantile(1.5), ValueError, r"quantile: q must lie in \[0, 1\], got 1.5"),
     (lambda p: recipe().window(0.5, 0.1), ValueError, "takes 0 <= low <= high <= 1, got 0.5, 0.1"),
     (lambda p: recipe().grid(1), ValueError, "grid: takes n >= 2"),
     (lambda p: recipe().grid(5, 0.1, 0.2), ValueError, "takes n >= 2 and 0 < sigma_min < sigma_max"),
     (lambda p: recipe().grid(5.0), TypeError, "grid: n must be an int"),
+    (lambda p: recipe().grid(3, sigma_max="a"), TypeError, "grid: sigma_max must be a number, got str 'a'"),
+    (lambda p: recipe().grid(3, sigma_min="a"), TypeError, "grid: sigma_min must be a number, got str 'a'"),
     (lambda p: recipe().sample(3, key=ONE), TypeError, "sample: key must be an int64 Tensor"),
     (lambda p: load_text(p, "[1, 2]"), ValueError, "must hold edges and density"),
     (lambda p: load_text(p, '{"edges": [1]}'), ValueError, "must hold edges and density"),

@@ -147,6 +147,18 @@ def test_a_prompt_stays_while_the_rest_moves() -> None:
     torch.testing.assert_close(moved[:, 1:], flow.step(x, clean, 0.3, 0.6)[:, 1:])
 
 
+@pytest.mark.parametrize("refresh", [0.0, 0.5, 1.0, torch.tensor([[0.0], [0.7]])])
+@pytest.mark.parametrize("path", INSIDE)
+def test_a_prompt_stays_whatever_is_refreshed(path: str, refresh: float | Tensor) -> None:
+    x, clean = (normal(2, 3, 4, seed=seed, dtype=torch.float32) for seed in (0, 1))
+    end = {"linear": 1.0, "edm": 0.0, "vp": 1.0, "lognsr": -math.inf}[path]
+    prompt = torch.tensor([True, False, False])
+    t, t_next = (torch.where(prompt, end, torch.tensor(at, dtype=torch.float64)) for at in INSIDE[path])
+    moved = flow.step(x, clean, t, t_next, path=path, refresh=refresh, key=KEY)
+    assert moved[:, 0].equal(x[:, 0])
+    assert bool((moved[:, 1:] != x[:, 1:]).all())
+
+
 def test_times_as_numbers_and_tensors_of_any_broadcast() -> None:
     x, clean = normal(2, 3, 4), normal(2, 3, 4, seed=1)
     t = torch.tensor([[0.1], [0.4]], dtype=torch.float64)
@@ -474,6 +486,19 @@ def test_gradient_in_time() -> None:
     assert torch.autograd.gradcheck(lambda t: flow.step(x, y, t, t + 0.2), (t.requires_grad_(),))
 
 
+def test_gradients_are_finite_where_no_noise_is_added() -> None:
+    x, (t, gamma) = normal(2, 3), (torch.tensor([at, 0.5]).requires_grad_() for at in (0.3, 0.0))
+    back = torch.tensor([0.3, 0.2])  # the first row's own time
+    moved = flow.renoise(x, t, back, key=KEY)
+    assert bool(torch.autograd.grad(moved.square().sum(), t)[0].isfinite().all())
+    moved = flow.sde_step(x, lambda z, t: z / 2, 0.3, 0.6, gamma, key=KEY)
+    (slope,) = torch.autograd.grad(moved.square().sum(), gamma)
+    assert bool(slope.isfinite().all())
+    refresh = torch.ones(2, requires_grad=True)
+    moved = flow.step(x, x / 2, 0.3, 0.6, refresh=refresh, key=KEY)
+    assert bool(torch.autograd.grad(moved.square().sum(), refresh)[0].isfinite().all())
+
+
 X = torch.zeros(2, 3, 4)
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: flow.step(X, X[:1], 0.1, 0.2), ValueError, r"flow.step: clean must have x's shape \(2, 3, 4\)"),
@@ -528,6 +553,13 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: flow.edm_grid(2.5), TypeError, "steps must be an int"),
     (lambda: flow.edm_grid(4, sigma_min=80), ValueError, "sigma_min must lie below sigma_max 80"),
     (lambda: flow.edm_grid(4, rho=0), ValueError, r"rho must lie in \(0, inf\)"),
+    (
+        lambda: flow.edm_grid(4, rho=0.001),
+        ValueError,
+        "edm_grid: rho is too small for sigma_max 80.0, got 0.001",
+    ),
+    (lambda: flow.edm_grid(4, rho=1e-320), ValueError, "edm_grid: rho is too small for sigma_max 80.0"),
+    (lambda: flow.edm_grid(4, sigma_max=0.5, rho=5e-4), ValueError, "rho is too small for sigma_max 0.5"),
 ]
 
 

@@ -219,6 +219,13 @@ def test_gradients() -> None:
 TABLE = torch.eye(4)
 BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
+        lambda: flow.flm_noise(torch.eye(4), 4),
+        TypeError,
+        "flm_noise: shape must be a tuple of ints, got int 4",
+    ),
+    (lambda: flow.flm_noise(torch.eye(4), (2.0,)), TypeError, "flm_noise: shape must be an int, got float"),
+    (lambda: flow.flm_noise(torch.eye(4), (-1,)), ValueError, r"shape must not be negative, got \(-1,\)"),
+    (
         lambda: flow.flm_factor(torch.ones(3)),
         ValueError,
         r"flow.flm_factor: table must be \(V, d\), got \(3,\)",

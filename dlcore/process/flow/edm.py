@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from typing import NamedTuple
 
 import torch
@@ -65,7 +67,8 @@ def edm_grid(steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, r
     Args:
         steps: >= 1, of the sampler. With one there is sigma_max and 0 alone.
         sigma_max, sigma_min: sigma_max > sigma_min > 0.
-        rho: > 0; larger is denser near sigma_min. 7 is EDM's, and Karras's.
+        rho: > 0 and so large that sigma_max^(1/rho) is a float64; larger is denser near sigma_min. 7 is
+            EDM's, and Karras's.
 
     Returns:
         (steps + 1,) float64 on the CPU, times of the path "edm".
@@ -87,6 +90,8 @@ def edm_grid(steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, r
         rows.within(op, name, number, 0, torch.inf, "()")
     if not sigma_min < sigma_max:
         raise ValueError(f"{op}: sigma_min must lie below sigma_max {sigma_max!r}, got {sigma_min!r}")
+    if abs(math.log(sigma_max)) / rho > math.log(sys.float_info.max):
+        raise ValueError(f"{op}: rho is too small for sigma_max {sigma_max!r}, got {rho!r}")
     ends = sigma_max ** (1 / rho), sigma_min ** (1 / rho)
     levels = torch.linspace(*ends, steps, dtype=torch.float64) ** rho
     levels[-1], levels[0] = sigma_min, sigma_max

@@ -105,6 +105,16 @@ def flm_factor(table: Tensor) -> Tensor:
     return factor.to(torch.promote_types(table.dtype, torch.float32))
 
 
+def _lead(op: str, shape: object) -> torch.Size:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"{op}: shape must be a tuple of ints, got {checks.describe(shape)}")
+    for size in shape:
+        checks.integer(op, "shape", size)
+    if any(size < 0 for size in shape):
+        raise ValueError(f"{op}: shape must not be negative, got {tuple(shape)}")
+    return torch.Size(shape)
+
+
 def flm_noise(
     factor: Tensor,
     shape: tuple[int, ...],
@@ -135,7 +145,7 @@ def flm_noise(
     checks.floating(op, "factor", factor)
     if factor.dim() != 2 or factor.shape[0] != factor.shape[1]:
         raise ValueError(f"{op}: factor must be (d, d), got {tuple(factor.shape)}")
-    keys = rows.row_keys(op, key, generator, torch.Size(shape), factor.device)
+    keys = rows.row_keys(op, key, generator, _lead(op, shape), factor.device)
     dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
     return rng.normal(keys, factor.shape[:1], dtype=dtype) @ factor.to(dtype).T
 

@@ -47,6 +47,12 @@ def _perturb(
     return perturbed
 
 
+def _root(square: Tensor) -> Tensor:
+    """√square with the derivative 0 where it is 0, not the infinite one that makes NaN of a zero."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
+
+
 def _scale(op: str, value: float | Tensor, x: Tensor) -> Tensor:
     scale = rows.number(op, "scale", value, x.shape[:-1], x.device)
     return rows.within(op, "scale", scale, 0, torch.inf, "[)")
@@ -182,15 +188,16 @@ def step(
     for any t and t_next if x̂ does not change on the way.
 
     Edges: σ' = 0 gives α'x̂, so t_next = 1 on the linear path and 0 on edm give x̂ itself; t_next = t gives
-    x, also where σ = 0: clean rows (a prompt) stay if their t and t_next are both clean. α = 0 is not
-    special. A t_next noisier than t inverts the flow.
+    x, also where σ = 0: clean rows (a prompt) stay if their t and t_next are both clean, whatever refresh is
+    (and x̂, if finite). α = 0 is not special. A t_next noisier than t inverts the flow.
 
     Args:
         x, clean: (..., d) state at t and x̂ there.
         t, t_next: times, broadcast to x.shape[:-1].
         path: "linear", "edm", "vp" or "lognsr".
         refresh: the share r in [0, 1] of the noise direction that is drawn anew, α'x̂ + σ'(√(1-r²)·ε + r·new)
-            with ε = (x - αx̂)/σ (the γ of consistency-trajectory sampling). 0 draws nothing.
+            with ε = (x - αx̂)/σ (the γ of consistency-trajectory sampling). 0 draws nothing. A row of σ = 0
+            has no noise to draw anew.
         scale: of the noise, as in `interpolate`; it matters to refresh alone.
         key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
 
@@ -214,7 +221,7 @@ def step(
     if isinstance(refresh, (int, float)) and refresh == 0:
         return _move(x, clean, keep, take, way)
     new = rows.level(op, "refresh", refresh, x.shape[:-1], x.device)
-    keep = keep * ((1 - new) * (1 + new)).sqrt()
+    keep = torch.where(way.sigma(now) > 0, keep * _root((1 - new) * (1 + new)), keep)
     take = way.alpha(after) - keep * way.alpha(now)
     spread = way.sigma(after) * new * _scale(op, scale, x)
     moved = _combine(keep, x, take, clean)
@@ -289,7 +296,7 @@ def renoise(
         key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
 
     Returns:
-        (..., d), float32 or wider. Differentiable.
+        (..., d), float32 or wider. Differentiable; where no noise is added its spread counts as constant.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or values that do not fit, or a t_back less noisy than t.
@@ -310,7 +317,7 @@ def renoise(
     before, needed = keep * way.sigma(now), way.sigma(back)
     if rows.checkable(now) and rows.checkable(back) and bool((needed < before * (1 - 1e-12)).any()):
         raise ValueError(f"{op}: t_back must be at least as noisy as t, got {t_back!r} after {t!r}")
-    spread = ((needed - before).clamp_min(0) * (needed + before)).sqrt() * _scale(op, scale, x)
+    spread = _root((needed - before) * (needed + before)) * _scale(op, scale, x)
     return _perturb(op, paths.per_row(keep, x) * x, spread, key, generator)
 
 
@@ -347,7 +354,7 @@ def sde_step(
         key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
 
     Returns:
-        (..., d), float32 or wider. Differentiable.
+        (..., d), float32 or wider. Differentiable; where none is added, exact noise counts as constant.
 
     Raises:
         TypeError, ValueError: dtypes, shapes or values that do not fit.
@@ -370,7 +377,7 @@ def sde_step(
     )
     kept = (1 - rate * (after - now)).clamp(0, 1)
     lost = 1 - kept
-    spread = (lost * (1 + kept - 2 * kept * now)).clamp_min(0).sqrt() if exact else lost
+    spread = _root(lost * (1 + kept - 2 * kept * now)) if exact else lost
     spread = spread * _scale(op, scale, x)
     x = _perturb(op, paths.per_row(kept, x) * x, spread, key, generator)
     back = kept * now
