@@ -104,6 +104,17 @@ def _wide(value: float | Tensor) -> float | Tensor:
     return value.to(torch.promote_types(value.dtype, torch.float32)) if isinstance(value, Tensor) else value
 
 
+def _aligned(x: Tensor, *values: float | Tensor) -> tuple[float | Tensor, ...]:
+    """Levels that broadcast with one another: those per row get a last dimension if another is per bit."""
+    per_bit = [isinstance(v, Tensor) and v.dim() == x.dim() for v in values]
+    if not any(per_bit):
+        return values
+    return tuple(
+        v.unsqueeze(-1) if isinstance(v, Tensor) and not whole else v
+        for v, whole in zip(values, per_bit, strict=True)
+    )
+
+
 def _real_tensor(op: str, name: str, value: Tensor) -> None:
     """Noise levels of any shape."""
     if value.dtype == torch.bool or value.is_complex():
@@ -267,7 +278,8 @@ def churn(
     (x,) = _inputs(op, x=x)
     levels = (_level(op, "sigma", sigma, x), _level(op, "gamma", gamma, x))
     spread = _spread(*levels, _level(op, "noise_scale", noise_scale, x))
-    return _perturb(op, x, spread, key, generator), _wide(sigma) * (1 + _wide(gamma))
+    sigma, gamma = _aligned(x, _wide(sigma), _wide(gamma))
+    return _perturb(op, x, spread, key, generator), sigma * (1 + gamma)
 
 
 def _perturb(

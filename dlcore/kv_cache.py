@@ -156,9 +156,10 @@ class KVCache:
 
     def _rows(self, op: str, name: str, value: int | Tensor) -> Tensor:
         lead, device = torch.Size((self.batch,)), self.lengths.device
-        rows = checks.per_row(op, name, value, lead, device, torch.int32)
-        assert rows is not None
-        checks.value_range(op, name, rows, 0)
+        rows = checks.per_row(op, name, value, lead, device, torch.int64)
+        if rows is None:
+            raise TypeError(f"{op}: {name} must be an int or an integer Tensor, got None")
+        checks.value_range(op, name, rows, 0, 2**31 - 1)
         return rows.expand(lead)
 
     def _check_rows(self, op: str, k: Tensor, v: Tensor) -> None:

@@ -506,3 +506,11 @@ def test_reference_runs_float64_and_matches_the_meaning():
 def test_empty_rows():
     assert bits.step(torch.zeros(0, 4), None, 0.5, 0.4, gamma_next=0.1, key=KEY)[0].shape == (0, 4)
     assert bits.loss(*(torch.zeros(0, 4),) * 3, 0.5).shape == (0,)
+
+
+def test_churned_levels_per_row_and_per_bit():
+    """A level per row lies along the rows, also where x is square."""
+    x, sigma = torch.zeros(2, 2), torch.tensor([1.0, 3.0])
+    gamma = torch.tensor([[0.5, 0.1], [0.5, 0.1]])
+    lifted = bits.churn(x, sigma, gamma, key=dlcore.rng.key(1))[1]
+    torch.testing.assert_close(lifted, torch.tensor([[1.5, 1.1], [4.5, 3.3]]))

@@ -235,3 +235,16 @@ def test_bad_sizes(kw, error, text):
     sizes = {"num_layers": 1, "batch": 1, "max_len": 4, "num_kv_heads": 1, "head_dim": 2}
     with pytest.raises(error, match=f"KVCache: {text}"):
         KVCache(**{**sizes, **kw})
+
+
+@pytest.mark.parametrize("huge", [2**31 - 1, torch.tensor(2**32 + 1), torch.tensor(2**62)])
+def test_huge_counts_do_not_wrap(huge):
+    cache = KVCache(1, 1, 16, 2, 8)
+    cache.commit(5)
+    rows = torch.zeros(1, 4, 2, 8)
+    for call in (lambda: cache.commit(huge), lambda: cache.write(0, rows, rows, start=huge)):
+        with pytest.raises(ValueError, match=r"the cache is full|must lie in"):
+            call()
+    assert cache.lengths.tolist() == [5]
+    with pytest.raises(TypeError, match="n must be an int"):
+        cache.commit(None)
