@@ -159,8 +159,9 @@ class KVCache:
         rows = checks.per_row(op, name, value, lead, device, torch.int64)
         if rows is None:
             raise TypeError(f"{op}: {name} must be an int or an integer Tensor, got None")
-        checks.value_range(op, name, rows, 0, 2**31 - 1)
-        return rows.expand(lead)
+        checks.value_range(op, name, rows, 0)
+        # So that no sum of lengths wraps.
+        return rows.clamp(max=2**31 - 1).expand(lead)
 
     def _check_rows(self, op: str, k: Tensor, v: Tensor) -> None:
         for name, x, like in (("k", k, self._keys), ("v", v, self._values)):
