@@ -66,8 +66,8 @@ def correct(
 
     Noise moves x by √(2(d-1)·step_size): take step_size = c/(d-1), c of 0.1 to 1. No step is too long for a
     flat law; under a vMF law of κ = d/2 the mean cosine errs by 1% at c = 0.1 and by 4% at c = 1. A score may
-    be as long as its dtype holds. Where x' has no direction, as for x = 0 with score 0 and step_size 0, it is 0,
-    with gradient 0.
+    be as long as its dtype holds. Where x' has no direction, as for x = 0 with score 0 and step_size 0, it is
+    0, with gradient 0.
 
     Args:
         x: (..., d), unit, d at least 2.

@@ -11,8 +11,8 @@ no shortest way from one to the other: below an angle of π - 2e-5 (float64: π 
 hold it fixed in derivatives. A zero vector is no direction; nothing is NaN where one occurs: the angle of two
 zeros is 0, with a unit vector π/2.
 
-Raises TypeError for other dtypes, ValueError for shapes that do not fit: `slerp`, `log_map` and `rotate`, which
-need a direction across x, for d = 1 too.
+Raises TypeError for other dtypes, ValueError for shapes that do not fit; `slerp`, `log_map` and `rotate`
+need a direction across x, and so d of 2 or more.
 
 Sources: Shoemake, "Animating rotation with quaternion curves" (1985); Kahan, "How futile are mindless
 assessments of roundoff in floating-point computation" (2006), section 12, for the angle.

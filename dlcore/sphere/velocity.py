@@ -50,11 +50,12 @@ def velocity(
     "vmf": g solves (1 - μ²)(g' + κg) - (d-1)μg = A_d(κ) - μ; the velocity per unit of κ. "cauchy": g = 1; the
     velocity per unit of rapidity.
 
-    Against float64, float32 errs by 1e-6 of Σ p_k g_k or less, whatever d and κ; on SLERP's path where the
-    tokens that matter are less than π - 0.2 away. At π - δ a cosine's rounding weighs more: by 0.2/δ times as
-    much, and g, unbounded next to the antipode, is capped: a cosine below -1 + 2^-20 (δ < 1.4e-3), in any
-    dtype, counts as that, so that the velocity is too short there. `top_k=1` has no such limits. A row with NaN in x or logits, with +inf or
-    nothing but -inf in logits gives NaN; other rows are untouched.
+    Against float64, float32 errs by 1e-6 of Σ p_k g_k or less, whatever d and κ; with "slerp" where tokens
+    that matter are less than π - 0.2 away. At an angle of π - δ a cosine's rounding weighs more, by up to
+    0.5/δ. There g has no bound and is capped: a cosine below -1 + 2^-20 (δ < 1.4e-3), in any dtype, counts as
+    that, so that the velocity is too short. `top_k=1` has neither limit.
+
+    A row with NaN in x or logits, with +inf or nothing but -inf in logits gives NaN, and no other row.
 
     Differentiable, once, in x, logits (or hidden, weight and bias), table and noise; not in kappa. With top_k
     a gradient in table or weight is dense.
