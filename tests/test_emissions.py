@@ -11,6 +11,7 @@ import torch
 from scipy.stats import kstest, norm, vonmises_fisher
 from torch import Tensor
 
+from dlcore import sphere
 from dlcore.sphere import posterior_logits
 from dlcore.testing.emissions import bit_logits, gaussian_emission
 from dlcore.testing.markov import MarkovChain
@@ -101,7 +102,7 @@ def test_great_circle_emission_is_the_density_of_its_noise(width: int, share: fl
     """Angles of slerp(e, z, s), z uniform, against the emission times the sphere's own measure."""
     e = torch.zeros(1, width, dtype=torch.float64)
     e[0, 0] = 1
-    angles = share * torch.acos(unit(20_000, width, seed=2)[:, 0])
+    angles = sphere.angle(e, sphere.slerp(e, unit(20_000, width, seed=2), share))
     grid = torch.linspace(0, math.pi * share, 4001, dtype=torch.float64)
     points = torch.zeros(4001, width, dtype=torch.float64)
     points[:, 0], points[:, 1] = grid.cos(), grid.sin()

@@ -285,7 +285,7 @@ def test_zero_vectors_make_no_nan(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e30])
+@pytest.mark.parametrize("size", [1e-30, 1e-22, 1e30, 1e38])
 def test_normalize_of_any_length(size: float, dtype: torch.dtype) -> None:
     x = (unit(ROWS, 40, dtype=torch.float64) * size).to(dtype).requires_grad_()
     want = torch.nn.functional.normalize(x.detach().double(), dim=-1, eps=0)
@@ -296,6 +296,40 @@ def test_normalize_of_any_length(size: float, dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         grad.double() * x.detach().double().norm(dim=-1, keepdim=True), across, rtol=0.01, atol=1e-2
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e-42, 1e-25, 1e-22, 1e20, 1e36])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_project_from_any_length(size: float, dtype: torch.dtype, backend: str) -> None:
+    """Value and gradients are those of float64; of x, the gradient is a number where 1/|x| is one."""
+    x = (unit(ROWS, 40, dtype=torch.float64) * size).to(dtype)
+    u = normal(ROWS, 40, seed=5).to(dtype)
+    with dlcore.use_backend(backend):
+        got = run(sphere.project, (x, u), dtype)
+    want = run(sphere.project, (x.double(), u.double()), torch.float64, given=dtype)
+    # The entries of a bfloat16 below 1e-38 have few digits, but the same ones here and there.
+    limit = 2e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for i in (0, 2):
+        assert error(got[i], want[i]) < limit
+    if size > 1e-36:
+        assert error(got[1].double() * size, want[1] * size) < limit + 1e-3 * (size > 1e30)
+
+
+def test_a_line_has_no_way_between_antipodes() -> None:
+    """d = 1: what needs a direction across x says so; what does not works."""
+    x = torch.ones(3, 1)
+    for call in (
+        lambda: sphere.slerp(x, -x, 0.5),
+        lambda: sphere.log_map(x, -x),
+        lambda: sphere.rotate(x, x, -x),
+    ):
+        with pytest.raises(ValueError, match=r"sphere\.\w+: x must be \(..., d\) with d >= 2, got \(3, 1\)"):
+            call()
+    assert sphere.angle(x, -x).tolist() == pytest.approx([math.pi] * 3)
+    assert sphere.exp_map(x, torch.zeros(3, 1)).equal(x)
+    assert sphere.project(x, 5 * x).equal(0 * x)
+    assert sphere.normalize(-3 * x).equal(-x)
 
 
 def test_nan_stays_in_its_row() -> None:

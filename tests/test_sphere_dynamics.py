@@ -95,6 +95,43 @@ def test_a_step_of_any_length_keeps_the_uniform_law():
     assert abs(cosine.var() * dim - 1) < 0.1
 
 
+@pytest.mark.parametrize("c", [0.3, 1.0, 2.5])
+def test_a_correction_forgets_as_brownian_motion_does(c):
+    """Without a score E<x', x> = e^{-(d-1)·step_size}, Brownian motion's; for x + noise it is 1/√(1 + 2c)."""
+    dim = 256
+    x = points(4096, dim, seed=5, dtype=torch.float32)
+    there = sphere.correct(x, torch.zeros_like(x), c / (dim - 1), key=rng.key(12))
+    cosine = (there * x).sum(-1).double()
+    decay = torch.tensor(-c).exp().double()
+    # Normalizing moves the mean by at most 1/d of it.
+    assert abs(cosine.mean() - decay) < decay / dim + 4 * cosine.std() / 64
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_corrections_of_any_length(name, dtype):
+    """Zero with nothing to move it stays zero, gradients too; a huge score gives its direction."""
+    zero = torch.zeros(2, DIM, dtype=dtype)
+    with dlcore.use_backend(name if dtype != torch.float64 else "reference"):
+        leaves = [zero.clone().requires_grad_() for _ in range(2)]
+        still = sphere.correct(*leaves, 0.0, key=rng.key(3))
+        assert torch.equal(still.detach(), zero)
+        assert all((g == 0).all() for g in torch.autograd.grad(still.sum(), leaves))
+        x, v = X.to(dtype), V.to(dtype)
+        for length in (1e21, 1e36):
+            far = sphere.correct(x, length * v, 0.05, key=rng.key(3))
+            torch.testing.assert_close(far, sphere.normalize(v))
+        short = sphere.correct(1e-30 * x, 0 * v, 0.0, key=rng.key(3))
+        torch.testing.assert_close(short, x)
+
+
+def test_corrections_under_a_sharp_posterior():
+    """κ = 1e21: the score's square is no float."""
+    x, table = points(6, DIM, dtype=torch.float32), points(3, DIM, seed=4, dtype=torch.float32)
+    score = sphere.posterior_score(x, torch.zeros(6, 3), table, 1e21)
+    assert (sphere.correct(x, score, 0.05, key=rng.key(3)).norm(dim=-1) - 1).abs().max() < 1e-6
+
+
 def test_correction_noise_is_keyed():
     """Per-row keys draw what a shared key does; chunks agree with the whole; another key is other noise."""
     x, score = X.float().view(2, 3, DIM), V.float().view(2, 3, DIM)

@@ -130,6 +130,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: correct(X, V, 0.1, key=3), TypeError, r"sphere.correct: key must be an int64 Tensor"),
     (lambda: correct(X[:, :1], V[:, :1], 0.1), ValueError, r"d >= 2"),
+    (lambda: sphere.slerp(X[:, :1], X[:, :1], 0.5), ValueError, r"sphere.slerp: x must be .* d >= 2"),
+    (lambda: sphere.log_map(X[:, :1], X[:, :1]), ValueError, r"sphere.log_map: x must be .* d >= 2"),
+    (lambda: sphere.rotate(V[:, :1], X[:, :1], X[:, :1]), ValueError, r"sphere.rotate: x must be .* d >= 2"),
 ]
 
 

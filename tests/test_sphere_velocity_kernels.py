@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import levels
+from sphere_points import turned
 from test_linear_logits import Largest
 from torch import Tensor
 
@@ -141,6 +142,38 @@ def test_edges(path, kind, backend):
     share = {"low": 5e-3, "rising": 5e-5}.get(kind, 2e-6)
     rough = path["path"] == "cauchy" and backend == "reference"
     assert_close(got, x, logits, table, share=share if rough else 2e-6, **path)
+
+
+@pytest.mark.parametrize("rest", [0.5, 0.2, 0.1, 0.01, 2e-3, 1e-3, 1e-4])
+def test_next_to_the_antipode(rest, backend):
+    """At an angle π - rest errors grow as 0.5/rest; below 1.4e-3 the weight is capped, not for top_k=1."""
+    x = turned(TABLE[:12], torch.pi - rest)
+    logits = torch.full((12, VOCAB), -torch.inf)
+    logits[torch.arange(12), torch.arange(12)] = 0
+    with dlcore.use_backend("reference"):
+        exact = sphere.log_map(x.double(), TABLE[:12].double())
+    weight = torch.pi / rest
+    error = (sphere.velocity(x, logits, TABLE).double() - exact).norm(dim=-1)
+    if rest > 1.4e-3:
+        assert error.max() < 1e-6 * (1 if rest >= 0.2 else 0.5 / rest) * weight
+    else:
+        capped = torch.pi * rest / 2**-9.5
+        v = sphere.velocity(x, logits, TABLE)
+        torch.testing.assert_close(v.norm(dim=-1), torch.full((12,), capped), rtol=1e-2, atol=0)
+    first = sphere.velocity(x, logits, TABLE, top_k=1)
+    assert torch.equal(first, sphere.log_map(x, TABLE[:12]))
+    assert (first.double() - exact).norm(dim=-1).max() < 1e-6 * max(1, 1 / rest)
+
+
+def test_top_1_has_the_gradients_of_the_log_map():
+    """In x and table; the logits' is 0, not none."""
+    x, table, logits = (t.clone().requires_grad_() for t in (X, TABLE, LOGITS))
+    v = sphere.velocity(x, logits, table, noise=0.5, top_k=1)
+    grads = torch.autograd.grad(v[..., 0].sum(), (x, table, logits))
+    want = 2 * sphere.log_map(x, table[LOGITS.argmax(-1)])
+    for got, exact in zip(grads, torch.autograd.grad(want[..., 0].sum(), (x, table)), strict=False):
+        torch.testing.assert_close(got, exact)
+    assert (grads[2] == 0).all()
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "at a token"])

@@ -193,6 +193,19 @@ def test_edges() -> None:
 
 
 @pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("size", [1e-42, 1e-25, 1e-22, 1e20, 1e38])
+def test_means_of_any_length(law: str, backend: str, size: float) -> None:
+    """The same points as for the unit mean that the rounded one points to."""
+    mean = (unit(40, 70, seed=5).double() * size).float()
+    with dlcore.use_backend(backend):
+        got = LAWS[law].sample(mean, 50.0, key=rng.key(18))
+    with dlcore.use_backend("reference"):
+        want = LAWS[law].sample(sphere.normalize(mean.double()), 50.0, key=rng.key(18))
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("law", LAWS)
 @pytest.mark.usefixtures("poisoned")
 def test_points_follow_the_key(law: str) -> None:
     sample = LAWS[law].sample

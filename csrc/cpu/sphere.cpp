@@ -17,12 +17,13 @@ constexpr double kAntipodal = 1e-5;
 constexpr int kMostVectors = 4, kMostSums = 8;
 
 // What a map makes of a row's sums: coefficients[output][vector], a number, and one entry of the first output
-// that gets a term of its own.
+// that gets a term of its own. The first vector counts times `factor` where a map rebases it.
 struct Combination {
   float coefficients[kSphereInputs][kMostVectors] = {};
   double number = 0;
   int64_t at = -1;
   double spike = 0;
+  float factor = 1;
 
   template <class... C>
   void set(int output, C... c) {
@@ -38,8 +39,6 @@ struct Row {
   int64_t columns;
   double t, grad_angle;
 };
-
-inline double over(double a, double b) { return b > 0 ? a / b : 0; }
 
 // Two unit vectors x and y: the smaller one of y - x and y + x, e = y - σx, keeps what their angle leaves,
 // and y's part across x is e - share·x.
@@ -229,17 +228,34 @@ struct ExpBackward {
   }
 };
 
+// <x, v> for the row's vector v and x times its factor: anew where a float did not hold |x|².
+template <class T>
+double product(double sum, double square_in_float, const Sized& x, const T* a, const T* b, int64_t columns) {
+  if (holds(square_in_float)) return sum;
+  double exact = 0;
+  for (int64_t i = 0; i < columns; ++i)
+    exact += static_cast<double>(scalar(a[i])) * x.factor * static_cast<double>(scalar(b[i]));
+  return exact;
+}
+
 struct Project {
   static constexpr int vectors = 2, outputs = 1, sums = 2;
   static void add(Floats* s, const Floats* v) {
     s[0] = fused(v[0], v[0], s[0]);
     s[1] = fused(v[0], v[1], s[1]);
   }
-  static void rebase(Floats*, const double*, const Combination&) {}
+  static void rebase(Floats* v, const double*, const Combination& r) { v[0] = v[0] * r.factor; }
+  // <x, v>/<x, x> for vector k of the row.
   template <class T>
-  static Combination solve(const double* s, const Row<T>&) {
+  static double share(const double* s, const Row<T>& row, const Sized& x, int k) {
+    return over(product(s[k], s[0], x, row.vector[0], row.vector[k], row.columns), x.square);
+  }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
-    r.set(0, -over(s[1], s[0]), 1);
+    const Sized x(s[0], row.vector[0], row.columns);
+    r.factor = x.factor;
+    r.set(0, -share(s, row, x, 1), 1);
     return r;
   }
 };
@@ -250,37 +266,29 @@ struct ProjectBackward {
     Project::add(s, v);
     s[2] = fused(v[0], v[2], s[2]);
   }
-  static void rebase(Floats*, const double*, const Combination&) {}
+  static void rebase(Floats* v, const double* s, const Combination& r) { Project::rebase(v, s, r); }
   template <class T>
-  static Combination solve(const double* s, const Row<T>&) {
+  static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
-    const double along = over(s[1], s[0]), pull = over(s[2], s[0]);
-    r.set(0, 2 * along * pull, -pull, -along);
+    const Sized x(s[0], row.vector[0], row.columns);
+    const double along = Project::share(s, row, x, 1), pull = Project::share(s, row, x, 2);
+    r.factor = x.factor;
+    r.set(0, 2 * along * pull * x.factor, -pull * x.factor, -along * x.factor);
     r.set(1, -pull, 0, 1);
     return r;
   }
 };
 
-// |x|², in double where a float would not hold it.
-template <class T>
-double square_of(double sum, const T* x, int64_t columns) {
-  if (sum > 1e-30 && sum < 1e30) return sum;
-  double exact = 0;
-  for (int64_t i = 0; i < columns; ++i) {
-    const double entry = scalar(x[i]);
-    exact += entry * entry;
-  }
-  return exact;
-}
-
 struct Normalize {
   static constexpr int vectors = 1, outputs = 1, sums = 1;
   static void add(Floats* s, const Floats* v) { s[0] = fused(v[0], v[0], s[0]); }
-  static void rebase(Floats*, const double*, const Combination&) {}
+  static void rebase(Floats* v, const double*, const Combination& r) { v[0] = v[0] * r.factor; }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
-    r.set(0, over(1, std::sqrt(square_of(s[0], row.vector[0], row.columns))));
+    const Sized x(s[0], row.vector[0], row.columns);
+    r.factor = x.factor;
+    r.set(0, over(1, std::sqrt(x.square)));
     return r;
   }
 };
@@ -292,12 +300,16 @@ struct NormalizeBackward {
     s[1] = fused(v[0], v[1], s[1]);
   }
   // x becomes a unit vector first: the coefficient of a short or long one may be no float.
-  static void rebase(Floats* v, const double*, const Combination& r) { v[0] = v[0] * r.coefficients[0][1]; }
+  static void rebase(Floats* v, const double*, const Combination& r) {
+    v[0] = v[0] * r.factor * r.coefficients[0][2];
+  }
   template <class T>
   static Combination solve(const double* s, const Row<T>& row) {
     Combination r;
-    const double scale = over(1, std::sqrt(square_of(s[0], row.vector[0], row.columns)));
-    r.set(0, -s[1] * scale * scale, scale);
+    const Sized x(s[0], row.vector[0], row.columns);
+    const double scale = over(1, std::sqrt(x.square)), inner = s[1] * x.factor * scale;
+    r.factor = x.factor;
+    r.set(0, -inner * scale * x.factor, scale * x.factor, scale);
     return r;
   }
 };

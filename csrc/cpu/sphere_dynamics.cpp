@@ -39,9 +39,11 @@ void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
     store(moved + i, y);
     square = fused(y, y, square);
   });
-  const auto scale = static_cast<float>(1 / std::sqrt(static_cast<double>(sum(square))));
+  const Sized sized(sum(square), moved, columns);
+  const auto scale = static_cast<float>(over(1, std::sqrt(sized.square)));
   T* out = a.out.row<T>(r);
-  each_sixteen<T>(columns, [&](int64_t i, auto, auto place) { place(out, load(moved + i) * scale); });
+  each_sixteen<T>(columns,
+                  [&](int64_t i, auto, auto place) { place(out, load(moved + i) * sized.factor * scale); });
 }
 
 }  // namespace

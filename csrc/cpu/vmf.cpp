@@ -53,14 +53,18 @@ struct Products {
   double mean, across, square;  // |μ|², <g, μ>, |g|²
 };
 
-// A normal vector g, and its products with the mean.
-template <class T>
-Products draw_direction(Key key, const T* mean, int64_t columns, float* g) {
-  Floats sums[3] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
+// A normal vector g.
+void draw_direction(Key key, int64_t columns, float* g) {
   fill_normal(key, Domain::kDirection, 0, columns, g);
   std::fill(g + columns, g + (columns + kLanes - 1) / kLanes * kLanes, 0.0f);
+}
+
+// The products of g and factor·μ.
+template <class T>
+Products multiply(float factor, const T* mean, int64_t columns, const float* g) {
+  Floats sums[3] = {broadcast(0.0f), broadcast(0.0f), broadcast(0.0f)};
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto) {
-    const Floats w = sixteen(mean), x = load(g + i);
+    const Floats w = sixteen(mean) * factor, x = load(g + i);
     sums[0] = fused(w, w, sums[0]);
     sums[1] = fused(w, x, sums[1]);
     sums[2] = fused(x, x, sums[2]);
@@ -68,12 +72,12 @@ Products draw_direction(Key key, const T* mean, int64_t columns, float* g) {
   return {sum(sums[0]), sum(sums[1]), sum(sums[2])};
 }
 
-// Takes share·μ off g; the new products.
+// Takes share·factor·μ off g; the new products.
 template <class T>
-Products project(float share, const T* mean, int64_t columns, float* g, double mean_square) {
+Products project(float share, float factor, const T* mean, int64_t columns, float* g, double mean_square) {
   Floats sums[2] = {broadcast(0.0f), broadcast(0.0f)};
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto) {
-    const Floats w = sixteen(mean), x = fused(w, -share, load(g + i));
+    const Floats w = sixteen(mean) * factor, x = fused(w, -share, load(g + i));
     store(g + i, x);
     sums[0] = fused(w, x, sums[0]);
     sums[1] = fused(x, x, sums[1]);
@@ -87,7 +91,10 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
   const int64_t columns = a.mean.columns;
   const T* mean = a.mean.row<const T>(r);
   T* out = a.out.row<T>(r);
-  Products p = draw_direction(key, mean, columns, g);
+  draw_direction(key, columns, g);
+  Products p = multiply(1.0f, mean, columns, g);
+  const float factor = Sized(p.mean, mean, columns).factor;
+  if (factor != 1) p = multiply(factor, mean, columns, g);
   double share = 0;
   // What is left across the mean: formed anew, and once more, where little of g is.
   const auto left = [&] {
@@ -96,7 +103,7 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
   };
   double square = left();
   for (int again = 0; again < 2 && square < 0.5 * p.square; ++again) {
-    p = project(static_cast<float>(share), mean, columns, g, p.mean);
+    p = project(static_cast<float>(share), factor, mean, columns, g, p.mean);
     square = left();
   }
   // A mean that is zero gives the uniform law.
@@ -104,7 +111,8 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
   const double across = c.sine / std::sqrt(square);
   const double along = (p.mean > 0 ? c.cosine / std::sqrt(p.mean) : 0) - across * share;
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto place) {
-    place(out, fused(sixteen(mean), static_cast<float>(along), load(g + i) * static_cast<float>(across)));
+    const Floats w = sixteen(mean) * factor;
+    place(out, fused(w, static_cast<float>(along), load(g + i) * static_cast<float>(across)));
   });
 }
 

@@ -93,17 +93,22 @@ def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return run
 
 
+def _sized(x: Tensor) -> Tensor:
+    """x over its largest entry, so that its square is a normal number at any length; zero stays zero."""
+    return x / x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
+
+
 @_wide
 def normalize(x: Tensor) -> Tensor:
     """x/‖x‖; zero stays zero."""
-    size = x.detach().abs().amax(-1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    scaled = x / size
+    scaled = _sized(x)
     return _over(scaled, _root(scaled.square().sum(-1, keepdim=True)))
 
 
 @_wide
 def project(x: Tensor, u: Tensor) -> Tensor:
-    """u less its part along x."""
+    """u less its part along x, which may have any length."""
+    x = _sized(x)
     return u - _over(_dot(x, u), x.square().sum(-1)).unsqueeze(-1) * x
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dlcore.reference import rng
+from dlcore.reference import rng, sphere
 from dlcore.reference.backward import gradients
 from dlcore.reference.categorical import wide
 from dlcore.reference.rng import Domain
@@ -20,8 +20,7 @@ def correct(x: Tensor, score: Tensor, step_size: Tensor, key: Tensor) -> Tensor:
     a = (q * step_size.to(state.dtype)).unsqueeze(-1)
     drift, spread = -torch.expm1(-a) / q, torch.sqrt(-torch.expm1(-2 * a) / q)
     moved = torch.exp(-a) * state + drift * wide(score) + spread * noise
-    length: Tensor = torch.linalg.vector_norm(moved, dim=-1, keepdim=True)
-    return (moved / length).to(x.dtype)
+    return sphere.normalize(moved).to(x.dtype)
 
 
 def correct_backward(

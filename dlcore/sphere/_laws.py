@@ -6,18 +6,10 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.sphere.geometry import project, vectors
+from dlcore.sphere.geometry import dimension, project, vectors
 
 #: The largest concentration: what a float32 holds.
 LARGEST = torch.finfo(torch.float32).max
-
-
-def dimension(op: str, x: Tensor, name: str = "mean") -> int:
-    """d, at least 2."""
-    d = x.shape[-1]
-    if d < 2:
-        raise ValueError(f"{op}: {name} must be (..., d) with d >= 2, got {tuple(x.shape)}")
-    return d
 
 
 def concentration(op: str, kappa: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -47,7 +39,7 @@ def sample(
 ) -> Tensor:
     """One point per row of `mean`."""
     (mean,) = vectors(op, mean=mean)
-    dimension(op, mean)
+    dimension(op, mean, "mean")
     lead = mean.shape[:-1]
     wide = concentration(op, kappa, lead, mean.device).detach()
     key = checks.key(op, key, generator, lead, mean.device)

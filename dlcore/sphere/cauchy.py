@@ -20,7 +20,7 @@ from dlcore import _checks as checks
 from dlcore.reference import bessel
 from dlcore.sphere import _laws
 from dlcore.sphere._laws import concentration
-from dlcore.sphere.geometry import vectors
+from dlcore.sphere.geometry import dimension, vectors
 
 __all__ = ["log_prob", "posterior_logits", "rapidity", "sample", "score"]
 
@@ -75,7 +75,7 @@ def _facing(op: str, x: Tensor, mean: Tensor, kappa: float | Tensor) -> tuple[Te
     """x, mean, b and (1 + b)(1 - m⟨x, mean⟩) = 2b + (1 - b)‖x - mean‖²/2."""
     x, mean = vectors(op, x=x, mean=mean)
     k = concentration(op, kappa, x.shape[:-1], x.device)
-    b, wide = _rest(k, _laws.dimension(op, x, "x")), torch.promote_types(x.dtype, torch.float32)
+    b, wide = _rest(k, dimension(op, x, "x")), torch.promote_types(x.dtype, torch.float32)
     apart = (x.to(wide) - mean.to(wide)).square().sum(-1)
     return x, mean, b, 2 * b + (1 - b) * apart.double() / 2
 
@@ -119,7 +119,7 @@ def posterior_logits(x: Tensor, table: Tensor, kappa: float | Tensor) -> Tensor:
     op = "cauchy.posterior_logits"
     for name, value in (("x", x), ("table", table)):
         checks.floating(op, name, value)
-    d = _laws.dimension(op, x, "x")
+    d = dimension(op, x, "x")
     if table.dim() != 2 or table.shape[1] != d:
         raise ValueError(f"{op}: table must be (V, {d}), got {tuple(table.shape)}")
     checks.on_device(op, "table", table, x.device)

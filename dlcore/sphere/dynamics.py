@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore._ops.declare import result_dtype
-from dlcore.sphere.geometry import exp_map, normalize, vectors
+from dlcore.sphere.geometry import dimension, exp_map, normalize, vectors
 
 RETRACTIONS = ("exp", "normalize")
 
@@ -65,7 +65,9 @@ def correct(
         x' = normalize(e^{-a} x + ((1 - e^{-a}) score + √((d-1)(1 - e^{-2a})) P_x ξ) / (d-1)).
 
     Noise moves x by √(2(d-1)·step_size): take step_size = c/(d-1), c of 0.1 to 1. No step is too long for a
-    flat law; under a vMF law of κ = d/2 the mean cosine errs by 1% at c = 0.1 and by 4% at c = 1.
+    flat law; under a vMF law of κ = d/2 the mean cosine errs by 1% at c = 0.1 and by 4% at c = 1. A score may
+    be as long as its dtype holds. Where x' has no direction, as for x = 0 with score 0 and step_size 0, it is
+    0, with gradient 0.
 
     Args:
         x: (..., d), unit, d at least 2.
@@ -84,8 +86,7 @@ def correct(
     op = "sphere.correct"
     x, score = vectors(op, x=x, score=score)
     lead = x.shape[:-1]
-    if x.shape[-1] < 2:
-        raise ValueError(f"{op}: x must be (..., d) with d >= 2, got {tuple(x.shape)}")
+    dimension(op, x, "x")
     size = checks.per_row(op, "step_size", step_size, lead, x.device, result_dtype(x))
     if size is None:
         raise TypeError(f"{op}: step_size must be a number or a Tensor, got NoneType None")

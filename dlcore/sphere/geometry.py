@@ -11,7 +11,8 @@ no shortest way from one to the other: below an angle of π - 2e-5 (float64: π 
 hold it fixed in derivatives. A zero vector is no direction; nothing is NaN where one occurs: the angle of two
 zeros is 0, with a unit vector π/2.
 
-Raises TypeError for other dtypes, ValueError for shapes that do not fit.
+Raises TypeError for other dtypes, ValueError for shapes that do not fit; `slerp`, `log_map` and `rotate`
+need a direction across x, and so d of 2 or more.
 
 Sources: Shoemake, "Animating rotation with quaternion curves" (1985); Kahan, "How futile are mindless
 assessments of roundoff in floating-point computation" (2006), section 12, for the angle.
@@ -47,6 +48,14 @@ def vectors(op: str, **named: Tensor) -> list[Tensor]:
     for _, x in others:
         dtype = torch.promote_types(dtype, x.dtype)
     return [x.to(dtype).expand(shape) for x in named.values()]
+
+
+def dimension(op: str, x: Tensor, name: str) -> int:
+    """d, at least 2."""
+    d = x.shape[-1]
+    if d < 2:
+        raise ValueError(f"{op}: {name} must be (..., d) with d >= 2, got {tuple(x.shape)}")
+    return d
 
 
 def normalize(x: Tensor) -> Tensor:
@@ -105,6 +114,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     """
     op = "sphere.slerp"
     x, y = vectors(op, x=x, y=y)
+    dimension(op, x, "x")
     lead = x.shape[:-1]
     share = checks.per_row(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
     if share is None:
@@ -123,6 +133,7 @@ def log_map(x: Tensor, y: Tensor) -> Tensor:
         tensor([0.0000, 1.5708])
     """
     x, y = vectors("sphere.log_map", x=x, y=y)
+    dimension("sphere.log_map", x, "x")
     tangent: Tensor = torch.ops.dlcore.sphere_log_map(x, y)
     return tangent
 
@@ -156,5 +167,6 @@ def rotate(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
                 [-1.,  0.,  5.]])
     """
     x, source, target = vectors("sphere.rotate", x=x, source=source, target=target)
+    dimension("sphere.rotate", x, "x")
     turned: Tensor = torch.ops.dlcore.sphere_rotate(x, source, target)
     return turned

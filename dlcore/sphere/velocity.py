@@ -26,6 +26,7 @@ from dlcore.linear_logits import LinearLogits
 from dlcore.reference import sphere_velocity as formulas
 from dlcore.reference.categorical import wide
 from dlcore.sphere import cauchy
+from dlcore.sphere.geometry import log_map
 
 PATHS = ("slerp", "vmf", "cauchy")
 #: Norms may be off 1 by what bfloat16 rounds away, and a little more.
@@ -49,9 +50,12 @@ def velocity(
     "vmf": g solves (1 - μ²)(g' + κg) - (d-1)μg = A_d(κ) - μ; the velocity per unit of κ. "cauchy": g = 1; the
     velocity per unit of rapidity.
 
-    Against float64, float32 errs by 1e-6 of Σ p_k g_k or less, whatever d and κ. SLERP's g is unbounded next
-    to the antipode: a cosine below -1 + 2^-20 counts as that. A row with NaN in x or logits, with +inf or
-    nothing but -inf in logits gives NaN; other rows are untouched.
+    Against float64, float32 errs by 1e-6 of Σ p_k g_k or less, whatever d and κ; with "slerp" where tokens
+    that matter are less than π - 0.2 away. At an angle of π - δ a cosine's rounding weighs more, by up to
+    0.5/δ. There g has no bound and is capped: a cosine below -1 + 2^-20 (δ < 1.4e-3), in any dtype, counts as
+    that, so that the velocity is too short. `top_k=1` has neither limit.
+
+    A row with NaN in x or logits, with +inf or nothing but -inf in logits gives NaN, and no other row.
 
     Differentiable, once, in x, logits (or hidden, weight and bias), table and noise; not in kappa. With top_k
     a gradient in table or weight is dense.
@@ -63,7 +67,8 @@ def velocity(
         noise: s in (0, 1], "slerp" alone; without it the velocity times s.
         kappa: [0, 1e8], "vmf" alone.
         top_k: renormalise over so many largest logits, ties to the lowest id; their rows are gathered,
-            (..., top_k, d), and no product with the whole table is taken. 1 is the log map of the argmax.
+            (..., top_k, d), and no product with the whole table is taken. With "slerp",
+            1 is the `log_map` to the argmax, over noise.
 
     Raises:
         ValueError: shapes that do not fit, vectors that are not unit, a parameter of another path.
@@ -278,6 +283,9 @@ def _of_largest(
         values = values if h.bias is None else values + wide(h.bias[ids])
     state, rows = wide(x), wide(table[ids])
     p = torch.softmax(values, -1)
+    if path == "slerp" and p.shape[-1] == 1:
+        # Exact up to the antipode. The factor 1 gives the logits their gradient, 0.
+        return (p * log_map(state, rows.squeeze(-2))).masked_fill(invalid, torch.nan)
     if path != "cauchy":
         p = p * formulas.radial_weight((rows * state.unsqueeze(-2)).sum(-1), kappa, table.shape[1])
     return _project(state, (p.unsqueeze(-1) * rows).sum(-2)).masked_fill(invalid, torch.nan)

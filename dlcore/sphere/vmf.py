@@ -22,7 +22,7 @@ from dlcore import _checks as checks
 from dlcore.reference import bessel
 from dlcore.sphere import _laws
 from dlcore.sphere._laws import concentration
-from dlcore.sphere.geometry import vectors
+from dlcore.sphere.geometry import dimension, vectors
 
 __all__ = [
     "entropy",
@@ -251,7 +251,7 @@ def log_prob(x: Tensor, mean: Tensor, kappa: float | Tensor) -> Tensor:
     """
     op = "vmf.log_prob"
     x, mean = vectors(op, x=x, mean=mean)
-    d = _laws.dimension(op, x, "x")
+    d = dimension(op, x, "x")
     k = concentration(op, kappa, x.shape[:-1], x.device)
     wide = torch.promote_types(x.dtype, torch.float32)
     apart = (x.to(wide) - mean.to(wide)).square().sum(-1)
