@@ -171,3 +171,18 @@ BAD = [
 def test_bad_input(call, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("width", [3, 16])
+@pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
+def test_great_circle_noise_has_its_mean_cosine(width, share):
+    """E cos(sω) by quadrature over the angle ω of a uniform point, density ∝ sin^{d-2} ω."""
+    angle = torch.linspace(0, math.pi, 4001, dtype=torch.float64)
+    density = angle.sin() ** (width - 2)
+    wanted = torch.trapezoid((share * angle).cos() * density, angle) / torch.trapezoid(density, angle)
+    generator = torch.Generator().manual_seed(5)
+    noise = sphere.normalize(torch.randn(100_000, width, dtype=torch.float64, generator=generator))
+    token = torch.zeros_like(noise)
+    token[:, 0] = 1
+    cosine = sphere.slerp(token, noise, share)[:, 0]
+    assert abs(cosine.mean() - wanted) < 4 * cosine.std() / cosine.numel() ** 0.5
