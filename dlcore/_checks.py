@@ -172,7 +172,8 @@ def key(
         raise ValueError(f"{op}: give key or generator, not both")
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         raise TypeError(f"{op}: key must be an int64 Tensor, got {describe(value)}")
-    if value.shape[-1:] != (2,) or (lead is not None and value.dim() > 1 and value.shape[:-1] != lead):
+    shape = value.shape
+    if shape != (2,) and (shape[-1:] != (2,) or (lead is not None and shape[:-1] != lead)):
         wanted = "(..., 2)" if lead is None else f"(2,) or {(*lead, 2)}"
         raise ValueError(f"{op}: key must have shape {wanted}, got {tuple(value.shape)}")
     return value if device is None or value.device == device else value.to(device)

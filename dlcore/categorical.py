@@ -233,18 +233,18 @@ def sample(
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h.vocab)
-    device = h.logits.device
+    lead, device = h.lead, h.logits.device
     tokens, numbers = torch.ops.dlcore.categorical_sample(
         *h,
         index,
-        checks.per_row(op, "shift", shift, h.lead, device),
+        checks.per_row(op, "shift", shift, lead, device),
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        checks.per_row(op, "top_k", top_k, h.lead, device, torch.int64),
-        checks.per_row(op, "top_p", top_p, h.lead, device),
-        checks.per_row(op, "min_p", min_p, h.lead, device),
-        checks.key(op, key, generator, h.lead, device),
+        checks.per_row(op, "top_k", top_k, lead, device, torch.int64),
+        checks.per_row(op, "top_p", top_p, lead, device),
+        checks.per_row(op, "min_p", min_p, lead, device),
+        checks.key(op, key, generator, lead, device),
     )
     return Draw(tokens, numbers, index is not None)
 

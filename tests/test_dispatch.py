@@ -20,7 +20,7 @@ X = torch.zeros(2, 5)
 def test_priority_then_variable_then_context(monkeypatch):
     categorical.stats(X)
     assert dlcore.last_backend("categorical.stats") == "cpu"
-    monkeypatch.setenv("DLCORE_BACKEND", "reference")
+    monkeypatch.setattr(_dispatch, "_variable", "reference")
     categorical.stats(X)
     assert dlcore.last_backend("categorical.stats") == "reference"
     with dlcore.use_backend("cpu"):
@@ -85,10 +85,20 @@ def test_bad_input(call, message):
         call()
 
 
-def test_a_bad_variable_is_named(monkeypatch):
-    monkeypatch.setenv("DLCORE_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"DLCORE_BACKEND: backend must be one of cpu, reference, got 'tpu'"):
-        categorical.stats(X)
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [("reference", "reference"), ("tpu", "DLCORE_BACKEND: backend must be one of cpu, reference, got 'tpu'")],
+)
+def test_the_backend_variable(value, said):
+    code = """if True:
+        import torch, dlcore
+        try:
+            dlcore.categorical.stats(torch.zeros(2, 5))
+            print(dlcore.last_backend("categorical.stats"))
+        except ValueError as error:
+            print(error)
+    """
+    assert run_python(code, DLCORE_BACKEND=value).strip() == said
 
 
 @pytest.mark.parametrize("name", CAPABILITIES)

@@ -31,21 +31,6 @@ inline SineCosine sine_cosine(const Words& bits) {
           signed_by(select(swapped, s, c), quarter + broadcast(1u))};
 }
 
-// a0 b0 a1 b1 ... a15 b15.
-inline void store_interleaved(float* out, const Floats& a, const Floats& b) {
-  IntPart low, high;
-  for (int i = 0; i < kPartLanes; ++i) {
-    low[i] = i / 2 + i % 2 * kPartLanes;
-    high[i] = low[i] + kPartLanes / 2;
-  }
-  for (int i = 0; i < kParts; ++i, out += 2 * kPartLanes) {
-    const FloatPart first = __builtin_shuffle(a.part[i], b.part[i], low);
-    const FloatPart second = __builtin_shuffle(a.part[i], b.part[i], high);
-    std::memcpy(out, &first, sizeof first);
-    std::memcpy(out + kPartLanes, &second, sizeof second);
-  }
-}
-
 // The 32 normals of blocks [first, first + 16), by Box-Muller: draw 2i is the radius, 2i + 1 the angle of
 // normals 2i (lane i of `even`) and 2i + 1 (`odd`).
 struct NoisePair {

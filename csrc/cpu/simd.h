@@ -161,6 +161,21 @@ inline void store(void* p, const Lanes<P, N>& x) {
 }
 inline Floats load(const float* p) { return load_lanes<Floats>(p); }
 
+// a0 b0 a1 b1 ... a15 b15.
+inline void store_interleaved(float* out, const Floats& a, const Floats& b) {
+  IntPart low, high;
+  for (int i = 0; i < kPartLanes; ++i) {
+    low[i] = i / 2 + i % 2 * kPartLanes;
+    high[i] = low[i] + kPartLanes / 2;
+  }
+  for (int i = 0; i < kParts; ++i, out += 2 * kPartLanes) {
+    const FloatPart first = __builtin_shuffle(a.part[i], b.part[i], low);
+    const FloatPart second = __builtin_shuffle(a.part[i], b.part[i], high);
+    std::memcpy(out, &first, sizeof first);
+    std::memcpy(out + kPartLanes, &second, sizeof second);
+  }
+}
+
 // The k-th sixteen lanes of several.
 inline Floats slice(const WideFloats& x, int k) {
   Floats r;

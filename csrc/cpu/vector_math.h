@@ -156,10 +156,7 @@ inline GumbelPair gumbel_blocks(Key key, Domain domain, int64_t first) {
 inline void fill_gumbel(Key key, Domain domain, int64_t first, int64_t count, float* out) {
   for (int64_t i = 0; i < count; i += 2 * kLanes) {
     const GumbelPair pair = gumbel_blocks(key, domain, (first + i) / 2);
-    float halves[2 * kLanes];
-    store(halves, pair.even);
-    store(halves + kLanes, pair.odd);
-    for (int j = 0; j < 2 * kLanes; ++j) out[i + j] = halves[j / 2 + j % 2 * kLanes];
+    store_interleaved(out + i, pair.even, pair.odd);
   }
 }
 

@@ -32,8 +32,10 @@ def _check_row(
     *,
     greedy: bool,
 ) -> None:
-    checks.token_range(op, "z" if "mixture" in op else "index", index, vocab_size(logits, weight))
-    _check_temperature(op, temperature, greedy=greedy)
+    if index is not None:
+        checks.token_range(op, "z" if "mixture" in op else "index", index, vocab_size(logits, weight))
+    if temperature is not None:
+        _check_temperature(op, temperature, greedy=greedy)
 
 
 def _check_temperature(op: str, temperature: Tensor | None, *, greedy: bool = False) -> None:

@@ -28,7 +28,7 @@ def define(
     def run(*args: Any) -> Any:
         if check is not None:
             check(*args)
-        if not torch.is_autocast_enabled("cpu") and not torch.is_autocast_enabled("cuda"):
+        if not torch.is_autocast_enabled() and not torch.is_autocast_enabled("cpu"):
             return _dispatch.run(op, *args)
         # Precision is the kernels' own.
         with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):

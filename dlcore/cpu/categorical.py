@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dlcore import _C
 from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
-from dlcore.cpu.tensors import keyed, per_row, scratch, strided, threads, view, workspace
+from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, scratch, strided, threads, view, workspace
 
 
 class Softmax:
@@ -49,6 +49,9 @@ def scan(
 ) -> int:
     """One read of the logits: the address of a summary per row, kept until the next scan of that name."""
     summaries = _summaries(head, state)
+    if head[1] is None:
+        _scan(rows_contiguous(head[0]), 0, softmax, summaries, target, key, skip, cuts)
+        return summaries
     for _ in scanned_tiles(head, softmax, summaries, target, key, skip, cuts):
         pass
     return summaries
@@ -69,12 +72,33 @@ def scanned_tiles(
     width: int | None = None,
 ) -> Iterator[tuple[int, Tensor]]:
     """(first token, tile): each tile once the summaries know it."""
-    at_target = None if target is None else (target.data_ptr(), 1)
-    at_key = None if key is None else keyed(key)
     for first, tile in tiles(head, softcap=softmax.cap, width=width):
-        used = threads(tile.numel())
-        _C.scan(view(tile), first, softmax.packed_capped, at_target, at_key, skip, cuts, summaries, used)
+        _scan(tile, first, softmax, summaries, target, key, skip, cuts)
         yield first, tile
+
+
+def _scan(
+    tile: Tensor,
+    first: int,
+    softmax: Softmax,
+    summaries: int,
+    target: Tensor | None,
+    key: Tensor | None,
+    skip: int,
+    cuts: int,
+) -> None:
+    """Bring the summaries up to this tile."""
+    _C.scan(
+        view(tile),
+        first,
+        softmax.packed_capped,
+        None if target is None else (target.data_ptr(), 1),
+        None if key is None else keyed(key),
+        skip,
+        cuts,
+        summaries,
+        threads(tile.numel()),
+    )
 
 
 def stats(
@@ -92,7 +116,7 @@ def stats(
     softmax = Softmax(head, index, shift, temperature, softcap, exclude)
     state = scan(head, softmax)
     argmax = torch.empty(lead, dtype=torch.int64)
-    numbers = torch.empty((6, *lead), dtype=torch.float32)
+    numbers = torch.empty(6, *lead, dtype=torch.float32)
     _C.finish_stats(state, argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
     return argmax, numbers
 
@@ -126,9 +150,9 @@ def sample(
 
 def _drawn(state: int, drawn: int, lead: torch.Size) -> tuple[Tensor, Tensor]:
     """Tokens and argmax (2, ...), numbers (7, ...)."""
-    tokens = torch.empty((2, *lead), dtype=torch.int64)
-    numbers = torch.empty((7, *lead), dtype=torch.float32)
-    _C.finish_sample(state, drawn, lead.numel(), tokens.data_ptr(), numbers.data_ptr())
+    tokens = torch.empty(2, *lead, dtype=torch.int64)
+    numbers = torch.empty(7, *lead, dtype=torch.float32)
+    _C.finish_sample(state, drawn, tokens.numel() // 2, tokens.data_ptr(), numbers.data_ptr())
     return tokens, numbers
 
 
@@ -238,7 +262,7 @@ def log_probs(
     lead, head, target = logits.shape[:-1], (logits, weight, bias), target.contiguous()
     softmax = Softmax(head, index, shift, None, softcap, exclude)
     state = scan(head, softmax, target=target)
-    numbers = torch.empty((3, *lead), dtype=torch.float64)
+    numbers = torch.empty(3, *lead, dtype=torch.float64)
     at_target = (target.data_ptr(), 1)
     _C.finish_log_probs(state, at_target, index is not None, lead.numel(), numbers.data_ptr())
     return numbers
@@ -301,7 +325,7 @@ def kl(
     _C.clear_kl(state, lead.numel())
     for _, p, q in _pairs((p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)):
         _C.kl(view(p), view(q), strided(temperature), state, threads(p.numel()))
-    numbers = torch.empty((3, *lead), dtype=torch.float64)
+    numbers = torch.empty(3, *lead, dtype=torch.float64)
     _C.finish_kl(state, lead.numel(), numbers.data_ptr())
     return numbers
 

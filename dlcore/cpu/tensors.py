@@ -78,7 +78,7 @@ def reasons(*args: Any) -> list[str]:
     """Why the compiled kernels can't take these arguments; the first one is logits or a key."""
     found = []
     for x in args:
-        if isinstance(x, Tensor) and not x.is_cpu:
+        if x is not None and isinstance(x, Tensor) and not x.is_cpu:
             found.append(f"takes CPU tensors, got {x.device}")
             break
     if args and args[0].dtype not in DTYPES and args[0].dtype != torch.int64:
