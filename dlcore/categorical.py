@@ -110,9 +110,11 @@ def _softcap(op: str, value: float | None) -> None:
         raise ValueError(f"{op}: softcap must be positive and finite, got {checks.describe(value)}")
 
 
-def _exclude(op: str, value: int | None, vocab: int) -> None:
-    checks.token_id(op, "exclude", value, vocab)
-    if value is not None and vocab == 1:
+def _exclude(op: str, value: int | None, h: Head) -> None:
+    if value is None:
+        return
+    checks.token_id(op, "exclude", value, h.vocab)
+    if h.vocab == 1:
         raise ValueError(f"{op}: exclude leaves no token in a vocabulary of 1")
 
 
@@ -141,7 +143,7 @@ def row_numbers(
     h = head(op, logits)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
-    _exclude(op, exclude, h.vocab)
+    _exclude(op, exclude, h)
     device = h.logits.device
     result: tuple[Tensor, Tensor] = torch.ops.dlcore.categorical_stats(
         *h,
@@ -232,7 +234,7 @@ def sample(
     h = head(op, logits)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
-    _exclude(op, exclude, h.vocab)
+    _exclude(op, exclude, h)
     lead, device = h.lead, h.logits.device
     tokens, numbers = torch.ops.dlcore.categorical_sample(
         *h,
@@ -288,7 +290,7 @@ def sample_mixture(
     device = h.logits.device
     checks.tokens(op, "z", z, h.lead, device)
     _softcap(op, softcap)
-    _exclude(op, exclude, h.vocab)
+    _exclude(op, exclude, h)
     if prior is None:
         raise TypeError(f"{op}: prior must be 'uniform' or an int, a token id, got NoneType None")
     if prior != "uniform":
@@ -334,7 +336,7 @@ def log_probs(
     checks.tokens(op, target_name, target, h.lead, h.logits.device)
     _index(op, "z", index, shift, h)
     _softcap(op, softcap)
-    _exclude(op, exclude, h.vocab)
+    _exclude(op, exclude, h)
     result: Tensor = torch.ops.dlcore.categorical_log_probs(*h, target, index, shift, softcap, exclude)
     return result.to(torch.promote_types(h.logits.dtype, torch.float32))
 
@@ -486,5 +488,5 @@ def _with_table(
         raise TypeError(f"{op}: table may be float64 only where logits are, got logits of {h.logits.dtype}")
     checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
-    _exclude(op, exclude, h.vocab)
+    _exclude(op, exclude, h)
     return h

@@ -231,14 +231,10 @@ class Segment {
 
   // The first entry equal to the largest; the largest other entry of the whole segment goes to s.second.
   int64_t find_best_in_group(Summary& s) {
-    const float* x = buffered(best_);
-    int64_t at = 0;
-    while (at + 1 < kGroup && x[at] != top_) ++at;
-    float second = kNone;
-    for (int64_t i = 0; i < kGroup; ++i)
-      if (i != at && x[i] > second) second = x[i];
-    for (int64_t g = 0; g < groups_; ++g)
-      if (g != best_ && largest_[g] > second) second = largest_[g];
+    buffered(best_);
+    const int64_t at = first_equal(buffer_, kGroup, top_);
+    buffer_[at] = largest_[best_] = kNone;
+    const float second = std::max(largest(buffer_, kGroup), largest(largest_, padded_groups()));
     s.second = static_cast<double>(second) * row_.inverse_temperature;
     return at;
   }

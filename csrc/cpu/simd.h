@@ -439,18 +439,30 @@ inline float largest(const Floats& x) {
   return reduce(x, [](FloatPart a, FloatPart b) { return max(a, b); });
 }
 
-// The largest of `count` floats, and the first place where it stands; `count` is a multiple of 16.
+// The largest of `count` floats; here and below `count` is a multiple of 16.
+inline float largest(const float* x, int64_t count) {
+  Floats m = load(x);
+  for (int64_t i = kLanes; i < count; i += kLanes) m = max(load(x + i), m);
+  return largest(m);
+}
+
+// The first of `count` floats that is equal to `value`, the last one if none is.
+inline int64_t first_equal(const float* x, int64_t count, float value) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const uint32_t found = lane_bits(equal(load(x + i), value));
+    if (found != 0) return i + __builtin_ctz(found);
+  }
+  return count - 1;
+}
+
+// The largest of `count` floats, and the first place where it stands.
 struct Largest {
   float value;
   int64_t at;
 };
 inline Largest first_largest(const float* x, int64_t count) {
-  Floats m = load(x);
-  for (int64_t i = kLanes; i < count; i += kLanes) m = max(load(x + i), m);
-  const float value = largest(m);
-  int64_t at = 0;
-  while (at + 1 < count && x[at] != value) ++at;
-  return {value, at};
+  const float value = largest(x, count);
+  return {value, first_equal(x, count, value)};
 }
 
 }  // namespace dlcore::DLCORE_ISA

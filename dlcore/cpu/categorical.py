@@ -58,7 +58,8 @@ def scan(
 
 
 def _summaries(head: Head, name: str = "summaries") -> int:
-    return scratch(name, head[0].shape[:-1].numel() * _C.SUMMARY_BYTES)
+    logits = head[0]
+    return scratch(name, logits.numel() // logits.shape[-1] * _C.SUMMARY_BYTES)
 
 
 def scanned_tiles(
