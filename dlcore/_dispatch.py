@@ -18,7 +18,10 @@ Reasons = Callable[..., list[str]]
 logger = logging.getLogger("dlcore")
 
 #: Every backend, the preferred first.
-PRIORITY = ("cpu", "reference")
+PRIORITY = ("cpu", "triton", "reference")
+
+#: The devices that a backend is for; unasked, it takes no tensor of another.
+HOME = {"cpu": "cpu", "triton": "cuda"}
 
 #: The op that serves each public function without one of its own name.
 SERVED_BY = {
@@ -95,6 +98,12 @@ def _refusals(op: str, args: tuple[Any, ...]) -> dict[str, list[str]]:
     return {b: table[b][1](*args) if b in table else ["not written for this op"] for b in PRIORITY}
 
 
+def _at_home(args: tuple[Any, ...]) -> tuple[str, ...]:
+    """The backends for the device of the first argument, the preferred first."""
+    device = args[0].device.type if args else "cpu"
+    return tuple(b for b in PRIORITY if HOME.get(b, device) == device)
+
+
 def _summary(args: tuple[Any, ...]) -> str:
     shown = (f"{a.dtype} {tuple(a.shape)} on {a.device}" for a in args if isinstance(a, Tensor))
     return "; ".join(shown)
@@ -110,7 +119,7 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
 def choose(op: str, args: tuple[Any, ...]) -> str:
     """The backend that takes these arguments; raises NotImplementedError with every backend's reasons."""
     table, requested = _implementations[op], _requested()
-    candidates = PRIORITY if requested is None else (requested,)
+    candidates = _at_home(args) if requested is None else (requested,)
     for backend in candidates:
         entry = table.get(backend)
         if entry is None:
@@ -153,7 +162,7 @@ def backends(op: str | None = None) -> dict[str, list[str]] | list[str]:
     Example:
         >>> import dlcore
         >>> dlcore.backends()
-        ['cpu', 'reference']
+        ['cpu', 'triton', 'reference']
     """
     if op is None:
         return list(PRIORITY)
@@ -168,6 +177,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         >>> print(dlcore.explain("categorical.stats", torch.zeros(2, 5, dtype=torch.float64)))
         categorical.stats(torch.float64 (2, 5) on cpu)
           cpu: takes float32, bfloat16, float16, got float64
+          triton: takes ... float32, bfloat16, float16, got float64
           reference: can run
           chosen: reference
     """
