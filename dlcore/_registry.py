@@ -170,7 +170,7 @@ for _op in REFERENCE:
     _function = getattr(_families.get(_family), _name, _always)
     implement(_op, "cpu", _function, _of_logits(_reasons, _saved) if _saved else _reasons)
 
-#: The ops of each module of dlcore.triton. It is imported when one of them first runs, so that importing dlcore
+#: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
