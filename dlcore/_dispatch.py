@@ -21,7 +21,10 @@ logger = logging.getLogger("dlcore")
 _variable = os.environ.get("DLCORE_BACKEND")
 
 #: Every backend, the preferred first.
-PRIORITY = ("cpu", "reference")
+PRIORITY = ("cpu", "triton", "reference")
+
+#: The backends that are tried unasked for tensors of a device, the preferred first.
+AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 
 #: The op that serves each public function without one of its own name.
 SERVED_BY = {
@@ -112,7 +115,8 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
 def choose(op: str, args: tuple[Any, ...]) -> str:
     """The backend that takes these arguments; raises NotImplementedError with every backend's reasons."""
     table, requested = _implementations[op], _requested()
-    candidates = PRIORITY if requested is None else (requested,)
+    device = args[0].device.type
+    candidates = AT_HOME.get(device, ("reference",)) if requested is None else (requested,)
     for backend in candidates:
         entry = table.get(backend)
         if entry is None:
@@ -155,7 +159,7 @@ def backends(op: str | None = None) -> dict[str, list[str]] | list[str]:
     Example:
         >>> import dlcore
         >>> dlcore.backends()
-        ['cpu', 'reference']
+        ['cpu', 'triton', 'reference']
     """
     if op is None:
         return list(PRIORITY)
@@ -170,6 +174,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         >>> print(dlcore.explain("categorical.stats", torch.zeros(2, 5, dtype=torch.float64)))
         categorical.stats(torch.float64 (2, 5) on cpu)
           cpu: takes float32, bfloat16, float16, got float64
+          triton: takes ... float32, bfloat16, float16, got float64
           reference: can run
           chosen: reference
     """

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,6 +25,7 @@ from dlcore.reference import (
     vmf,
 )
 from dlcore.reference.backward import gradients
+from dlcore.triton import launch
 
 
 def _always(*_: Any) -> list[str]:
@@ -166,3 +169,25 @@ for _op in REFERENCE:
     _saved = SAVED.get(_op.removesuffix("_backward"), 0) if _op.endswith("_backward") else 0
     _function = getattr(_families.get(_family), _name, _always)
     implement(_op, "cpu", _function, _of_logits(_reasons, _saved) if _saved else _reasons)
+
+#: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
+#: imports no Triton.
+TRITON: dict[str, tuple[str, ...]] = {
+    "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+}
+
+
+def _on_first_use(module: str, name: str) -> Callable[..., Any]:
+    @cache
+    def function() -> Callable[..., Any]:
+        found: Callable[..., Any] = getattr(import_module(f"dlcore.triton.{module}"), name)
+        return found
+
+    return lambda *args: function()(*args)
+
+
+for _module, _ops_of_module in TRITON.items():
+    for _op in _ops_of_module:
+        _saved = SAVED.get(_op.removesuffix("_backward"), 0) if _op.endswith("_backward") else 0
+        _triton_reasons = _of_logits(launch.reasons, _saved) if _saved else launch.reasons
+        implement(_op, "triton", _on_first_use(_module, _op.split(".")[1]), _triton_reasons)

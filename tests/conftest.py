@@ -14,6 +14,11 @@ import dlcore
 from dlcore import _C
 from dlcore.cpu import CAPABILITIES, choose_capability, tensors
 
+#: Where Triton's kernels run: on a GPU, else in its interpreter, chosen before Triton is imported.
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
 POISON = {True: float("nan"), False: -(2**31)}
 
 
@@ -28,6 +33,15 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("empty", "empty_like"):
         plain = getattr(torch, name)
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _poison(plain(*a, **k)))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """On a GPU, -m gpu means all tests of Triton's kernels; without one, what needs it is skipped."""
+    for item in items:
+        if DEVICE == "cuda" and item.path.name.startswith("test_triton_"):
+            item.add_marker(pytest.mark.gpu)
+        elif DEVICE == "cpu" and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -49,8 +49,8 @@ def test_a_fallback_is_logged_once(caplog):
 
 
 def test_questions():
-    assert dlcore.backends() == ["cpu", "reference"]
-    assert dlcore.backends("categorical.kl") == {"cpu": [], "reference": []}
+    assert dlcore.backends() == ["cpu", "triton", "reference"]
+    assert dlcore.backends("rng.fold_in") == {"cpu": [], "triton": [], "reference": []}
     assert "chosen: cpu" in dlcore.explain("categorical.kl", X, X)
     head = dlcore.LinearLogits(X.double(), X.double())
     assert "chosen: reference" in dlcore.explain("categorical.sample", head, temperature=0.5)
@@ -63,7 +63,7 @@ def test_questions():
 BAD = [
     (
         lambda: dlcore.use_backend("gpu").__enter__(),
-        r"dlcore.use_backend: backend must be one of cpu, reference",
+        r"dlcore.use_backend: backend must be one of cpu, triton, reference",
     ),
     (
         lambda: dlcore.last_backend("stats"),
@@ -85,9 +85,41 @@ def test_bad_input(call, message):
         call()
 
 
+def test_a_tensor_is_taken_by_the_backend_of_its_device(caplog):
+    """A CPU tensor never falls to Triton by itself, not even where its interpreter could run."""
+    _dispatch._logged.clear()
+    key = torch.zeros(2, dtype=torch.int64)
+    with caplog.at_level("INFO", logger="dlcore"):
+        assert _dispatch.choose("rng.fold_in", (key, key[0])) == "cpu"
+        assert _dispatch.choose("categorical.stats", (X.double(),)) == "reference"
+        assert _dispatch.choose("rng.fold_in", (key.to("meta"), key[0].to("meta"))) == "reference"
+    assert caplog.text.count("cannot run") == 1
+    with dlcore.use_backend("triton"):
+        rng.fold_in(key, 1)
+        assert dlcore.last_backend("rng.fold_in") == "triton"
+
+
+def test_without_triton_or_its_interpreter():
+    code = (
+        "import sys, dlcore; assert 'triton' not in sys.modules\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "from dlcore.triton import launch\n"
+        "print(dlcore.backends('rng.fold_in')['triton'], dlcore.explain('rng.fold_in', dlcore.rng.key(0)))\n"
+        "launch.find_spec = lambda name: None\n"
+        "print(dlcore.backends('rng.fold_in')['triton'])\n"
+    )
+    out = run_python(code, TRITON_INTERPRET="")
+    assert "takes CUDA tensors, got cpu" in out
+    assert "chosen: cpu" in out
+    assert "needs Triton: pip install triton" in out
+
+
 @pytest.mark.parametrize(
     ("value", "said"),
-    [("reference", "reference"), ("tpu", "DLCORE_BACKEND: backend must be one of cpu, reference, got 'tpu'")],
+    [
+        ("reference", "reference"),
+        ("tpu", "DLCORE_BACKEND: backend must be one of cpu, triton, reference, got 'tpu'"),
+    ],
 )
 def test_the_backend_variable(value, said):
     code = """if True:

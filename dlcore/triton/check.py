@@ -1,0 +1,166 @@
+"""`python -m dlcore.triton.check`: compiles every kernel for several GPUs, without one; what each takes.
+
+Every family names calls that launch each of its variants; they are made with tensors that hold no data (the
+meta device), so a host function that waits for its numbers fails here, too.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import re
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from importlib import import_module
+from io import StringIO
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dlcore import triton as package
+from dlcore.triton.launch import Launch, interpreting, kernels, recording
+
+#: Compute capabilities, and the shared memory a program may have there.
+TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+#: Families whose kernels hold a few numbers a thread: none may be spilled.
+NO_SPILLS = ("bits", "categorical", "linear_logits", "rng", "sphere", "uniform")
+
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float64: "fp64",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.bool: "i1",
+}
+
+
+class Usage(NamedTuple):
+    """What a compiled kernel takes: registers and spilled bytes a thread, shared bytes a program."""
+
+    family: str
+    kernel: str
+    constants: str
+    target: int
+    registers: int
+    spilled: int
+    shared: int
+
+    def complaint(self) -> str | None:
+        """Why this may not be, or None."""
+        if self.spilled and self.family.startswith(NO_SPILLS):
+            return f"spills {self.spilled} bytes a thread"
+        limit = TARGETS[self.target]
+        return f"wants {self.shared} bytes of shared memory of {limit}" if self.shared > limit else None
+
+
+def families() -> list[str]:
+    """The modules of dlcore.triton that have kernels."""
+    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
+    return [n for n in names if hasattr(import_module(f"dlcore.triton.{n}"), "examples")]
+
+
+def launches(family: str) -> Iterator[Launch]:
+    """Every variant that the family's examples launch; raises RuntimeError if a kernel is missed."""
+    with recording() as found:
+        for call in import_module(f"dlcore.triton.{family}").examples("meta"):
+            call()
+    missed = kernels(family).keys() - {x.kernel.__name__ for x in found}
+    if missed:
+        raise RuntimeError(f"no example of dlcore.triton.{family} launches {', '.join(sorted(missed))}")
+    seen = set()
+    for x in found:
+        signature = (x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items())))
+        if signature not in seen:
+            seen.add(signature)
+            yield x
+
+
+def _source(x: Launch) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, Any]]:
+    """Kernel, signature, constants and hints: what a call with such arguments is compiled for."""
+    given = dict(zip(x.kernel.arg_names, x.args, strict=False)) | x.meta
+    signature, constants, hints = {}, {}, {}
+    for i, parameter in enumerate(x.kernel.params):
+        value = given[parameter.name]
+        free = not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (free and type(value) is int and value == 1):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        else:
+            signature[parameter.name] = "i1" if value is True or value is False else _integer(value)
+        aligned = isinstance(value, Tensor) or (free and type(value) is int and value % 16 == 0)
+        if aligned and not parameter.is_constexpr:
+            hints[(i,)] = [["tt.divisibility", 16]]
+    return x.kernel, signature, constants, hints
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def usage(family: str, x: Launch, target: int) -> Usage:
+    """Compile as for a device of that compute capability, and read what the assembler says of the result."""
+    kernel, signature, constants, hints = _source(x)
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=hints)
+    options = {k: v for k, v in x.meta.items() if k not in kernel.arg_names}
+    with triton.knobs.compilation.scope(), triton.knobs.nvidia.scope(), StringIO() as log:
+        triton.knobs.compilation.always_compile = triton.knobs.nvidia.dump_ptxas_log = True
+        with redirect_stdout(log):
+            compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
+        said = log.getvalue()
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    if registers is None or spilled is None:
+        raise RuntimeError(f"the assembler says nothing of {kernel.__name__}: {said}")
+    tensors = {str(_TYPES[a.dtype]): None for a in x.args if isinstance(a, Tensor) and a.is_floating_point()}
+    shown = " ".join([*tensors, *(f"{k}={v}" for k, v in x.meta.items())])
+    numbers = (int(registers[1]), int(spilled[1]), compiled.metadata.shared)
+    return Usage(family, kernel.__name__, shown, target, *numbers)
+
+
+def table(rows: Iterable[Usage]) -> Iterator[str]:
+    """A line per kernel, with registers, spilled bytes and shared memory for every target."""
+    yield "registers/spilled bytes/shared bytes for " + ", ".join(f"sm_{t}" for t in TARGETS)
+    variants: dict[tuple[str, str, str], list[Usage]] = {}
+    for row in rows:
+        found = variants.setdefault(row[:3], [])
+        found.append(row)
+        if len(found) == len(TARGETS):
+            cells = " ".join(f"{u.registers:>4}/{u.spilled}/{u.shared}" for u in found)
+            yield f"{cells:<42} {row.family}.{row.kernel} [{row.constants}]"
+
+
+def main(names: list[str]) -> int:
+    """Check the named families, or all; 1 if a kernel spills or wants too much shared memory."""
+    if interpreting():
+        print("dlcore.triton.check: TRITON_INTERPRET is set, nothing would be compiled", file=sys.stderr)
+        return 2
+    complaints = []
+
+    def rows() -> Iterator[Usage]:
+        for family in names or families():
+            for x in launches(family):
+                for target in TARGETS:
+                    row = usage(family, x, target)
+                    if complaint := row.complaint():
+                        complaints.append(f"{family}.{row.kernel} sm_{target} [{row.constants}]: {complaint}")
+                    yield row
+
+    for line in table(rows()):
+        print(line, flush=True)
+    print(*complaints or ["every kernel compiles; none spills that may not, none wants too much"], sep="\n")
+    return 1 if complaints else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,101 @@
+"""What every Triton family shares on the host: why it cannot run, how a kernel is launched, and what was."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger("dlcore")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+#: The kernels that were launched so far, by name.
+launched: set[str] = set()
+
+
+class Launch(NamedTuple):
+    """A kernel, what it was called with, and constants and options by name."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    meta: dict[str, Any]
+
+
+_recorded: list[Launch] | None = None
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter stands in for a GPU."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def reasons(*args: Any) -> list[str]:
+    """Why Triton can't take these arguments; the first one is logits or a key."""
+    found = []
+    if find_spec("triton") is None:
+        found.append("needs Triton: pip install triton")
+    on_cpu = next((x for x in args if isinstance(x, Tensor) and not x.is_cuda), None)
+    if on_cpu is not None and not (interpreting() and on_cpu.is_cpu):
+        found.append(f"takes CUDA tensors, got {on_cpu.device}")
+    if not args and not (torch.cuda.is_available() or interpreting()):
+        found.append("needs a CUDA device")
+    if args and args[0].dtype not in DTYPES and args[0].dtype != torch.int64:
+        accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        found.append(f"takes {accepted}, got {str(args[0].dtype).removeprefix('torch.')}")
+    return found
+
+
+def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, **meta: Any) -> None:
+    """Run `kernel` on so many programs, on the device of `like`; an empty grid runs nothing.
+
+    `meta` holds the kernel's constants and Triton's own options (num_warps, num_stages).
+    """
+    grid = (grid,) if isinstance(grid, int) else grid
+    if 0 in grid:
+        return
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, args, meta))
+        return
+    if kernel.__name__ not in launched:
+        launched.add(kernel.__name__)
+        logger.info("triton: compiling %s for its first call", kernel.__name__)
+    if like.is_cuda and like.device.index != torch.cuda.current_device():
+        with torch.cuda.device(like.device):
+            kernel[grid](*args, **meta)
+    else:
+        kernel[grid](*args, **meta)
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches inside the block instead of making them, say of calls with meta tensors."""
+    global _recorded
+    _recorded = found = []
+    try:
+        yield found
+    finally:
+        _recorded = None
+
+
+def kernels(module: str) -> dict[str, Any]:
+    """The kernels of dlcore.triton.<module> by name: what is called *_kernel."""
+    names = vars(importlib.import_module(f"dlcore.triton.{module}"))
+    return {n: k for n, k in names.items() if n.endswith("_kernel") and k.fn.__module__.endswith(module)}
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)
+
+
+def power_of_two(n: int, low: int, high: int) -> int:
+    """The smallest power of two from n on, within [low, high]."""
+    return min(max(1 << (n - 1).bit_length(), low), high)

@@ -1,0 +1,146 @@
+"""Device functions of noise stream v1: what csrc/common/philox.h and csrc/cpu/vector_math.h do on the CPU."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ELEMENT = tl.constexpr(0)
+GROUP = tl.constexpr(1)
+TOKEN = tl.constexpr(2)
+ROUTE = tl.constexpr(3)
+DIRECTION = tl.constexpr(8)
+COSINE = tl.constexpr(9)
+
+
+@triton.jit
+def words(x):
+    """The (low, high) words of 64 bits."""
+    wide = x.to(tl.uint64)
+    return (wide & 0xFFFFFFFF).to(tl.uint32), (wide >> 32).to(tl.uint32)
+
+
+@triton.jit
+def fold_in(seed, offset, data):
+    """The offset of the key (seed, offset) with `data` hashed into it."""
+    offset_low, offset_high = words(offset)
+    data_low, data_high = words(data)
+    tweaked = seed.to(tl.uint64) ^ 0x85A308D3243F6A88
+    low, high, _, _ = tl.philox(tweaked, offset_low, offset_high, data_low, data_high)
+    return (high.to(tl.uint64) << 32 | low.to(tl.uint64)).to(tl.int64)
+
+
+@triton.jit
+def row_key(keys, row, PER_ROW: tl.constexpr):
+    """(seed, offset) of a row: its own, or the shared key with the row folded in."""
+    if PER_ROW:
+        return tl.load(keys + 2 * row), tl.load(keys + 2 * row + 1)
+    else:
+        seed = tl.load(keys)
+        return seed, fold_in(seed, tl.load(keys + 1), row)
+
+
+@triton.jit
+def block(seed, offset, DOMAIN: tl.constexpr, index):
+    """Block i: (low, high) of draw 2i, then (low, high) of draw 2i + 1."""
+    index_low, index_high = words(index)
+    offset_low, offset_high = words(offset)
+    return tl.philox(seed, index_low, index_high | (DOMAIN << 24), offset_low, offset_high)
+
+
+@triton.jit
+def log(x):
+    """log(x) of positive normal float32, relative error 2^-22 also next to 1 (which tl.log has not)."""
+    bits = x.to(tl.int32, bitcast=True)
+    # The exponent of x / sqrt(1/2), so that the mantissa falls in [sqrt(1/2), sqrt(2)).
+    exponent = (bits - 0x3F3504F3) >> 23
+    e = exponent.to(tl.float32)
+    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
+    square = f * f
+    p = tl.fma(f, -0.07634510844945908, 0.127615824341774)
+    p = tl.fma(p, f, -0.13160179555416107)
+    p = tl.fma(p, f, 0.14201757311820984)
+    p = tl.fma(p, f, -0.16623356938362122)
+    p = tl.fma(p, f, 0.20001226663589478)
+    p = tl.fma(p, f, -0.2500081956386566)
+    p = tl.fma(p, f, 0.3333333134651184)
+    # ln 2 in two parts: the first has zeros enough for its product with e to be exact.
+    tail = tl.fma(p * f, square, tl.fma(e, -2.12194440e-4, square * -0.5))
+    return tl.fma(e, 0.693359375, f + tail)
+
+
+@triton.jit
+def log1p(x):
+    """log1p(x) for x >= 0: the rounding of 1 + x is given back to first order."""
+    w = x + 1.0
+    return log(w) + (x - (w - 1.0)) / w
+
+
+@triton.jit
+def unit(low, high):
+    """64 bits as float32 in (0, 1]."""
+    rest = (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
+    return tl.fma(high.to(tl.float32), 2.3283064365386963e-10, rest)
+
+
+@triton.jit
+def exponential(low, high):
+    """-log1p(-u) for 64 bits u, float32, without loss at either end."""
+    # The lesser of u and 1 - u: the latter from the complemented bits.
+    large = high >= 0x80000000
+    flipped = tl.where(large, 0xFFFFFFFF, 0).to(tl.uint32)
+    lesser = unit(low ^ flipped, high ^ flipped)
+    # 1 - u, where it is the greater rounded, with its rounding given back below.
+    w = tl.where(large, lesser, 1.0 - lesser)
+    residual = tl.where(large, 0.0, (1.0 - w) - lesser)
+    return -tl.fma(residual, 2.0 - w, log(w))
+
+
+@triton.jit
+def gumbel(low, high):
+    """-log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45."""
+    return -log(exponential(low, high))
+
+
+@triton.jit
+def uniform(low, high):
+    """53 bits -> float64 in (0, 1)."""
+    bits = (high.to(tl.uint64) << 32 | low.to(tl.uint64)) >> 11
+    return bits.to(tl.float64) * 1.1102230246251565e-16 + 5.551115123125783e-17
+
+
+@triton.jit
+def below(low, high, n):
+    """An integer in [0, n) for n < 2^31."""
+    count = tl.cast(n, tl.uint64)
+    carry = (low.to(tl.uint64) * count) >> 32
+    return ((high.to(tl.uint64) * count + carry) >> 32).to(tl.int64)
+
+
+@triton.jit
+def sine_cosine(bits):
+    """sin and cos of 2π·(bits / 2^32), absolute error 2^-24: polynomials on an eighth of the circle either
+    side of the nearest multiple of a quarter."""
+    quarter = (bits + 0x20000000) >> 30
+    g = (bits << 2).to(tl.int32, bitcast=True).to(tl.float32) * 2.3283064365386963e-10
+    square = g * g
+    s = tl.fma(square, -0.004602149128913879, 0.07968021929264069)
+    s = tl.fma(s, square, -0.6459634900093079)
+    s = tl.fma(s, square, 1.5707963705062866) * g
+    c = tl.fma(square, 0.0009067399078048766, -0.02086152881383896)
+    c = tl.fma(c, square, 0.253669410943985)
+    c = tl.fma(c, square, -1.2337005138397217)
+    c = tl.fma(c, square, 1.0)
+    swapped = (quarter & 1) != 0
+    sine = tl.where(swapped, c, s)
+    cosine = tl.where(swapped, s, c)
+    sine = tl.where((quarter & 2) != 0, -sine, sine)
+    return sine, tl.where(((quarter + 1) & 2) != 0, -cosine, cosine)
+
+
+@triton.jit
+def normal(even_low, even_high, odd_high):
+    """Normals 2i and 2i + 1 of a block in float32, by Box-Muller: draw 2i is the radius, 2i + 1 the angle."""
+    radius = tl.sqrt_rn(exponential(even_low, even_high) * 2.0)
+    sine, cosine = sine_cosine(odd_high)
+    return radius * cosine, radius * sine

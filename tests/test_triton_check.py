@@ -1,0 +1,71 @@
+"""What `make gpu-check` checks, and that it finds what it should."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import run_python
+
+from dlcore.triton import check, launch, rng
+
+GOOD = check.Usage("rng", "fill_kernel", "", 80, 60, 0, 0)
+
+
+def test_complaints():
+    assert GOOD.complaint() is None
+    assert GOOD._replace(spilled=8).complaint() == "spills 8 bytes a thread"
+    assert GOOD._replace(family="attention", spilled=8).complaint() is None
+    assert GOOD._replace(family="sphere_velocity", spilled=8).complaint() == "spills 8 bytes a thread"
+    too_much = GOOD._replace(family="attention", shared=(163 << 10) + 1)
+    assert "wants 166913 bytes of shared memory of 166912" in str(too_much.complaint())
+    assert too_much._replace(target=90).complaint() is None
+
+
+def test_a_kernel_that_no_example_launches_is_found(monkeypatch):
+    monkeypatch.setattr(rng, "examples", lambda device: iter(()))
+    with pytest.raises(RuntimeError, match=r"no example of dlcore.triton.rng launches fill_kernel, fold_in"):
+        list(check.launches("rng"))
+
+
+def test_examples_wait_for_no_number():
+    """Tensors of the meta device have none: a host function that reads one raises here."""
+    key = torch.empty(2, dtype=torch.int64, device="meta")
+    with launch.recording() as found:
+        rng.normal(key, [5], torch.float32)
+        rng.normal(key, [0], torch.float32)
+    assert [x.kernel for x in found] == [rng.fill_kernel]
+
+
+def test_spills_and_shared_memory_are_read_off_the_compiler(tmp_path):
+    """A kernel that must spill, and one that wants more shared memory than there is on the oldest target."""
+    (tmp_path / "greedy.py").write_text(
+        "import torch, triton, triton.language as tl\n"
+        "from dlcore.triton import check\n"
+        "from dlcore.triton.launch import Launch\n"
+        "@triton.jit\n"
+        "def spilling(x, out):\n"
+        "    at = tl.arange(0, 64)[:, None] * 128 + tl.arange(0, 64)[None, :]\n"
+        "    a, b = tl.load(x + at), tl.load(x + 9000 + at)\n"
+        "    for i in range(3):\n"
+        "        b = tl.exp(a + b * i) + tl.sum(a); a = a + tl.sum(b)\n"
+        "    tl.store(out + at, a); tl.store(out + at + 9000, b)\n"
+        "@triton.jit\n"
+        "def sharing(x, out):\n"
+        "    i, k = tl.arange(0, 16), tl.arange(0, 2048)\n"
+        "    a = tl.load(x + i[:, None] * 2048 + k[None, :])\n"
+        "    b = tl.load(out + k[:, None] * 16 + i[None, :])\n"
+        "    tl.store(out + i[:, None] * 16 + i[None, :], tl.dot(a, b))\n"
+        "x = torch.empty(1, device='meta')\n"
+        "for kernel, warps in ((spilling, 1), (sharing, 8)):\n"
+        "    row = check.usage('rng', Launch(kernel, (x, x), {'num_warps': warps}), 80)\n"
+        "    print(kernel.__name__, row.complaint())\n"
+    )
+    out = run_python(f"import runpy; runpy.run_path({str(tmp_path / 'greedy.py')!r})", TRITON_INTERPRET="")
+    assert "spilling spills" in out
+    assert "sharing wants" in out
+
+
+@pytest.mark.slow
+def test_every_kernel_passes():
+    out = run_python("from dlcore.triton import check; print('code', check.main([]))", TRITON_INTERPRET="")
+    assert "code 0" in out, out[-3000:]
