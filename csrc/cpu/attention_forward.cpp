@@ -82,7 +82,9 @@ class Forward {
     rows.across(buffers_.natural, a_.head_dim, q_);
   }
 
-  void visit(const RowTile& rows, const Visit& visit, Fetch& fetch, Accumulator& state) {
+  template <class Beside>
+  void visit(const RowTile& rows, const Visit& visit, Accumulator& state, const Beside& beside_keys,
+             const Beside& beside_values) {
     const KeyTiles::Tile tile = keys_[visit];
     const int64_t count = visit.end - visit.begin, v_columns = columns(a_.value_dim);
     const Operands scored{tile.k + visit.begin * tile.k_stride,
@@ -92,11 +94,7 @@ class Forward {
                           buffers_.scores,
                           rows.width,
                           columns(a_.head_dim)};
-    for (int64_t key = 0; key < count; key += kLanes) {
-      fetch.step();
-      multiply<false>(scored.from_row(key, scored.lda), std::min<int64_t>(kLanes, count - key),
-                      rows.sixteens);
-    }
+    multiply<false>(scored, count, rows.sixteens, beside_keys);
     for (int64_t w = 0; w < rows.sixteens; ++w) soften(rows, visit, w, state);
     const Operands weighted{tile.v + visit.begin * tile.v_stride,
                             tile.v_stride,
@@ -107,11 +105,10 @@ class Forward {
                             count,
                             true,
                             buffers_.factor};
-    if (!visit.full && !tile.finite) return multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
-    for (int64_t d = 0; d < v_columns; d += kLanes) {
-      fetch.step();
-      multiply<true>(weighted.from_row(d, 1), kLanes, rows.sixteens);
-    }
+    if (visit.full || tile.finite)
+      multiply<true>(weighted, v_columns, rows.sixteens, beside_values);
+    else
+      multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
   }
 
   void finish(const RowTile& rows, const Accumulator& state) {
@@ -192,12 +189,11 @@ void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
     const Buffers buffers(a, memory);
     Forward forward(a, batch, kv_head, false, buffers, memory);
     float* state_memory = memory.take(floats);
-    Fetch nothing;
     for (int64_t tile = piece % strands; tile < tiles; tile += strands) {
       const RowTile rows(a, plan, batch, kv_head, chunk, tile);
       Accumulator state(state_memory, rows.width);
       forward.start(rows, state);
-      for (const Visit& visit : *rows.visits) forward.visit(rows, visit, nothing, state);
+      for (const Visit& visit : *rows.visits) forward.visit(rows, visit, state, Nothing(), Nothing());
       forward.finish(rows, state);
     }
   });
@@ -265,12 +261,11 @@ class FewRows {
     }
     const std::vector<Visit>& visits = *rows[0].visits;
     const auto count = static_cast<int64_t>(visits.size());
-    const int64_t steps = heads * (kKeyTile + KeyTiles::columns(a_.value_dim)) / kLanes;
-    Fetch fetch(a_, batch, first_head, heads, steps);
+    Fetch next(a_, batch, first_head);
     for (int64_t i = count * part / parts_, end = count * (part + 1) / parts_; i < end; ++i) {
-      i + 1 < end ? fetch.start(visits[static_cast<size_t>(i + 1)].tile) : fetch.stop();
+      next.start(visits[static_cast<size_t>(std::min(i + 1, end - 1))].tile);
       for (size_t h = 0; h < rows.size(); ++h)
-        forwards[h].visit(rows[h], visits[static_cast<size_t>(i)], fetch, states[h]);
+        forwards[h].visit(rows[h], visits[static_cast<size_t>(i)], states[h], next.keys(h), next.values(h));
     }
   }
 

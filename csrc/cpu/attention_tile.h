@@ -81,50 +81,41 @@ inline const T* key_row(const AttentionArguments& a, const Heads& heads, int64_t
   return heads.at<const T>(page, key % a.pages.page_size, head);
 }
 
-// Asks for the keys and values of the next tile a few rows at a time, while this one is worked on: rows of
-// several heads, since a machine follows by itself only what lies together.
+// Asks for the keys and values of the next tile, a line at a time beside the products on this one: bursts hold
+// up what these read.
 class Fetch {
  public:
-  Fetch() = default;
-  // `steps`: into how many calls of `step` a tile is divided.
-  Fetch(const AttentionArguments& a, int64_t batch, int64_t first_head, int64_t heads, int64_t steps)
-      : a_(&a),
-        batch_(batch),
-        first_head_(first_head),
-        heads_(heads),
-        rows_((kKeyTile + steps - 1) / steps) {}
+  struct Lines {
+    const char* const* rows;
+    int64_t offset, size;
+
+    // Inlined always: GCC drops calls of a function that does nothing but prefetch.
+    __attribute__((always_inline)) void operator()(int64_t row, int64_t column) const {
+      __builtin_prefetch(rows[row] + offset + column * size, 0, 2);
+    }
+  };
+
+  // Of heads from `first_head` on.
+  Fetch(const AttentionArguments& a, int64_t batch, int64_t first_head)
+      : a_(a), batch_(batch), first_head_(first_head), size_(a.k.dtype == DType::kFloat32 ? 4 : 2) {}
 
   void start(int64_t tile) {
-    at_ = tile * kKeyTile;
-    end_ = std::min(at_ + kKeyTile, a_->keys);
-  }
-  void stop() { end_ = at_; }
-
-  void step() {
-    if (at_ == end_) return;
-    const int64_t to = std::min(at_ + rows_, end_);
-    with_dtype(a_->k.dtype, [&](auto type) {
+    with_dtype(a_.k.dtype, [&](auto type) {
       using T = decltype(type);
-      for (; at_ < to; ++at_) {
-        ask<T>(a_->k, a_->head_dim);
-        ask<T>(a_->v, a_->value_dim);
+      for (int64_t i = 0; i < kKeyTile; ++i) {
+        const int64_t key = std::min(tile * kKeyTile + i, a_.keys - 1);
+        keys_[i] = reinterpret_cast<const char*>(key_row<T>(a_, a_.k, batch_, key, first_head_));
+        values_[i] = reinterpret_cast<const char*>(key_row<T>(a_, a_.v, batch_, key, first_head_));
       }
     });
   }
+  Lines keys(int64_t head) const { return {keys_, head * a_.k.head_stride * size_, size_}; }
+  Lines values(int64_t head) const { return {values_, head * a_.v.head_stride * size_, size_}; }
 
  private:
-  // Inlined always: GCC drops calls of a function that does nothing but prefetch.
-  template <class T>
-  __attribute__((always_inline)) void ask(const Heads& from, int64_t dim) const {
-    constexpr auto line = static_cast<int64_t>(kCacheLine / sizeof(T));
-    for (int64_t head = first_head_; head < first_head_ + heads_; ++head) {
-      const T* p = key_row<T>(*a_, from, batch_, at_, head);
-      for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(p + i, 0, 2);
-    }
-  }
-
-  const AttentionArguments* a_ = nullptr;
-  int64_t batch_ = 0, first_head_ = 0, heads_ = 0, rows_ = 0, at_ = 0, end_ = 0;
+  const AttentionArguments& a_;
+  int64_t batch_, first_head_, size_;
+  const char *keys_[kKeyTile], *values_[kKeyTile];
 };
 
 // Keys and values of one head as float32 tiles, converted when first asked for and kept while there is room.
