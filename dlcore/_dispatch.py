@@ -24,7 +24,6 @@ PRIORITY = ("cpu", "reference")
 SERVED_BY = {
     "attention.block_causal": "attention.intervals",
     "attention.block_diffusion": "attention.intervals",
-    "attention.decode": "attention.intervals",
     "bits.churn": "bits.perturb",
     "bits.corrupt": "bits.perturb",
     "categorical.cross_entropy": "categorical.log_probs",
