@@ -43,7 +43,8 @@ struct AttentionBackwardArguments : AttentionArguments {
   const float* grad_lse = nullptr;  // (batch, heads, rows)
 };
 
-// A step against a cache, whose keys and values are k and v: new rows are written at `lengths`, then attended.
+// A step against a cache, whose keys and values are k and v: new rows are written at `lengths`, then
+// attended.
 struct AttentionDecodeArguments : AttentionArguments {
   Heads new_k, new_v;                // (batch, rows, kv_heads, columns)
   const int32_t* lengths = nullptr;  // (batch,), what is cached

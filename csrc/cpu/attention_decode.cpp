@@ -9,34 +9,31 @@
 namespace dlcore {
 namespace {
 
-// Fewer bytes than this are not worth waking another thread.
-constexpr int64_t kSerialBytes = 1 << 16;
+// Fewer numbers than this are not worth waking another thread.
+constexpr int64_t kSerial = 1 << 14;
 
-// Where position `at` of a sequence stands in the cache: (batch or page, row).
-struct Slot {
-  int64_t batch, row;
-  Slot(const AttentionArguments& a, int64_t batch, int64_t at) : batch(batch), row(at) {
-    if (!a.pages.table) return;
-    this->batch = a.pages.table[batch * a.pages.pages + at / a.pages.page_size];
-    row = at % a.pages.page_size;
+// A new row of all heads, to where it belongs in the cache.
+template <class T>
+void write_row(const AttentionDecodeArguments& a, const Heads& from, const Heads& to, int64_t dim,
+               int64_t batch, int64_t row) {
+  int64_t sequence = batch, at = a.lengths[batch] + row;
+  if (a.pages.table) {
+    sequence = a.pages.table[batch * a.pages.pages + at / a.pages.page_size];
+    at %= a.pages.page_size;
   }
-};
+  const bool together = from.head_stride == dim && to.head_stride == dim;
+  const int64_t heads = together ? 1 : a.kv_heads, columns = together ? a.kv_heads * dim : dim;
+  for (int64_t head = 0; head < heads; ++head)
+    std::memmove(to.at<T>(sequence, at, head), from.at<const T>(batch, row, head),
+                 static_cast<size_t>(columns) * sizeof(T));
+}
 
+template <class T>
 void write_rows(const AttentionDecodeArguments& a) {
-  const int64_t size = a.k.dtype == DType::kFloat32 ? 4 : 2;
-  const auto at = [size](const Heads& x, int64_t batch, int64_t row, int64_t head) {
-    return x.data + size * (batch * x.batch_stride + row * x.row_stride + head * x.head_stride);
-  };
-  const int64_t bytes = a.batch * a.rows * a.kv_heads * (a.head_dim + a.value_dim) * size;
-  parallel_for(a.batch * a.rows, bytes < kSerialBytes ? 1 : a.threads, [&](int64_t i) {
-    const int64_t batch = i / a.rows, row = i % a.rows;
-    const Slot slot(a, batch, a.lengths[batch] + row);
-    for (int64_t head = 0; head < a.kv_heads; ++head) {
-      std::memmove(at(a.k, slot.batch, slot.row, head), at(a.new_k, batch, row, head),
-                   static_cast<size_t>(a.head_dim * size));
-      std::memmove(at(a.v, slot.batch, slot.row, head), at(a.new_v, batch, row, head),
-                   static_cast<size_t>(a.value_dim * size));
-    }
+  const int64_t numbers = a.batch * a.rows * a.kv_heads * (a.head_dim + a.value_dim);
+  parallel_for(a.batch * a.rows, numbers < kSerial ? 1 : a.threads, [&](int64_t i) {
+    write_row<T>(a, a.new_k, a.k, a.head_dim, i / a.rows, i % a.rows);
+    write_row<T>(a, a.new_v, a.v, a.value_dim, i / a.rows, i % a.rows);
   });
 }
 
@@ -53,7 +50,7 @@ std::pair<int64_t, int64_t> interval(const AttentionDecodeArguments& a, int64_t 
 }  // namespace
 
 void attention_decode(const AttentionDecodeArguments& a) {
-  write_rows(a);
+  a.k.dtype == DType::kFloat32 ? write_rows<float>(a) : write_rows<uint16_t>(a);
   std::vector<int32_t> starts(static_cast<size_t>(2 * a.batch * a.rows)), stops(starts.size());
   for (int64_t i = 0; i < a.batch * a.rows; ++i) {
     const auto [first, last] = interval(a, i / a.rows, i % a.rows);

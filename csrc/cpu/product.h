@@ -21,7 +21,7 @@ inline Floats added(const float* c, const float* factor, const Floats& sum) {
   return factor ? fused(load(c), load(factor), sum) : load(c) + sum;
 }
 
-// What a product does beside its sums, about once for sixteen columns of a row of A: nothing.
+// What a product does beside its sums, at least once for every sixteen columns of a row of A: nothing.
 struct Nothing {
   void operator()(int64_t, int64_t) const {}
 };
@@ -48,10 +48,11 @@ inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t 
       for (int p = 0; p < W * kParts; ++p) sum[j][p] = fused(x[p], s, sum[j][p]);
     }
     for (const float*& p : quad) p += by_column ? lda : 1;
-    if constexpr (by_column)
-      beside(k, first);
-    else if (k % kLanes < N)
-      beside(first + k % kLanes, k / kLanes * kLanes);
+    if constexpr (!by_column) {
+      if (k % kLanes < N) beside(first + k % kLanes, k / kLanes * kLanes);
+    } else if (const int64_t column = round_up(first, kLanes); column < first + N) {
+      beside(k, column);
+    }
   }
 #pragma GCC unroll 16
   for (int j = 0; j < N; ++j)
@@ -88,7 +89,8 @@ inline void multiply_rows(const Operands& p, int64_t from, int64_t rows, int64_t
 }
 
 template <int W, bool by_column, class Beside>
-inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane, const Beside& beside) {
+inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane,
+                           const Beside& beside) {
   for (; sixteens >= W; sixteens -= W, lane += W * kLanes)
     multiply_rows<W, kSums / W, by_column>(p, 0, rows, lane, beside);
   if constexpr (W > 1)

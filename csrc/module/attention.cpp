@@ -65,19 +65,19 @@ void bind_attention(py::module_& m) {
           a.window_by_row = window_by_row;
           run(attention_decode, a, threads);
         });
-  m.def("attention_backward", [](const py::tuple& parameters, const py::tuple& bounds,
-                                 const py::tuple& grad_out, Address grad_lse, const py::tuple& grads,
-                                 int threads) {
-    AttentionBackwardArguments a;
-    read_attention(parameters, a);
-    read_bounds(bounds, a);
-    a.grad_out = heads(grad_out);
-    a.grad_lse = at<const float>(grad_lse);
-    a.grad_q = heads(grads[0]);
-    a.grad_k = heads(grads[1]);
-    a.grad_v = heads(grads[2]);
-    run(kernels().attention_backward, a, threads);
-  });
+  m.def("attention_backward",
+        [](const py::tuple& parameters, const py::tuple& bounds, const py::tuple& grad_out, Address grad_lse,
+           const py::tuple& grads, int threads) {
+          AttentionBackwardArguments a;
+          read_attention(parameters, a);
+          read_bounds(bounds, a);
+          a.grad_out = heads(grad_out);
+          a.grad_lse = at<const float>(grad_lse);
+          a.grad_q = heads(grads[0]);
+          a.grad_k = heads(grads[1]);
+          a.grad_v = heads(grads[2]);
+          run(kernels().attention_backward, a, threads);
+        });
 }
 
 }  // namespace dlcore

@@ -99,7 +99,12 @@ def cache_rows(position: Tensor, keys: Tensor, page_table: Tensor | None) -> Ten
 
 
 def decode_intervals(
-    lengths: Tensor, rows: int, num_commit: int, causal: Tensor | None, window: int | None, window_by_row: bool
+    lengths: Tensor,
+    rows: int,
+    num_commit: int,
+    causal: Tensor | None,
+    window: int | None,
+    window_by_row: bool,
 ) -> tuple[Tensor, Tensor]:
     """Starts and stops (B, S, 2) of new rows that stand at `lengths`; of the two intervals one is empty."""
     length = lengths.long().unsqueeze(1)
