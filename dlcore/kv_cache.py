@@ -24,8 +24,8 @@ class KVCache:
         page_size: rows per page, or None for contiguous rows.
 
     Raises ValueError for sizes, positions and a full cache (nothing is changed then), TypeError for dtypes.
-    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's to all but
-    `attention.decode`; no committed row changes.
+    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's, to `attention.decode` still
+    a ValueError; no committed row changes.
 
     Example:
         >>> import torch
