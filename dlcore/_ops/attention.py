@@ -21,17 +21,20 @@ MAX_HEAD_DIM = 512
 
 def _check_heads(op: str, q: Tensor, k: Tensor, v: Tensor, batch: int) -> None:
     """Shapes that a kernel relies on, whoever calls it; `batch` sequences, or pages, of k and v."""
-    shapes = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+
+    def refused(rule: str) -> ValueError:
+        got = f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        return ValueError(f"{op}: {rule}, {got}")
+
     if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-        raise ValueError(f"{op}: q, k and v must be (B, S, H, D), {shapes}")
-    if k.shape[:3] != v.shape[:3] or k.shape[0] != batch or k.shape[3] != q.shape[3]:
-        raise ValueError(
-            f"{op}: k and v must have the same (B, T, H), q's batch and head dimension, {shapes}"
-        )
-    if k.shape[2] < 1 or q.shape[2] < 1 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"{op}: q must have a multiple of k's heads, {shapes}")
-    if not all(1 <= x.shape[3] <= MAX_HEAD_DIM for x in (q, v)):
-        raise ValueError(f"{op}: head dimensions must lie in [1, {MAX_HEAD_DIM}], {shapes}")
+        raise refused("q, k and v must be (B, S, H, D)")
+    heads, size, (*lead, kv_heads, kv_size) = q.shape[2], q.shape[3], k.shape
+    if v.shape[:3] != (*lead, kv_heads) or lead[0] != batch or kv_size != size:
+        raise refused("k and v must have the same (B, T, H), q's batch and head dimension")
+    if kv_heads < 1 or heads < 1 or heads % kv_heads:
+        raise refused("q must have a multiple of k's heads")
+    if not 1 <= size <= MAX_HEAD_DIM or not 1 <= v.shape[3] <= MAX_HEAD_DIM:
+        raise refused(f"head dimensions must lie in [1, {MAX_HEAD_DIM}]")
     if q.dtype != k.dtype or q.dtype != v.dtype:
         raise TypeError(f"{op}: k and v must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
 
