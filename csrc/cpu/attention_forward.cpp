@@ -217,6 +217,7 @@ class FewRows {
       const int64_t part = i % parts_, tile = i / parts_ % tiles_, group = i / parts_ / tiles_;
       visit(group / groups_, group % groups_ * abreast_, tile, part);
     });
+    if (parts_ == 1) return;
     parallel_for(a_.batch * a_.kv_heads * tiles_, a_.threads,
                  [&](int64_t i) { finish(i / tiles_, i % tiles_); });
   }
@@ -263,8 +264,11 @@ class FewRows {
       const auto h = static_cast<size_t>(head);
       forwards[h].visit(rows[h], visit, tile, states[h], beside_keys, beside_values);
     });
+    if (parts_ > 1) return;
+    for (size_t h = 0; h < rows.size(); ++h) forwards[h].finish(rows[h], states[h]);
   }
 
+  // Merges what the parts gave.
   void finish(int64_t head, int64_t tile) {
     const int64_t batch = head / a_.kv_heads, kv_head = head % a_.kv_heads;
     Scratch& memory = scratch();
