@@ -215,7 +215,7 @@ CASES = (
     _training_case(SHAPE, 'rows="noisy"', ALL, visible="noisy"),
     Case(PREFILL, (1024, 32, 12, 64), TINY, _prefill, "float32", KERNEL, ALL),
     *(
-        Case(DECODE, shape, tiny, partial(_decode, dtype=DTYPES[dtype]), dtype, KERNEL, DECODED)
+        Case(DECODE, shape, tiny, partial(_decode, dtype=DTYPES[dtype]), dtype, DECODE, DECODED)
         for shape, tiny in (
             ((8, 1024, 16, 12, 12, 64), (2, 24, 4, 2, 2, 32)),
             ((1, 1024, 16, 32, 4, 128), (1, 24, 4, 4, 2, 32)),

@@ -19,12 +19,26 @@ def parallel_runtime() -> str: ...
 def read(data: int, count: int, threads: int) -> float: ...
 
 # attention
-#: q, k, v, out, lse, (starts, shared), stops, (page table, pages) or None, scale, softcap.
-Attention = tuple[View, View, View, View, int, tuple[int, bool], int, tuple[int, int] | None, float, float]
+#: q, k, v, out, lse, (page table, pages) or None, scale, softcap.
+Attention = tuple[View, View, View, View, int, tuple[int, int] | None, float, float]
+#: starts, stops, shared.
+Bounds = tuple[int, int, bool]
 
-def attention(parameters: Attention, threads: int) -> None: ...
+def attention(parameters: Attention, bounds: Bounds, threads: int) -> None: ...
+def attention_decode(
+    parameters: Attention,
+    new_k: View,
+    new_v: View,
+    lengths: int,
+    num_commit: int,
+    causal: tuple[int, bool] | None,
+    window: int,
+    window_by_row: bool,
+    threads: int,
+) -> None: ...
 def attention_backward(
     parameters: Attention,
+    bounds: Bounds,
     grad_out: View,
     grad_lse: int,
     grads: tuple[View, View, View],

@@ -79,6 +79,12 @@ def value_range(op: str, name: str, x: Tensor | None, low: float, high: float = 
         raise ValueError(f"{op}: {name} must lie in [{low:g}, {high:g}], got {got:.8g}")
 
 
+def room(op: str, max_len: int, needed: int) -> None:
+    """As many rows of a cache as are needed."""
+    if needed > max_len:
+        raise ValueError(f"{op}: the cache is full: max_len is {max_len}, {needed} are needed")
+
+
 def option(op: str, name: str, value: object, accepted: tuple[str, ...]) -> None:
     """One of a fixed set of strings."""
     if value not in accepted:

@@ -30,7 +30,6 @@ AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
 SERVED_BY = {
     "attention.block_causal": "attention.intervals",
     "attention.block_diffusion": "attention.intervals",
-    "attention.decode": "attention.intervals",
     "bits.churn": "bits.perturb",
     "bits.corrupt": "bits.perturb",
     "categorical.cross_entropy": "categorical.log_probs",

@@ -67,6 +67,7 @@ def _velocity_backward(grad: Tensor, _: Tensor, __: Tensor, ___: Tensor, *inputs
 
 
 REFERENCE: dict[str, Callable[..., Any]] = {
+    "attention.decode": attention.decode,
     "attention.intervals": attention.intervals,
     "attention.intervals_backward": attention.intervals_backward,
     "bits.encode": bits.encode,
@@ -107,6 +108,7 @@ for _name in _ops.sphere.MAPS:
 
 #: What a draw or a statistic says carries no gradient.
 NOT_DIFFERENTIABLE = (
+    "attention.decode",
     "bits.step",
     "bits.perturb",
     "categorical.stats",

@@ -419,40 +419,34 @@ def decode(
     checks.option(op, "window_anchor", window_anchor, ("block", "row"))
     if window is not None:
         window = _positive(op, "window", window)
+    flags = None
     if isinstance(causal, Tensor):
         if causal.dtype != torch.bool:
             raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
         if causal.shape != (batch,):
             raise ValueError(f"{op}: causal must have shape {(batch,)}, got {tuple(causal.shape)}")
-        causal = causal.to(device).unsqueeze(1)
+        flags = causal.to(device)
     elif not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
+    elif causal:
+        flags = torch.ones(1, dtype=torch.bool, device=device)
     scale, softcap = _scale(op, softmax_scale, q.shape[3]), _softcap(op, softcap)
-    cache.write_as(op, layer, k, v)
-    keys, values = cache.view(layer)
-    length = cache.lengths.long().unsqueeze(1)
-    bounds = _decode_intervals(length, rows, num_commit, causal, window, window_anchor)
-    return _attend(q.detach(), keys, values, bounds, scale, softcap, return_lse, cache.page_table)
-
-
-def _decode_intervals(
-    length: Tensor, rows: int, num_commit: int, causal: bool | Tensor, window: int | None, anchor: str
-) -> Intervals:
-    bounds = torch.zeros((2, len(length), rows, 2), dtype=torch.int32, device=length.device)
-    row = torch.arange(rows, device=length.device)
-    position, block, stop = length + row, length, length + rows
-    if num_commit:
-        block = torch.where(row < num_commit, 0, num_commit) + length
-        stop = torch.where(row < num_commit, num_commit, rows) + length
-    if isinstance(causal, Tensor) or causal:
-        stop = torch.where(torch.as_tensor(causal, device=length.device), position + 1, stop)
-    if window is not None and anchor == "block":
-        bounds[0, ..., 0] = (block - (window - 1)).clamp(min=0)
-    elif window is not None:
-        bounds[0, ..., 0] = (position - (window - 1)).clamp(min=0)
-        stop = torch.minimum(stop, position + window)
-    bounds[1, ..., 0] = stop
-    return bounds[0], bounds[1]
+    out, lse = torch.ops.dlcore.attention_decode(
+        q,
+        k,
+        v,
+        *cache.layer_for(op, layer, k, v),
+        cache.lengths,
+        cache.page_table,
+        cache.max_len,
+        num_commit,
+        flags,
+        window,
+        window_anchor == "row",
+        scale,
+        softcap,
+    )
+    return (out, lse) if return_lse else out
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:

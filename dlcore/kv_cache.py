@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
+from dlcore.reference import attention as reference
 
 
 class KVCache:
@@ -23,7 +24,8 @@ class KVCache:
         page_size: rows per page, or None for contiguous rows.
 
     Raises ValueError for sizes, positions and a full cache (nothing is changed then), TypeError for dtypes.
-    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's; no committed row changes.
+    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's, to `attention.decode` still
+    a ValueError; no committed row changes.
 
     Example:
         >>> import torch
@@ -92,17 +94,19 @@ class KVCache:
 
         `lengths` stay as they are; writing again overwrites.
         """
-        self.write_as("KVCache.write", layer, k, v, start)
-
-    def write_as(self, op: str, layer: int, k: Tensor, v: Tensor, start: int | Tensor | None = None) -> None:
-        """`write` whose errors name `op`."""
-        layer = self._layer(op, layer)
-        self._check_rows(op, k, v)
+        op = "KVCache.write"
+        self.layer_for(op, layer, k, v)
         first = self.lengths if start is None else self._rows(op, "start", start)
         last = first + k.shape[1]
         self._check_room(op, last)
         position = first.long().unsqueeze(1) + torch.arange(k.shape[1], device=first.device)
         self._store(layer, position, k, v)
+
+    def layer_for(self, op: str, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """`view`, once k (batch, n, H, D) and v are found to be rows of it; errors name `op`."""
+        layer = self._layer(op, layer)
+        self._check_rows(op, k, v)
+        return self._keys[layer], self._values[layer]
 
     def scatter(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
         """Overwrite single rows: `rows` (batch, n) int64 positions below `max_len`, k and v (batch, n, H, D).
@@ -110,8 +114,7 @@ class KVCache:
         For what dLLM-Cache or dKV-Cache style schedules refresh; the positions of a sequence must differ.
         """
         op = "KVCache.scatter"
-        layer = self._layer(op, layer)
-        self._check_rows(op, k, v)
+        self.layer_for(op, layer, k, v)
         checks.tokens(op, "rows", rows, k.shape[:2])
         checks.token_range(op, "rows", rows, self.max_len)
         self._store(layer, rows, k, v)
@@ -178,24 +181,18 @@ class KVCache:
             raise ValueError(f"{op}: v must have k's {k.shape[1]} rows, got {v.shape[1]}")
 
     def _check_room(self, op: str, lengths: Tensor) -> None:
-        if checks.reads_data(lengths) and int(lengths.max()) > self.max_len:
-            raise ValueError(
-                f"{op}: the cache is full: max_len is {self.max_len}, {int(lengths.max())} are needed"
-            )
+        if checks.reads_data(lengths):
+            checks.room(op, self.max_len, int(lengths.max()))
 
     def _store(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> None:
-        keys, values = (x.flatten(0, 1) for x in self.view(layer))
+        keys, values = self.view(layer)
+        # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
         checked = checks.reads_data(position)
         inside = None if checked else (position >= 0) & (position < self.max_len)
-        if self.page_table is None or self.page_size is None:
-            row = position + self.max_len * torch.arange(self.batch, device=position.device).unsqueeze(1)
-        else:
-            known = position if inside is None else torch.where(inside, position, 0)
-            page = self.page_table.long().gather(1, known // self.page_size)
-            row = page * self.page_size + position % self.page_size
+        known = position if inside is None else torch.where(inside, position, 0)
+        row = reference.cache_rows(known, keys, self.page_table)
         if inside is not None:
-            # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
-            row = torch.where(inside, row, keys.shape[0])
+            row = torch.where(inside, row, keys.shape[0] * keys.shape[1])
         row = row.flatten()
         for store, x in ((keys, k), (values, v)):
-            store.index_copy_(0, row, x.detach().flatten(0, 1))
+            store.flatten(0, 1).index_copy_(0, row, x.detach().flatten(0, 1))

@@ -20,6 +20,8 @@ from attention_oracles import (
 from dlcore import attention
 from dlcore.attention import KVCache
 
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
 
 @pytest.fixture(params=[None, 1, 16], ids=lambda p: f"page{p}")
 def page_size(request):
@@ -240,7 +242,7 @@ def test_strided_rows(page_size, backend):
         assert torch.equal(attention.decode(*rows, cache_of(2, 20, dtype, page_size), 0), wanted)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("window", [None, 40])
 def test_long_caches(dtype, window):
     """The kernel against float64 at 1,000 cached keys, in every dtype."""
@@ -253,6 +255,98 @@ def test_long_caches(dtype, window):
     wanted, wanted_lse = dense(q, k, v, decode_mask(1000, 16, 1016, window=window))
     torch.testing.assert_close(out.double(), wanted, rtol=0, atol=max(torch.finfo(dtype).eps / 2, 2e-6))
     torch.testing.assert_close(lse.double(), wanted_lse, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dims", [(32, 48), (40, 24)])
+@pytest.mark.parametrize("page_size", [None, 1, 48, 64, 128])
+@pytest.mark.parametrize("heads", [(8, 8), (16, 2)])
+def test_tiles_of_any_kind_give_the_same_bits(dims, page_size, heads, level):
+    """Tiles read in place, converted before or beside others' products: float32 on the same numbers."""
+    lengths, kw = [200, 500, 333], {"window": 290, "window_anchor": "block", "return_lse": True}
+    q, k, v = ((x * 32).round() / 32 for x in qkv(3, 11, 520, heads, dims, torch.float32))
+    found = {}
+    for dtype in DTYPES:
+        for size in (None, page_size):
+            cache = cache_of(3, 520, dtype, size, dims, heads[1])
+            if cache.page_table is not None:
+                order = torch.randperm(cache.page_table.numel(), generator=torch.Generator().manual_seed(0))
+                cache.page_table.copy_(order.view_as(cache.page_table))
+            old = [x[:, :500].to(dtype, copy=True) for x in (k, v)]
+            for x in old:
+                x[0, 200:], x[2, 333:], x[1, :199] = torch.nan, torch.nan, torch.nan
+            cache.write(0, *old)
+            cache.commit(torch.tensor(lengths))
+            rows = [x.to(dtype) for x in (q, pick(k, lengths, 11), pick(v, lengths, 11))]
+            found[dtype, size] = attention.decode(*rows, cache, 0, **kw)
+    out, lse = found[torch.float32, None]
+    for (dtype, _), got in found.items():
+        assert torch.equal(got[0], out.to(dtype))
+        assert torch.equal(got[1], lse)
+    for b, n in enumerate(lengths):
+        row = slice(b, b + 1)
+        mask = decode_mask(n, 11, n + 11, window=290)
+        wanted = dense(q[row], k[row, : n + 11], v[row, : n + 11], mask)
+        close(out[row], wanted[0])
+        close(lse[row], wanted[1])
+
+
+def test_autograd_sees_that_a_cache_was_written():
+    """What a graph holds of it is stale then."""
+    q, k, v = qkv(1, 4, 4, dtype=torch.float32)
+    cache = cache_of(1, 8, torch.float32)
+    cache.write(0, k, v)
+    out = attention.block_causal(q.requires_grad_(), *(x[:, :4] for x in cache.view(0)), block_size=4)
+    attention.decode(q, k, v, cache, 0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+Q, K, V = qkv(2, 4, 4, dtype=torch.float32)
+
+
+def decode_op(**changed):
+    """A good call of the registered op, with some arguments changed."""
+    rows = dict(zip("qkv", qkv(2, 4, 4, dtype=torch.float32), strict=True))
+    keys, values = torch.zeros(2, 9, 2, 32), torch.zeros(2, 9, 2, 32)
+    rest = {"keys": keys, "values": values, "lengths": torch.tensor([3, 5]).int(), "page_table": None}
+    rest |= {"max_len": 9, "num_commit": 1, "causal": None, "window": 3, "window_by_row": False}
+    arguments = rows | rest | {"scale": 0.2, "softcap": 0.0} | changed
+    return torch.ops.dlcore.attention_decode(*arguments.values()), keys
+
+
+PAGED = {"keys": torch.zeros(5, 3, 2, 32), "values": torch.zeros(5, 3, 2, 32)}
+REFUSED = [
+    ({"q": Q.double()}, TypeError, "k and v must have q's dtype"),
+    ({"q": Q[:, :3]}, ValueError, "k must have q's 3 rows, got 4"),
+    ({"k": Q}, ValueError, "same"),
+    ({"keys": torch.zeros(2, 9, 4, 32)}, ValueError, r"keys must be \(B, T, 2, 32\)"),
+    ({"values": torch.zeros(2, 8, 2, 32)}, ValueError, r"values must be \(B, T, 2, 32\)"),
+    ({"keys": torch.zeros(2, 9, 2, 32).half()}, TypeError, "keys must have q's dtype"),
+    ({"keys": torch.zeros(2, 9, 2, 33)[..., 1:]}, ValueError, "keys must be contiguous"),
+    ({"max_len": 10}, ValueError, "keys must hold 2 times 10 rows, got 2 times 9"),
+    ({"lengths": torch.tensor([3, 6]).int()}, ValueError, "the cache is full: max_len is 9, 10 are needed"),
+    ({"lengths": torch.tensor([3, -1]).int()}, ValueError, "lengths must be at least 0, got -1"),
+    ({"lengths": torch.tensor([3, 5])}, ValueError, "lengths must be int32"),
+    ({"lengths": torch.tensor([3]).int()}, ValueError, "lengths must be int32"),
+    ({"causal": torch.tensor([1, 0])}, ValueError, "causal must be bool"),
+    ({"causal": torch.tensor([True] * 3)}, ValueError, "causal must be bool"),
+    ({"num_commit": 5}, ValueError, r"num_commit must lie in \[0, 4\], got 5"),
+    ({"window": 0}, ValueError, "window must lie in"),
+    ({**PAGED, "page_table": torch.tensor([[0, 1, 5], [2, 3, 4]]).int()}, ValueError, "page_table must lie"),
+    ({**PAGED, "page_table": torch.tensor([[0, 1], [2, 3]]).int()}, ValueError, "hold 2 times 9 rows, got 2"),
+    ({**PAGED, "page_table": torch.tensor([[0, 1, 2]]).int()}, ValueError, r"page_table must be \(2, pages"),
+    ({**PAGED, "page_table": torch.tensor([[0, 1, 2], [2, 3, 4]])}, TypeError, "page_table must be int32"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "text"), REFUSED)
+def test_the_op_refuses_what_it_would_misread(changed, error, text, backend):
+    """Whoever calls it: nothing is read or written out of bounds."""
+    (out, _), keys = decode_op()
+    assert torch.isfinite(out).all()
+    assert keys.any()
+    with pytest.raises(error, match=rf"attention\.decode: .*{text}"):
+        decode_op(**changed)
 
 
 def test_decoding_has_no_gradient():
@@ -271,7 +365,6 @@ def test_a_cache_serves_inside_and_outside_inference_mode():
     assert cache.lengths.tolist() == [8]
 
 
-Q, K, V = qkv(2, 4, 4, dtype=torch.float32)
 BAD = [
     ((Q, K[:, :3], V[:, :3]), {}, ValueError, "k must have q's 4 rows, got 3"),
     ((Q, K, V), {"num_commit": 5}, ValueError, r"num_commit must lie in \[0, 4\], got 5"),

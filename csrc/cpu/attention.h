@@ -43,4 +43,18 @@ struct AttentionBackwardArguments : AttentionArguments {
   const float* grad_lse = nullptr;  // (batch, heads, rows)
 };
 
+// A step against a cache, whose keys and values are k and v: new rows are written at `lengths`, then
+// attended.
+struct AttentionDecodeArguments : AttentionArguments {
+  Heads new_k, new_v;                // (batch, rows, kv_heads, columns)
+  const int32_t* lengths = nullptr;  // (batch,), what is cached
+  int64_t num_commit = 0;            // rows of the block before
+  const bool* causal = nullptr;      // for each sequence, or for all, or null: none is
+  bool shared_causal = true;
+  int64_t window = 0;  // 0: none
+  bool window_by_row = false;
+};
+
+void attention_decode(const AttentionDecodeArguments&);
+
 }  // namespace dlcore

@@ -14,13 +14,12 @@ constexpr int64_t kHeads = 4;
 class Backward {
  public:
   static int64_t floats(const AttentionBackwardArguments& a) {
-    return KeyTiles::floats(a, false) +
-           kRowTile * (4 * columns(a.head_dim) + 2 * columns(a.value_dim) +
-                       columns(std::max(a.head_dim, a.value_dim)) + 2 * kKeyTile + 2);
+    return KeyTiles::floats(a) + kRowTile * (4 * columns(a.head_dim) + 2 * columns(a.value_dim) +
+                                             columns(std::max(a.head_dim, a.value_dim)) + 2 * kKeyTile + 2);
   }
   Backward(const AttentionBackwardArguments& a, int64_t batch, int64_t kv_head, Scratch& memory)
       : a_(a),
-        keys_(a, batch, kv_head, false, memory),
+        keys_(a, batch, kv_head, memory),
         k_columns_(columns(a.head_dim)),
         v_columns_(columns(a.value_dim)) {
     q_ = memory.take(kRowTile * k_columns_);
@@ -46,7 +45,7 @@ class Backward {
   }
 
  private:
-  static int64_t columns(int64_t dim) { return KeyTiles::columns(dim); }
+  static int64_t columns(int64_t dim) { return KeyTile::columns(dim); }
 
   // q·scale, the output's gradient, and per row lse and Σ grad·out - grad_lse.
   bool read(const RowTile& rows) {
@@ -68,7 +67,7 @@ class Backward {
   }
 
   void take(const RowTile& rows, const Visit& visit, bool finite, float* grad_k, float* grad_v) {
-    const KeyTiles::Tile tile = keys_[visit];
+    const KeyTile& tile = keys_[visit.tile];
     const int64_t count = visit.end - visit.begin, first = visit.tile * kKeyTile + visit.begin;
     const float* k = tile.k + visit.begin * k_columns_;
     const float* v = tile.v + visit.begin * v_columns_;
@@ -156,7 +155,7 @@ void write_sum(const float* parts, int64_t strands, int64_t stride, int64_t colu
 
 struct HeadGradients {
   const AttentionBackwardArguments& a;
-  int64_t k_columns = KeyTiles::columns(a.head_dim), v_columns = KeyTiles::columns(a.value_dim);
+  int64_t k_columns = KeyTile::columns(a.head_dim), v_columns = KeyTile::columns(a.value_dim);
   int64_t floats = a.keys * (k_columns + v_columns);
 
   // grad_k (keys, columns), then grad_v; `strands` of them side by side.

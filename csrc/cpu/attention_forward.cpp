@@ -1,5 +1,5 @@
 // Attention over key intervals with an online softmax. Compiled once per ISA level.
-#include "attention_tile.h"
+#include "attention_stream.h"
 #include "kernels.h"
 #include "parallel.h"
 
@@ -19,14 +19,14 @@ struct Accumulator {
   float* out;
 
   static int64_t floats(const AttentionArguments& a, int64_t width) {
-    return width * (2 + KeyTiles::columns(a.value_dim));
+    return width * (2 + KeyTile::columns(a.value_dim));
   }
   Accumulator(float* memory, int64_t width) : largest(memory), sum(memory + width), out(memory + 2 * width) {}
 
   void clear(const RowTile& rows) {
     std::fill(largest, largest + rows.width, kNothing);
     std::fill(sum, sum + rows.width, 0.0f);
-    std::fill(out, out + KeyTiles::columns(rows.a.value_dim) * rows.width, 0.0f);
+    std::fill(out, out + KeyTile::columns(rows.a.value_dim) * rows.width, 0.0f);
   }
 
   // Takes in what another part of the keys gave.
@@ -54,8 +54,7 @@ struct Buffers {
   float* factor;   // by lane
 
   static int64_t floats(const AttentionArguments& a) {
-    return kRowTile *
-           (std::max(KeyTiles::columns(a.head_dim), KeyTiles::columns(a.value_dim)) + kKeyTile + 1);
+    return kRowTile * (std::max(KeyTile::columns(a.head_dim), KeyTile::columns(a.value_dim)) + kKeyTile + 1);
   }
   Buffers(const AttentionArguments& a, Scratch& memory)
       : natural(memory.take(floats(a) - kRowTile * (kKeyTile + 1))),
@@ -66,14 +65,9 @@ struct Buffers {
 // The row tiles of one head taken through their visits.
 class Forward {
  public:
-  static int64_t floats(const AttentionArguments& a, bool once) {
-    return KeyTiles::floats(a, once) + kRowTile * columns(a.head_dim);
-  }
-  Forward(const AttentionArguments& a, int64_t batch, int64_t kv_head, bool once, const Buffers& buffers,
-          Scratch& memory)
-      : a_(a), keys_(a, batch, kv_head, once, memory), buffers_(buffers) {
-    q_ = memory.take(kRowTile * columns(a.head_dim));
-  }
+  static int64_t floats(const AttentionArguments& a) { return kRowTile * columns(a.head_dim); }
+  Forward(const AttentionArguments& a, const Buffers& buffers, Scratch& memory)
+      : a_(a), buffers_(buffers), q_(memory.take(floats(a))) {}
 
   void start(const RowTile& rows, Accumulator& state) {
     state.clear(rows);
@@ -82,8 +76,9 @@ class Forward {
     rows.across(buffers_.natural, a_.head_dim, q_);
   }
 
-  void visit(const RowTile& rows, const Visit& visit, Fetch& fetch, Accumulator& state) {
-    const KeyTiles::Tile tile = keys_[visit];
+  template <class Beside>
+  void visit(const RowTile& rows, const Visit& visit, const KeyTile& tile, Accumulator& state,
+             const Beside& beside_keys, const Beside& beside_values) {
     const int64_t count = visit.end - visit.begin, v_columns = columns(a_.value_dim);
     const Operands scored{tile.k + visit.begin * tile.k_stride,
                           tile.k_stride,
@@ -92,11 +87,7 @@ class Forward {
                           buffers_.scores,
                           rows.width,
                           columns(a_.head_dim)};
-    for (int64_t key = 0; key < count; key += kLanes) {
-      fetch.step();
-      multiply<false>(scored.from_row(key, scored.lda), std::min<int64_t>(kLanes, count - key),
-                      rows.sixteens);
-    }
+    multiply<false>(scored, count, rows.sixteens, beside_keys);
     for (int64_t w = 0; w < rows.sixteens; ++w) soften(rows, visit, w, state);
     const Operands weighted{tile.v + visit.begin * tile.v_stride,
                             tile.v_stride,
@@ -107,11 +98,10 @@ class Forward {
                             count,
                             true,
                             buffers_.factor};
-    if (!visit.full && !tile.finite) return multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
-    for (int64_t d = 0; d < v_columns; d += kLanes) {
-      fetch.step();
-      multiply<true>(weighted.from_row(d, 1), kLanes, rows.sixteens);
-    }
+    if (visit.full || tile.finite)
+      multiply<true>(weighted, v_columns, rows.sixteens, beside_values);
+    else
+      multiply_guarded<true, false>(weighted, v_columns, rows.sixteens);
   }
 
   void finish(const RowTile& rows, const Accumulator& state) {
@@ -131,7 +121,7 @@ class Forward {
   }
 
  private:
-  static int64_t columns(int64_t dim) { return KeyTiles::columns(dim); }
+  static int64_t columns(int64_t dim) { return KeyTile::columns(dim); }
 
   void soften(const RowTile& rows, const Visit& visit, int64_t w, Accumulator& state) {
     if (a_.softcap > 0)
@@ -173,7 +163,6 @@ class Forward {
   }
 
   const AttentionArguments& a_;
-  KeyTiles keys_;
   Buffers buffers_;
   float* q_;
 };
@@ -188,16 +177,17 @@ void run_many(const AttentionArguments& a, const AttentionPlan& plan) {
     const int64_t batch = head / a.kv_heads, kv_head = head % a.kv_heads;
     const int64_t floats = Accumulator::floats(a, kRowTile);
     Scratch& memory = scratch();
-    memory.reset(Buffers::floats(a) + Forward::floats(a, false) + floats);
+    memory.reset(Buffers::floats(a) + Forward::floats(a) + KeyTiles::floats(a) + floats);
     const Buffers buffers(a, memory);
-    Forward forward(a, batch, kv_head, false, buffers, memory);
+    Forward forward(a, buffers, memory);
+    KeyTiles keys(a, batch, kv_head, memory);
     float* state_memory = memory.take(floats);
-    Fetch nothing;
     for (int64_t tile = piece % strands; tile < tiles; tile += strands) {
       const RowTile rows(a, plan, batch, kv_head, chunk, tile);
       Accumulator state(state_memory, rows.width);
       forward.start(rows, state);
-      for (const Visit& visit : *rows.visits) forward.visit(rows, visit, nothing, state);
+      for (const Visit& visit : *rows.visits)
+        forward.visit(rows, visit, keys[visit.tile], state, Nothing(), Nothing());
       forward.finish(rows, state);
     }
   });
@@ -227,6 +217,7 @@ class FewRows {
       const int64_t part = i % parts_, tile = i / parts_ % tiles_, group = i / parts_ / tiles_;
       visit(group / groups_, group % groups_ * abreast_, tile, part);
     });
+    if (parts_ == 1) return;
     parallel_for(a_.batch * a_.kv_heads * tiles_, a_.threads,
                  [&](int64_t i) { finish(i / tiles_, i % tiles_); });
   }
@@ -249,7 +240,7 @@ class FewRows {
   void visit(int64_t batch, int64_t first_head, int64_t tile, int64_t part) {
     const int64_t heads = std::min(abreast_, a_.kv_heads - first_head);
     Scratch& memory = scratch();
-    memory.reset(Buffers::floats(a_) + heads * Forward::floats(a_, true));
+    memory.reset(Buffers::floats(a_) + heads * Forward::floats(a_) + TileStream::floats(a_));
     const Buffers buffers(a_, memory);
     std::vector<RowTile> rows;
     std::vector<Forward> forwards;
@@ -259,30 +250,34 @@ class FewRows {
     states.reserve(static_cast<size_t>(heads));
     for (int64_t h = 0; h < heads; ++h) {
       rows.push_back(row_tile(batch, first_head + h, tile));
-      forwards.emplace_back(a_, batch, first_head + h, true, buffers, memory);
+      forwards.emplace_back(a_, buffers, memory);
       states.push_back(state(batch * a_.kv_heads + first_head + h, tile, part, rows.back()));
       forwards.back().start(rows.back(), states.back());
     }
     const std::vector<Visit>& visits = *rows[0].visits;
     const auto count = static_cast<int64_t>(visits.size());
-    const int64_t steps = heads * (kKeyTile + KeyTiles::columns(a_.value_dim)) / kLanes;
-    Fetch fetch(a_, batch, first_head, heads, steps);
-    for (int64_t i = count * part / parts_, end = count * (part + 1) / parts_; i < end; ++i) {
-      i + 1 < end ? fetch.start(visits[static_cast<size_t>(i + 1)].tile) : fetch.stop();
-      for (size_t h = 0; h < rows.size(); ++h)
-        forwards[h].visit(rows[h], visits[static_cast<size_t>(i)], fetch, states[h]);
-    }
+    const int64_t begin = count * part / parts_, end = count * (part + 1) / parts_;
+    TileStream stream(a_, batch, first_head, heads, rows[0].sixteens, visits.data() + begin, end - begin,
+                      memory);
+    stream.each([&](int64_t head, const Visit& visit, const KeyTile& tile, const auto& beside_keys,
+                    const auto& beside_values) {
+      const auto h = static_cast<size_t>(head);
+      forwards[h].visit(rows[h], visit, tile, states[h], beside_keys, beside_values);
+    });
+    if (parts_ > 1) return;
+    for (size_t h = 0; h < rows.size(); ++h) forwards[h].finish(rows[h], states[h]);
   }
 
+  // Merges what the parts gave.
   void finish(int64_t head, int64_t tile) {
     const int64_t batch = head / a_.kv_heads, kv_head = head % a_.kv_heads;
     Scratch& memory = scratch();
-    memory.reset(Buffers::floats(a_) + Forward::floats(a_, true));
+    memory.reset(Buffers::floats(a_) + Forward::floats(a_));
     const Buffers buffers(a_, memory);
     const RowTile rows = row_tile(batch, kv_head, tile);
     Accumulator sum = state(head, tile, 0, rows);
     for (int64_t part = 1; part < parts_; ++part) sum.merge(state(head, tile, part, rows), rows);
-    Forward(a_, batch, kv_head, true, buffers, memory).finish(rows, sum);
+    Forward(a_, buffers, memory).finish(rows, sum);
   }
 
   const AttentionArguments& a_;

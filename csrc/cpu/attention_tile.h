@@ -81,131 +81,76 @@ inline const T* key_row(const AttentionArguments& a, const Heads& heads, int64_t
   return heads.at<const T>(page, key % a.pages.page_size, head);
 }
 
-// Asks for the keys and values of the next tile a few rows at a time, while this one is worked on: rows of
-// several heads, since a machine follows by itself only what lies together.
-class Fetch {
- public:
-  Fetch() = default;
-  // `steps`: into how many calls of `step` a tile is divided.
-  Fetch(const AttentionArguments& a, int64_t batch, int64_t first_head, int64_t heads, int64_t steps)
-      : a_(&a),
-        batch_(batch),
-        first_head_(first_head),
-        heads_(heads),
-        rows_((kKeyTile + steps - 1) / steps) {}
+// Rows of k and v of a tile as floats, `k_stride` and `v_stride` floats apart.
+struct KeyTile {
+  const float* k;
+  int64_t k_stride;
+  const float* v;
+  int64_t v_stride;
+  bool finite;
 
-  void start(int64_t tile) {
-    at_ = tile * kKeyTile;
-    end_ = std::min(at_ + kKeyTile, a_->keys);
+  static int64_t columns(int64_t dim) { return round_up(dim, kLanes); }
+  static int64_t floats(const AttentionArguments& a) {
+    return kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
   }
-  void stop() { end_ = at_; }
-
-  void step() {
-    if (at_ == end_) return;
-    const int64_t to = std::min(at_ + rows_, end_);
-    with_dtype(a_->k.dtype, [&](auto type) {
-      using T = decltype(type);
-      for (; at_ < to; ++at_) {
-        ask<T>(a_->k, a_->head_dim);
-        ask<T>(a_->v, a_->value_dim);
-      }
-    });
+  static KeyTile in(const AttentionArguments& a, const float* floats) {
+    const int64_t k_columns = columns(a.head_dim);
+    return {floats, k_columns, floats + kKeyTile * k_columns, columns(a.value_dim), false};
   }
-
- private:
-  // Inlined always: GCC drops calls of a function that does nothing but prefetch.
-  template <class T>
-  __attribute__((always_inline)) void ask(const Heads& from, int64_t dim) const {
-    constexpr auto line = static_cast<int64_t>(kCacheLine / sizeof(T));
-    for (int64_t head = first_head_; head < first_head_ + heads_; ++head) {
-      const T* p = key_row<T>(*a_, from, batch_, at_, head);
-      for (int64_t i = 0; i < dim; i += line) __builtin_prefetch(p + i, 0, 2);
-    }
-  }
-
-  const AttentionArguments* a_ = nullptr;
-  int64_t batch_ = 0, first_head_ = 0, heads_ = 0, rows_ = 0, at_ = 0, end_ = 0;
 };
 
-// Keys and values of one head as float32 tiles, converted when first asked for and kept while there is room.
+// A tile of a head converted to `floats`.
+inline KeyTile read_tile(const AttentionArguments& a, int64_t batch, int64_t head, int64_t tile,
+                         float* floats) {
+  Largeness size;
+  const auto read = [&](const Heads& heads, int64_t dim, float* out) {
+    with_dtype(heads.dtype, [&](auto type) {
+      using T = decltype(type);
+      const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a.keys);
+      for (int64_t key = from; key < to; ++key, out += KeyTile::columns(dim))
+        read_row(key_row<T>(a, heads, batch, key, head), dim, 1.0f, out, size);
+    });
+  };
+  read(a.k, a.head_dim, floats);
+  read(a.v, a.value_dim, floats + kKeyTile * KeyTile::columns(a.head_dim));
+  KeyTile rows = KeyTile::in(a, floats);
+  rows.finite = size.finite();
+  return rows;
+}
+
+// Tiles of one head, converted when first asked for and kept while there is room.
 class KeyTiles {
  public:
-  // Rows of k and v, `k_stride` and `v_stride` floats apart.
-  struct Tile {
-    const float* k;
-    int64_t k_stride;
-    const float* v;
-    int64_t v_stride;
-    bool finite;
-  };
-
-  static int64_t slots(const AttentionArguments& a, bool once) {
-    if (once) return 1;
-    const int64_t floats = kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
+  static int64_t slots(const AttentionArguments& a) {
     const int64_t tiles = (a.keys + kKeyTile - 1) / kKeyTile;
-    return std::max<int64_t>(1, std::min(tiles, kRoom / floats));
+    return std::max<int64_t>(1, std::min(tiles, kRoom / KeyTile::floats(a)));
   }
-  static int64_t floats(const AttentionArguments& a, bool once) {
-    return slots(a, once) * kKeyTile * (columns(a.head_dim) + columns(a.value_dim));
-  }
-  static int64_t columns(int64_t dim) { return round_up(dim, kLanes); }
+  static int64_t floats(const AttentionArguments& a) { return slots(a) * KeyTile::floats(a); }
 
-  // `once`: each tile is asked for once, so none is kept.
-  KeyTiles(const AttentionArguments& a, int64_t batch, int64_t head, bool once, Scratch& scratch)
-      : a_(a), batch_(batch), head_(head), once_(once), held_(static_cast<size_t>(slots(a, once))) {
-    memory_ = scratch.take(floats(a, once));
+  KeyTiles(const AttentionArguments& a, int64_t batch, int64_t head, Scratch& scratch)
+      : a_(a), batch_(batch), head_(head), held_(static_cast<size_t>(slots(a))) {
+    memory_ = scratch.take(floats(a));
   }
 
-  Tile operator[](const Visit& visit) {
-    if (once_ && visit.full && in_place()) {
-      const int64_t first = visit.tile * kKeyTile;
-      return {row<float>(a_.k, first), a_.k.row_stride, row<float>(a_.v, first), a_.v.row_stride, false};
-    }
-    const int64_t tile = visit.tile, k_columns = columns(a_.head_dim), v_columns = columns(a_.value_dim);
+  const KeyTile& operator[](int64_t tile) {
     const auto slot = static_cast<size_t>(tile) % held_.size();
-    float* k = memory_ + static_cast<int64_t>(slot) * kKeyTile * (k_columns + v_columns);
-    float* v = k + kKeyTile * k_columns;
     if (held_[slot].tile != tile) {
-      const bool k_finite = read(a_.k, tile, a_.head_dim, k), v_finite = read(a_.v, tile, a_.value_dim, v);
-      held_[slot] = {tile, k_finite && v_finite};
+      float* memory = memory_ + static_cast<int64_t>(slot) * KeyTile::floats(a_);
+      held_[slot] = {tile, read_tile(a_, batch_, head_, tile, memory)};
     }
-    return {k, k_columns, v, v_columns, held_[slot].finite};
+    return held_[slot].rows;
   }
 
  private:
   struct Held {
     int64_t tile = -1;
-    bool finite = false;
+    KeyTile rows = {};
   };
   // 2 MiB.
   static constexpr int64_t kRoom = 1 << 19;
 
-  // Whether the products can take rows as they lie.
-  bool in_place() const {
-    const bool floats = a_.k.dtype == DType::kFloat32,
-               whole = a_.head_dim % kLanes + a_.value_dim % kLanes == 0;
-    return floats && whole && !a_.pages.table;
-  }
-
-  bool read(const Heads& heads, int64_t tile, int64_t dim, float* out) const {
-    Largeness size;
-    with_dtype(heads.dtype, [&](auto type) {
-      using T = decltype(type);
-      const int64_t from = tile * kKeyTile, to = std::min(from + kKeyTile, a_.keys);
-      for (int64_t key = from; key < to; ++key, out += columns(dim))
-        read_row(row<T>(heads, key), dim, 1.0f, out, size);
-    });
-    return size.finite();
-  }
-
-  template <class T>
-  const T* row(const Heads& heads, int64_t key) const {
-    return key_row<T>(a_, heads, batch_, key, head_);
-  }
-
   const AttentionArguments& a_;
   int64_t batch_, head_;
-  bool once_;
   float* memory_;
   std::vector<Held> held_;
 };

@@ -21,11 +21,17 @@ inline Floats added(const float* c, const float* factor, const Floats& sum) {
   return factor ? fused(load(c), load(factor), sum) : load(c) + sum;
 }
 
+// What a product does beside its sums, at least once for every sixteen columns of a row of A: nothing.
+struct Nothing {
+  void operator()(int64_t, int64_t) const {}
+};
+
 // c[j][0..16W) = c·factor + Σ_k A(j, k)·b[k][0..16W) for j < N, where A(j, k) is a[j·lda + k], or a[k·lda +
-// j] `by_column`. Without `add` c is set to the sum.
-template <int W, int N, bool by_column>
+// j] `by_column`. Without `add` c is set to the sum. Row j of the panel is row `first` + j of the product.
+template <int W, int N, bool by_column, class Beside>
 inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc,
-                           int64_t depth, bool add, const float* factor) {
+                           int64_t depth, bool add, const float* factor, int64_t first,
+                           const Beside& beside) {
   FloatPart sum[N][W * kParts] = {};
   // One pointer for four rows of A: with one for each there would not be registers enough.
   constexpr int kQuad = by_column ? N : 4;
@@ -35,13 +41,22 @@ inline void multiply_panel(const float* a, int64_t lda, const float* b, int64_t 
   for (int64_t k = 0; k < depth; ++k) {
     FloatPart x[W * kParts];
     for (int p = 0; p < W * kParts; ++p) std::memcpy(&x[p], b + k * ldb + p * kPartLanes, sizeof x[p]);
+#pragma GCC unroll 16
     for (int j = 0; j < N; ++j) {
       const FloatPart s = spread(quad[j / kQuad][j % kQuad * (by_column ? 1 : lda)]);
+#pragma GCC unroll 4
       for (int p = 0; p < W * kParts; ++p) sum[j][p] = fused(x[p], s, sum[j][p]);
     }
     for (const float*& p : quad) p += by_column ? lda : 1;
+    if constexpr (!by_column) {
+      if (k % kLanes < N) beside(first + k % kLanes, k / kLanes * kLanes);
+    } else if (const int64_t column = round_up(first, kLanes); column < first + N) {
+      beside(k, column);
+    }
   }
+#pragma GCC unroll 16
   for (int j = 0; j < N; ++j)
+#pragma GCC unroll 4
     for (int w = 0; w < W; ++w) {
       float* to = c + j * ldc + w * kLanes;
       Floats all;
@@ -61,38 +76,35 @@ struct Operands {
   int64_t depth;
   bool add = false;
   const float* factor = nullptr;
-
-  // The rows of c from `row` on; `step` lies between rows of A.
-  Operands from_row(int64_t row, int64_t step) const {
-    Operands rest = *this;
-    rest.a += row * step;
-    rest.c += row * ldc;
-    return rest;
-  }
 };
 
-template <int W, int N, bool by_column>
-inline void multiply_rows(const Operands& p, int64_t from, int64_t rows, int64_t lane) {
+template <int W, int N, bool by_column, class Beside>
+inline void multiply_rows(const Operands& p, int64_t from, int64_t rows, int64_t lane, const Beside& beside) {
   for (; from + N <= rows; from += N)
     multiply_panel<W, N, by_column>(p.a + from * (by_column ? 1 : p.lda), p.lda, p.b + lane, p.ldb,
                                     p.c + from * p.ldc + lane, p.ldc, p.depth, p.add,
-                                    p.factor ? p.factor + lane : nullptr);
+                                    p.factor ? p.factor + lane : nullptr, from, beside);
   if constexpr (N > 1)
-    if (from < rows) multiply_rows<W, N / 2, by_column>(p, from, rows, lane);
+    if (from < rows) multiply_rows<W, N / 2, by_column>(p, from, rows, lane, beside);
 }
 
-template <int W, bool by_column>
-inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane) {
+template <int W, bool by_column, class Beside>
+inline void multiply_lanes(const Operands& p, int64_t rows, int64_t sixteens, int64_t lane,
+                           const Beside& beside) {
   for (; sixteens >= W; sixteens -= W, lane += W * kLanes)
-    multiply_rows<W, kSums / W, by_column>(p, 0, rows, lane);
+    multiply_rows<W, kSums / W, by_column>(p, 0, rows, lane, beside);
   if constexpr (W > 1)
-    if (sixteens > 0) multiply_lanes<W / 2, by_column>(p, rows, sixteens, lane);
+    if (sixteens > 0) multiply_lanes<W / 2, by_column>(p, rows, sixteens, lane, beside);
 }
 
 // `rows` rows of c, `sixteens` times sixteen lanes wide.
+template <bool by_column, class Beside>
+inline void multiply(const Operands& p, int64_t rows, int64_t sixteens, const Beside& beside) {
+  multiply_lanes<kWidest, by_column>(p, rows, sixteens, 0, beside);
+}
 template <bool by_column>
 inline void multiply(const Operands& p, int64_t rows, int64_t sixteens) {
-  multiply_lanes<kWidest, by_column>(p, rows, sixteens, 0);
+  multiply<by_column>(p, rows, sixteens, Nothing());
 }
 
 // Swaps the off-diagonal blocks, `size` wide, of a square of registers.

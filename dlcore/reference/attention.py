@@ -90,6 +90,64 @@ def intervals_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
+def cache_rows(position: Tensor, keys: Tensor, page_table: Tensor | None) -> Tensor:
+    """Where positions (B, n) int64 of the sequences stand among the rows of keys.flatten(0, 1)."""
+    size = keys.shape[1]
+    if page_table is None:
+        return position + size * torch.arange(len(position), device=position.device).unsqueeze(1)
+    return page_table.long().gather(1, position // size) * size + position % size
+
+
+def decode_intervals(
+    lengths: Tensor,
+    rows: int,
+    num_commit: int,
+    causal: Tensor | None,
+    window: int | None,
+    window_by_row: bool,
+) -> tuple[Tensor, Tensor]:
+    """Starts and stops (B, S, 2) of new rows that stand at `lengths`; of the two intervals one is empty."""
+    length = lengths.long().unsqueeze(1)
+    bounds = torch.zeros((2, len(length), rows, 2), dtype=torch.int32, device=length.device)
+    row = torch.arange(rows, device=length.device)
+    position = length + row
+    block = torch.where(row < num_commit, 0, num_commit) + length
+    stop = torch.where(row < num_commit, num_commit, rows) + length
+    if causal is not None:
+        stop = torch.where(causal.unsqueeze(1), position + 1, stop)
+    if window is not None:
+        bounds[0, ..., 0] = ((position if window_by_row else block) - (window - 1)).clamp(min=0)
+        stop = torch.minimum(stop, position + window) if window_by_row else stop
+    bounds[1, ..., 0] = stop
+    return bounds[0], bounds[1]
+
+
+def decode(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    lengths: Tensor,
+    page_table: Tensor | None,
+    max_len: int,
+    num_commit: int,
+    causal: Tensor | None,
+    window: int | None,
+    window_by_row: bool,
+    scale: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor]:
+    """`intervals` on keys and values, with k and v written into them at `lengths`."""
+    rows = q.shape[1]
+    position = lengths.long().unsqueeze(1) + torch.arange(rows, device=lengths.device)
+    at = cache_rows(position, keys, page_table).flatten()
+    for store, x in ((keys, k), (values, v)):
+        store.flatten(0, 1).index_copy_(0, at, x.flatten(0, 1))
+    starts, stops = decode_intervals(lengths, rows, num_commit, causal, window, window_by_row)
+    return intervals(q, keys, values, starts, stops, page_table, scale, softcap)
+
+
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """The attention over the union of two disjoint key sets from the attention over each."""
     empty = torch.maximum(lse_a, lse_b) == -torch.inf
