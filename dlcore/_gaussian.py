@@ -1,8 +1,8 @@
 """Gaussian states x = α·clean + σ·noise and their update: what `bits` and `process.flow` are both made of.
 
 Corruption adds noise (`perturb`); an update moves x with the posterior's mean x̂ to keep·x + take·x̂, where
-keep = σ'/σ and take = α' - keep·α (`combine`). Where α and σ are affine in time, as for bits, these add up to 1:
-a `lerp`. `heun` corrects either for a second x̂; `precondition` is EDM's scaling of a network.
+keep = σ'/σ and take = α' - keep·α (`combine`). Where α and σ are affine in time, as for bits, they add up to
+1: a `lerp`. `heun` corrects either for a second x̂; `precondition` is EDM's scaling of a network.
 """
 
 from __future__ import annotations

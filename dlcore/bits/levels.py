@@ -72,9 +72,9 @@ def aligned(x: Tensor, *values: Level) -> tuple[Level, ...]:
     )
 
 
-def parameters(x: Tensor, *values: Level) -> Tensor:
+def parameters(x: Tensor, *values: Level, dtype: torch.dtype | None = None) -> Tensor:
     """Parameters (n, ...) that broadcast to x, in the dtype of its results; (n,) if all are numbers."""
-    dtype = result_dtype(x)
+    dtype = result_dtype(x) if dtype is None else dtype
     like = next((v for v in values if isinstance(v, Tensor)), None)
     if like is None:
         return torch.tensor(values, dtype=dtype, device=x.device)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -158,12 +160,12 @@ def edm_weight(sigma: float | Tensor, *, coding: str = "01") -> float | Tensor:
     """
     op = "bits.edm_weight"
     low, high = values_of(op, coding)
-    deviation = (high - low) / 2
+    least = 4 / (high - low) ** 2
     if isinstance(sigma, Tensor):
         checks.real_tensor(op, "sigma", sigma)
-        return gaussian.precondition(sigma.double(), deviation).weight.to(result_dtype(sigma))
-    level = torch.tensor(checks.real(op, "sigma", sigma, 0.0), dtype=torch.float64)
-    return float(gaussian.precondition(level, deviation).weight)
+        return least + sigma.to(result_dtype(sigma)) ** -2.0
+    inverse = 1 / sigma if checks.real(op, "sigma", sigma, 0.0) > 0 else math.inf
+    return least + inverse * inverse
 
 
 def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tensor:
@@ -180,9 +182,8 @@ def scale_input(x: Tensor, sigma: float | Tensor, *, coding: str = "01") -> Tens
     op = "bits.scale_input"
     low, high = values_of(op, coding)
     (x,) = inputs(op, x=x)
-    gain = gaussian.precondition(
-        parameters(x.double(), level(op, "sigma", sigma, x))[0], (high - low) / 2
-    ).c_in
+    (spread,) = parameters(x, level(op, "sigma", sigma, x), dtype=torch.float64)
+    gain = gaussian.precondition(spread, (high - low) / 2).c_in
     x = x.to(result_dtype(x))
     scaled: Tensor = (x - (low + high) / 2) * gain.to(x.dtype)
     return scaled

@@ -18,10 +18,16 @@ def _mean(probs: Tensor, coding: tuple[float, float]) -> Tensor:
     return probs if (low, high) == (0, 1) else low + (high - low) * probs
 
 
-def _kept(op: str, x: Tensor, sigma: float | Tensor, sigma_next: float | Tensor) -> Tensor:
+def _kept(
+    op: str,
+    x: Tensor,
+    sigma: float | Tensor,
+    sigma_next: float | Tensor,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
     """σ'/σ, broadcast to x."""
     here, there = level(op, "sigma", sigma, x, LIMITS.tiny), level(op, "sigma_next", sigma_next, x)
-    return parameters(x, ratio(op, there, here))[0]
+    return parameters(x, ratio(op, there, here), dtype=dtype)[0]
 
 
 def step(
@@ -152,5 +158,5 @@ def heun_step(
     op = "bits.heun_step"
     code = values_of(op, coding)
     x_next, probs, probs_next = gaussian.states(op, x_next=x_next, probs=probs, probs_next=probs_next)
-    kept = _kept(op, x_next.double(), sigma, sigma_next)
+    kept = _kept(op, x_next, sigma, sigma_next, torch.float64)
     return gaussian.heun(x_next, _mean(probs, code), _mean(probs_next, code), kept, 1 - kept)

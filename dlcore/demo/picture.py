@@ -52,8 +52,8 @@ def save(path: Path, samplers: Samplers, results: Sequence[Result], truth: Truth
         handles, labels = whole.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.draw_without_rendering()  # settles the layout that labels are placed in
-        _label(near, samplers, results, truth)
-        _label(whole, samplers, [r for r in results if not _inside(near, r)], truth)
+        _label(near, samplers, results, truth, results)
+        _label(whole, samplers, results, truth, [r for r in results if not _inside(near, r)])
         figure.savefig(path, metadata={"Software": None})
 
 
@@ -106,13 +106,15 @@ def _zoom(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth
     axes.set_ylim(min(y) / 1.05, max(y) * 1.08)
 
 
-def _label(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
-    """Write the steps beside each point where there is room: no label lies on a point or on another label."""
+def _label(
+    axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth, labelled: Sequence[Result]
+) -> None:
+    """Write the steps beside the points of `labelled` where there is room: on no point and no other label."""
     points = [(r.figures.bigram_entropy, r.figures.perplexity) for r in results]
     pixels = axes.transData.transform([*points, (truth.bigram_entropy, truth.perplexity)])
     taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in pixels]
     for r, point, (x, y) in zip(results, points, pixels, strict=False):
-        if not _inside(axes, r):
+        if r not in labelled or not _inside(axes, r):
             continue
         text = str(r.steps)
         width, height = 12 * len(text), 18
