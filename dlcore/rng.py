@@ -107,7 +107,9 @@ def uniform(key: Tensor, shape: int | Sequence[int], *, dtype: torch.dtype = tor
 
 
 def normal(key: Tensor, shape: int | Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers (Box-Muller). key (*lead, 2) -> (*lead, *shape).
+    """Standard normal numbers (Box-Muller); float32 ones are those of float64, rounded.
+
+    key (*lead, 2) -> (*lead, *shape).
 
     Example:
         >>> import dlcore
