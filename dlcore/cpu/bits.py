@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore.cpu.tensors import DTYPES, View, keyed, rows_contiguous, threads, view
+from dlcore.cpu.tensors import DTYPES, keyed, rows_contiguous, threads, view
 
 #: What drawing a normal costs, in elements read.
 _NOISE = 8
@@ -29,7 +31,7 @@ class _Rows:
         join = join and not each and all(x.is_contiguous() for x in present)
         kept = shape if each else shape[: told if join else -1]
         long = (kept.numel(), shape[told:].numel())
-        self.views: tuple[View | None, ...] = tuple(
+        self.views: tuple[Any, ...] = tuple(  # a View each, or None
             None if x is None else (x.data_ptr(), DTYPES[x.dtype], long, (long[1], 1)) if join else view(x)
             for x in self.tensors
         )
@@ -67,7 +69,8 @@ def _logits(
 ) -> Tensor:
     rows, out = _Rows(slope.unsqueeze(0), x, residual, join=True), _result(x)
     used = threads(x.numel())
-    _C.bit_logits(*rows.views, rows.parameters, (center, center, clip), sigmoid, out.data_ptr(), used)
+    seen, own = rows.views
+    _C.bit_logits(seen, own, rows.parameters, (center, center, clip), sigmoid, out.data_ptr(), used)
     return out
 
 
@@ -90,8 +93,10 @@ def step(
 ) -> tuple[Tensor, Tensor]:
     key = None if key is None else key.contiguous()
     rows, moved, probs = _Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
+    seen, own = rows.views
     _C.bit_step(
-        *rows.views,
+        seen,
+        own,
         rows.parameters,
         (low, high, clip),
         None if key is None else keyed(key),
@@ -104,7 +109,7 @@ def step(
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     key, rows, out = key.contiguous(), _Rows(spread.unsqueeze(0), x), _result(x)
-    _C.bit_perturb(*rows.views, rows.parameters, keyed(key), out.data_ptr(), threads(x.numel() * _NOISE))
+    _C.bit_perturb(rows.views[0], rows.parameters, keyed(key), out.data_ptr(), threads(x.numel() * _NOISE))
     return out
 
 
