@@ -150,7 +150,7 @@ def _lines(results: Sequence[Result], pixels: Sequence[Any]) -> list[tuple[float
     for (one, start), (other, end) in pairwise(zip(results, pixels, strict=False)):
         if one.sampler != other.sampler:
             continue
-        count = 1 + int(math.dist(start, end) / 6)
+        count = 1 + int(math.dist(start, end) / 2)
         for i in range(count):
             x, y = (a + (b - a) * i / count for a, b in zip(start, end, strict=True))
             boxes.append((x - 1, y - 1, x + 1, y + 1))
