@@ -66,7 +66,7 @@ def _correct(shape: Shape) -> Work:
 
 
 CASES = (
-    Case("sphere.step", SHAPE, TINY, _step, kernel="sphere.exp_map"),
+    Case("sphere.step", SHAPE, TINY, _step),
     Case("sphere.correct", SHAPE, TINY, _correct),
 )
 

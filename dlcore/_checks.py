@@ -151,11 +151,52 @@ def per_row(
             raise ValueError(f"{op}: {name} is too large, got {describe(value)}") from error
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")
+    if value.is_meta and device.type != "meta":
+        raise ValueError(f"{op}: {name} must be on {device}, got meta")
+    if value.layout != torch.strided:
+        raise TypeError(f"{op}: {name} must be dense, got {value.layout}")
     if value.dim() > len(lead) or any(
         have not in (1, want) for have, want in zip(reversed(value.shape), reversed(lead), strict=False)
     ):
         raise ValueError(f"{op}: {name} must broadcast to {tuple(lead)}, got {tuple(value.shape)}")
     return value.to(device=device, dtype=dtype)
+
+
+def number(
+    op: str,
+    name: str,
+    value: float | Tensor,
+    lead: torch.Size,
+    device: torch.device,
+    dtype: torch.dtype = torch.float64,
+) -> Tensor:
+    """A number per row, float64 unless told, broadcast over `lead` but not expanded."""
+    x = per_row(op, name, value, lead, device, dtype)
+    if x is None:
+        raise TypeError(f"{op}: {name} must be a number or a Tensor, got {describe(value)}")
+    return x
+
+
+def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor:
+    """x itself, every value between low and high; `ends` says which of the two belong. Reads data."""
+    if reads_data(x):
+        ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
+        if not bool(ok.all()):
+            got = first(x, ~ok)
+            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
+    return x
+
+
+def first(x: Tensor, where: Tensor) -> float:
+    """The first value of x, broadcast, where `where` is true."""
+    return float(x.expand(where.shape)[where][0])
+
+
+def real_tensor(op: str, name: str, value: Tensor) -> None:
+    """Real numbers of any shape, at least 0."""
+    if value.dtype == torch.bool or value.is_complex():
+        raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")
+    value_range(op, name, value, 0.0)
 
 
 def key(
@@ -183,3 +224,11 @@ def key(
         wanted = "(..., 2)" if lead is None else f"(2,) or {(*lead, 2)}"
         raise ValueError(f"{op}: key must have shape {wanted}, got {tuple(value.shape)}")
     return value if device is None or value.device == device else value.to(device)
+
+
+def unused_key(op: str, value: Tensor | None, generator: torch.Generator | None, lead: torch.Size) -> None:
+    """What a call that draws nothing was given to draw with: checked all the same."""
+    if value is not None:
+        key(op, value, generator, lead)
+    elif generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"{op}: generator must be a torch.Generator, got {describe(generator)}")

@@ -36,7 +36,6 @@ SERVED_BY = {
     "vmf.sample": "sphere.sample",
     "cauchy.sample": "sphere.sample",
     "sphere.posterior_score": "categorical.expectation",
-    "sphere.step": "sphere.exp_map",
     "uniform.step": "categorical.sample_mixture",
     "uniform.cross_entropy": "categorical.log_probs",
     "uniform.correct": "categorical.sample_mixture",

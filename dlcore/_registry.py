@@ -96,6 +96,7 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "sphere.correct_backward": sphere_dynamics.correct_backward,
     "sphere.largest": sphere_velocity.largest,
     "sphere.sample": vmf.sample,
+    "sphere.step": sphere.step,
     "sphere.velocity": sphere_velocity.velocity,
     "sphere.velocity_backward": _velocity_backward,
     "uniform.nelbo": uniform.nelbo,
@@ -116,6 +117,7 @@ NOT_DIFFERENTIABLE = (
     "categorical.sample_mixture",
     "sphere.largest",
     "sphere.sample",
+    "sphere.step",
 )
 
 for _op, _function in REFERENCE.items():

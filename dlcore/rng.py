@@ -70,6 +70,13 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
     return fold_in(key, torch.arange(size.numel(), device=key.device).view(size))
 
 
+def per_row(key: Tensor, lead: torch.Size) -> Tensor:
+    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
+    if key.dim() > 1:
+        return key
+    return fold_in(key, torch.arange(lead.numel(), device=key.device).view(lead))
+
+
 def _size(op: str, shape: int | Sequence[int]) -> list[int]:
     """One int or several as a list."""
     size = list(shape) if isinstance(shape, Sequence) else [shape]
@@ -100,7 +107,9 @@ def uniform(key: Tensor, shape: int | Sequence[int], *, dtype: torch.dtype = tor
 
 
 def normal(key: Tensor, shape: int | Sequence[int], *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal numbers (Box-Muller). key (*lead, 2) -> (*lead, *shape).
+    """Standard normal numbers (Box-Muller); float32 ones are those of float64, rounded.
+
+    key (*lead, 2) -> (*lead, *shape).
 
     Example:
         >>> import dlcore

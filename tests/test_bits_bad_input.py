@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -174,6 +175,36 @@ BAD = [
     (lambda: bits.edm_weight(X - 1), ValueError, "bits.edm_weight: sigma must lie in .* got -1"),
     (lambda: bits.edm_weight(X * math.nan), ValueError, "bits.edm_weight: sigma must lie in .* got nan"),
     (lambda: bits.scale_input(X, -1.0), ValueError, "bits.scale_input: sigma must lie in"),
+    (
+        lambda: bits.step(X, None, 1e-20, 1e20),
+        ValueError,
+        "bits.step: sigma_next / sigma must lie in .* got 1e",
+    ),
+    (
+        lambda: bits.euler_step(X, X, torch.tensor(1e-20), torch.tensor(1e20)),
+        ValueError,
+        "bits.euler_step: sigma_next / sigma must lie in .* got 1.0",
+    ),
+    (lambda: bits.step(X, None, 0.5, 0.4, key=KEY[:1]), ValueError, "bits.step: key must have shape"),
+    (lambda: bits.step(X, None, 0.5, 0.4, generator=7), TypeError, "generator must be a torch.Generator"),
+    (lambda: bits.step(X, None, 0.5, 0.4, noise_scale=-1.0), ValueError, "noise_scale must lie in"),
+    (
+        lambda: bits.posterior(X, torch.ones(2, device="meta")),
+        ValueError,
+        "bits.posterior: sigma must be on cpu, got meta",
+    ),
+    (
+        lambda: bits.posterior(X.to_sparse(), 0.5),
+        TypeError,
+        "bits.posterior: x must be dense, got torch.sparse",
+    ),
+    (
+        lambda: bits.posterior(X, torch.ones(2).to_sparse()),
+        TypeError,
+        "bits.posterior: sigma must be dense, got torch.sparse",
+    ),
+    (lambda: bits.step(X, X.to_sparse(), 0.5, 0.4), TypeError, "bits.step: residual must be dense"),
+    (lambda: bits.encode(T, np.int64(4)), TypeError, "bits.encode: width must be an int, got int64"),
 ]
 
 

@@ -7,16 +7,19 @@ import json
 import math
 import subprocess
 import sys
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from rich.console import Console
 
 import dlcore
 from dlcore import __main__ as cli
 from dlcore import _dispatch, rng
-from dlcore.demo import measures, text, timing
+from dlcore.demo import measures, picture, text, timing
+from dlcore.demo.measures import Figures, Result, Truth
 from dlcore.demo.progress import HIDDEN, reporting
 from dlcore.demo.samplers import SAMPLERS, Network, absorbing_emission
 from dlcore.testing.markov import MarkovChain
@@ -269,3 +272,31 @@ def test_timing_says_why_torch_cannot_compile(monkeypatch: pytest.MonkeyPatch) -
     for m in found:
         assert (m.seconds is None) == (m.provider == "compile")
         assert m.note == ("no working C++ compiler" if m.provider == "compile" else "")
+
+
+def test_labels_of_the_picture_lie_on_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crowded on purpose: no label on another one, on a sampler's line, or outside of its axes."""
+    drawn: list[Figure] = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: (drawn.append(f), save(f, *a, **k))[1])
+    figures = Figures(6.0, 0.1, 5.25, 0.0)
+    truth = Truth(6.0, 5.28, figures, Figures(0.1, 0.1, 0.03, 0.0))
+    results = [
+        Result(
+            name, steps, 1.0, Figures(6 + 30 * (i + 1) / steps**1.5, 0.1, 5.2 + (i + 2) / steps**1.2, 0.0), ""
+        )
+        for i, name in enumerate(SAMPLERS)
+        for steps in (8, 32, 128)
+    ]
+    picture.save(tmp_path / "picture.png", SAMPLERS, results, truth)
+    (figure,) = drawn
+    assert sum(len(axes.texts) for axes in figure.axes) >= 8
+    for axes in figure.axes:
+        boxes = [label.get_window_extent() for label in axes.texts]
+        assert not any(a.overlaps(b) for a, b in combinations(boxes, 2))
+        assert all(axes.bbox.x0 <= b.x0 and b.x1 <= axes.bbox.x1 and axes.bbox.y0 <= b.y0 for b in boxes)
+        points = axes.transData.transform([(r.figures.bigram_entropy, r.figures.perplexity) for r in results])
+        lines = points.reshape(len(SAMPLERS), 3, 2)
+        shares = torch.linspace(0, 1, 200).numpy()[:, None, None]
+        along = ((1 - shares) * lines[:, None, :-1] + shares * lines[:, None, 1:]).reshape(-1, 2)
+        assert not any(b.x0 + 2 < x < b.x1 - 2 and b.y0 + 2 < y < b.y1 - 2 for b in boxes for x, y in along)

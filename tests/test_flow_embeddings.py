@@ -47,6 +47,13 @@ def test_flm_in_d_dimensions_is_flm_in_v() -> None:
     torch.testing.assert_close(z, p)  # the last step lands on p
 
 
+def test_autocast_leaves_flms_noise_alone() -> None:
+    factor = flow.flm_factor(normal(9, 4).float())
+    plain = flow.flm_noise(factor, (5,), key=KEY)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(flow.flm_noise(factor, (5,), key=KEY), plain)
+
+
 @pytest.mark.parametrize(("vocab", "width"), [(30, 6), (4, 6)])
 def test_flm_noise_has_the_law_of_noise_in_v_dimensions(vocab: int, width: int) -> None:
     table = normal(vocab, width)

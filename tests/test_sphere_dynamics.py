@@ -49,6 +49,25 @@ def test_steps_stay_on_the_sphere(retraction, dtype):
 
 
 @pytest.mark.parametrize("retraction", ["exp", "normalize"])
+def test_one_pass_is_what_the_maps_give(retraction, level):
+    """Against float64, strided and with a step per row; norms are 1 where little is left, too."""
+    x, v = X.float(), V.float()
+    steps = torch.linspace(-1, 3, 6)
+    got = sphere.step(x, v, steps, retraction=retraction)
+    assert dlcore.last_backend("sphere.step") == "cpu"
+    torch.testing.assert_close(
+        got, sphere.step(X, V, steps, retraction=retraction).float(), rtol=0, atol=1e-6
+    )
+    wide = torch.full((2, x.shape[1] + 3), torch.nan).repeat(3, 1)
+    wide[:, 1 : x.shape[1] + 1] = x
+    assert torch.equal(sphere.step(wide[:, 1 : x.shape[1] + 1], v, steps, retraction=retraction), got)
+    for a, b in ((x, -x * (1 - 1e-6)), (1e-25 * x, 1e-25 * v), (1e25 * x, 1e-25 * v), (x, 1e-30 * v)):
+        there = sphere.step(a, b, 1.0, retraction=retraction)
+        assert (there.double().norm(dim=-1) - 1).abs().max() < 1e-6
+    assert sphere.step(0 * x, 0 * v, 1.0, retraction=retraction).abs().max() == 0
+
+
+@pytest.mark.parametrize("retraction", ["exp", "normalize"])
 def test_step_is_differentiable(retraction):
     leaves = [t.clone().requires_grad_() for t in (X, V, torch.linspace(0, 1, 6).double())]
     assert torch.autograd.gradcheck(lambda *a: sphere.step(*a, retraction=retraction), leaves)

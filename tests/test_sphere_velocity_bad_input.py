@@ -130,6 +130,11 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: correct(X, V, 0.1, key=3), TypeError, r"sphere.correct: key must be an int64 Tensor"),
     (lambda: correct(X[:, :1], V[:, :1], 0.1), ValueError, r"d >= 2"),
+    (
+        lambda: sphere.slerp(X, X, float("nan")),
+        ValueError,
+        r"sphere.slerp: t must lie in \(-inf, inf\), got nan",
+    ),
     (lambda: sphere.slerp(X[:, :1], X[:, :1], 0.5), ValueError, r"sphere.slerp: x must be .* d >= 2"),
     (lambda: sphere.log_map(X[:, :1], X[:, :1]), ValueError, r"sphere.log_map: x must be .* d >= 2"),
     (lambda: sphere.rotate(V[:, :1], X[:, :1], X[:, :1]), ValueError, r"sphere.rotate: x must be .* d >= 2"),
@@ -147,3 +152,13 @@ def test_a_second_derivative_raises():
     (grad,) = torch.autograd.grad(velocity(x, logits, E).sum(), logits, create_graph=True)
     with pytest.raises(NotImplementedError, match=r"sphere.velocity: has a first derivative only"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("path", "level"), [("slerp", {"noise": 0.6}), ("vmf", {"kappa": 9.0}), ("cauchy", {"kappa": 9.0})]
+)
+def test_autocast_leaves_the_logits_alone(path, level):
+    x, table = torch.nn.functional.normalize(torch.randn(3, 33), dim=-1), torch.eye(33)
+    plain = sphere.posterior_logits(x, table, path=path, **level)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(sphere.posterior_logits(x, table, path=path, **level), plain)

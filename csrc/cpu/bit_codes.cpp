@@ -9,6 +9,7 @@ namespace {
 
 // Rows that one task takes: a row is short.
 constexpr int64_t kRowsAtOnce = 256;
+constexpr int kMostBits = 64;
 
 uint64_t to_gray(uint64_t code) { return code ^ code >> 1; }
 
@@ -25,12 +26,11 @@ uint64_t reversed(uint64_t x, int width) {
   return __builtin_bswap64(x) >> (64 - width);
 }
 
+// Calls body(begin, end) on ranges that cover all rows.
 template <class Body>
 void for_rows(int64_t rows, int threads, Body body) {
-  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads, [&](int64_t task) {
-    const int64_t end = std::min(rows, (task + 1) * kRowsAtOnce);
-    for (int64_t r = task * kRowsAtOnce; r < end; ++r) body(r);
-  });
+  parallel_for((rows + kRowsAtOnce - 1) / kRowsAtOnce, threads,
+               [&](int64_t task) { body(task * kRowsAtOnce, std::min(rows, (task + 1) * kRowsAtOnce)); });
 }
 
 // The bit of a code's sixteen that each lane takes.
@@ -76,33 +76,51 @@ int64_t decode_row(const BitDecodeArguments& a, const T* row, int width) {
 
 }  // namespace
 
-void bit_encode(const BitEncodeArguments& a) {
+namespace {
+
+// What all tokens share is copied: for all that is known a result's store could change it.
+void encode_rows(const BitEncodeArguments a, int64_t begin, int64_t end) {
   const Words masks = lane_bit_masks(a.msb);
   const Floats low = broadcast(a.low), high = broadcast(a.high);
-  for_rows(a.count, a.threads, [&](int64_t r) {
-    auto code = static_cast<uint64_t>(a.tokens[r]);
-    if (a.gray) code = to_gray(code);
-    float* out = a.out + r * a.width;
-    for (int at = 0; at < a.width; at += kLanes) {
-      const Words word = broadcast(sixteen_bits(code, a.width, at, a.msb));
-      const Mask set = each([](WordPart w, WordPart m) { return (IntPart)((w & m) != 0); }, word, masks);
-      const Floats bits = select(set, high, low);
-      if (at + kLanes <= a.width) {
-        store(out + at, bits);
-        continue;
-      }
-      float tail[kLanes];
-      store(tail, bits);
-      std::memcpy(out + at, tail, static_cast<size_t>(a.width - at) * sizeof(float));
-    }
-  });
+  const auto code_of = [&](int64_t r) {
+    const auto token = static_cast<uint64_t>(a.tokens[r]);
+    return a.gray ? to_gray(token) : token;
+  };
+  const auto sixteen = [&](uint64_t code, int at) {
+    const Words word = broadcast(sixteen_bits(code, a.width, at, a.msb));
+    const Mask set = each([](WordPart w, WordPart m) { return (IntPart)((w & m) != 0); }, word, masks);
+    return select(set, high, low);
+  };
+  const int padded = (a.width + kLanes - 1) / kLanes * kLanes;
+  // What a row stores past its end later ones store over; the last ones must not.
+  const int64_t last = end - (padded + a.width - 1) / a.width;
+  float* out = a.out + begin * a.width;
+  int64_t r = begin;
+  for (; r <= last; ++r, out += a.width) {
+    const uint64_t code = code_of(r);
+    store(out, sixteen(code, 0));
+    for (int at = kLanes; at < a.width; at += kLanes) store(out + at, sixteen(code, at));
+  }
+  for (; r < end; ++r, out += a.width) {
+    float row[kMostBits];
+    for (int at = 0; at < a.width; at += kLanes) store(row + at, sixteen(code_of(r), at));
+    std::memcpy(out, row, static_cast<size_t>(a.width) * sizeof(float));
+  }
+}
+
+}  // namespace
+
+void bit_encode(const BitEncodeArguments& a) {
+  for_rows(a.count, a.threads, [&](int64_t begin, int64_t end) { encode_rows(a, begin, end); });
 }
 
 void bit_decode(const BitDecodeArguments& a) {
   const int width = static_cast<int>(a.x.columns);
   with_dtype(a.x.dtype, [&](auto type) {
-    for_rows(a.x.rows, a.threads,
-             [&](int64_t r) { a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width); });
+    for_rows(a.x.rows, a.threads, [&](int64_t begin, int64_t end) {
+      for (int64_t r = begin; r < end; ++r)
+        a.tokens[r] = decode_row(a, a.x.row<const decltype(type)>(r), width);
+    });
   });
 }
 

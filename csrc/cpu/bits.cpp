@@ -11,9 +11,12 @@
 namespace dlcore::DLCORE_ISA {
 namespace {
 
-// A group of 256 columns as floats, whole lanes of sixteen.
+// Columns that are worked on at once: enough to hide what a pass begins with, few enough for the cache.
+constexpr int64_t kPass = 1024;
+
+// A pass of columns as floats, whole lanes of sixteen.
 struct alignas(64) Group {
-  float at[kGroup];
+  float at[kPass];
 };
 
 // Where a group stands.
@@ -59,7 +62,7 @@ class Result {
   template <class F>
   void fill(F of) {
     float* to = lanes_;
-    for (int64_t i = 0; i < count_; i += kLanes) store(to + i, of(i));
+    for_lanes(count_, [&](int64_t i, auto like) { store(to + i, of(i, like)); });
     finish();
   }
 
@@ -69,14 +72,33 @@ class Result {
   float* lanes_;
 };
 
+// What goes through a pass side by side: as many lines of each stream at once hide latencies, of memory too.
+// (Narrower vectors have too few registers for it.)
+using Abreast = std::conditional_t<kParts == 1, WideFloats, Floats>;
+constexpr int64_t kAbreastLanes = sizeof(Abreast) / sizeof(float);
+
+// Calls f(i, lanes) with an Abreast or Floats to be read at i, over `count` entries rounded up to sixteens.
+template <class F>
+void for_lanes(int64_t count, F f) {
+  int64_t i = 0;
+  for (; i + kAbreastLanes <= count; i += kAbreastLanes) f(i, Abreast{});
+  for (; i < count; i += kLanes) f(i, Floats{});
+}
+
 // Numbers along a group: one for all, which stays in a register, or one of each place.
 struct Same {
-  Floats value;
-  Floats operator[](int64_t) const { return value; }
+  float value;
+  template <class L>
+  L at(int64_t, L like) const {
+    return each([v = value](FloatPart) { return spread(v); }, like);
+  }
 };
 struct Each {
-  const float* at;
-  Floats operator[](int64_t i) const { return load(at + i); }
+  const float* data;
+  template <class L>
+  L at(int64_t i, L) const {
+    return load_lanes<L>(data + i);
+  }
 };
 
 // The k-th parameter of a row, all along it as Kind says: Same or Each.
@@ -86,7 +108,7 @@ class Parameter {
   Parameter(const BitParameters& p, int k, int64_t row) : data_(p.data + k * p.apart + row * p.row) {}
   Kind along(const Place& place) {
     if constexpr (std::is_same_v<Kind, Same>)
-      return {broadcast(*data_)};
+      return {*data_};
     else
       return {lanes(data_ + place.first, place, group_)};
   }
@@ -107,7 +129,7 @@ void with_kind(const BitParameters& p, F f) {
 class Residual {
  public:
   explicit Residual(const View& view) : view_(view) {
-    if (!view.data) std::fill(group_.at, group_.at + kGroup, 0.0f);
+    if (!view.data) std::fill(group_.at, group_.at + kPass, 0.0f);
   }
   Each along(const Place& place) { return {view_.data ? lanes(view_, place, group_) : group_.at}; }
 
@@ -129,32 +151,43 @@ void for_spans(int64_t rows, int64_t columns, int threads, Body body) {
 // Calls body(place) on the groups of a span.
 template <class Body>
 void for_groups(int64_t row, int64_t first, int64_t count, Body body) {
-  for (int64_t at = first; at < first + count; at += kGroup)
-    body(Place{row, at, std::min(kGroup, first + count - at)});
+  for (int64_t at = first; at < first + count; at += kPass)
+    body(Place{row, at, std::min(kPass, first + count - at)});
 }
 
-Floats clamped(const Floats& x, float limit) { return max(-limit, min(limit, x)); }
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> clamped(const Lanes<FloatPart, N>& x, float limit) {
+  return max(-limit, min(limit, x));
+}
 
-Floats magnitude(const Floats& x) { return floats_of(words_of(x) & 0x7FFFFFFFu); }
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> magnitude(const Lanes<FloatPart, N>& x) {
+  return floats_of(words_of(x) & 0x7FFFFFFFu);
+}
 
 // e^-x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
-Floats exp_minus(const Floats& x) {
-  const Floats y = clamped(x, 86.0f);
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> exp_minus(const Lanes<FloatPart, N>& x) {
+  const auto y = clamped(x, 86.0f);
   const auto n = each([](FloatPart v) { return Exponent(v); }, y * -kLog2E);
   // -y·log2(e) less n, with the digits of log2(e) that a float lacks.
-  Floats f = fused(y, -kLog2E, 0.0f - each([](Exponent e) { return e.value(); }, n));
+  auto f = fused(y, -kLog2E, each([](Exponent e) { return -e.value(); }, n));
   f = fused(y, -0x1.4ae0cp-26f, f);
   return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
 }
 
-Floats sigmoid(const Floats& l) { return 1.0f / (exp_minus(l) + 1.0f); }
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> sigmoid(const Lanes<FloatPart, N>& l) {
+  return 1.0f / (exp_minus(l) + 1.0f);
+}
 
-// sigmoid(l) and 1 - sigmoid(l), both with small relative errors, and exp(-|l|).
+// sigmoid(l) and 1 - sigmoid(l), both with small relative errors.
+template <class L>
 struct Sigmoid {
-  Floats set, clear, tail;
-  explicit Sigmoid(const Floats& l) : tail(exp_minus(magnitude(l))) {
-    const Floats large = 1.0f / (tail + 1.0f), small = tail * large;
-    const Mask negative = less(l, 0.0f);
+  L set, clear;
+  [[gnu::always_inline]] explicit Sigmoid(const L& l) {
+    const L tail = exp_minus(magnitude(l)), large = 1.0f / (tail + 1.0f), small = tail * large;
+    const auto negative = less(l, 0.0f);
     set = select(negative, small, large);
     clear = select(negative, large, small);
   }
@@ -164,8 +197,16 @@ struct Sigmoid {
 struct Filter {
   float centre, clip;
   explicit Filter(const BitCoding& c) : centre((c.low + c.high) / 2), clip(c.clip) {}
-  Floats raw(const Floats& x, const Floats& slope) const { return (x - centre) * slope; }
-  Floats operator()(const Floats& x, const Floats& slope) const { return clamped(raw(x, slope), clip); }
+  // (x - centre)·slope: a centre of ½ or 0 times slope is exact, so one rounding where the machine fuses.
+  template <class L>
+  L raw(const L& x, const L& slope) const {
+    if constexpr (kFused) return fused(x, slope, slope * -centre);
+    return (x - centre) * slope;
+  }
+  template <class L>
+  L operator()(const L& x, const L& slope) const {
+    return clamped(raw(x, slope), clip);
+  }
 };
 
 }  // namespace
@@ -182,9 +223,11 @@ void bit_logits(const BitLogitsArguments& a) {
         const auto residual = residuals.along(place);
         const auto slope = slopes.along(place);
         Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
-        const auto logit = [&](int64_t i) { return residual[i] + filter(load(x + i), slope[i]); };
+        const auto logit = [&](int64_t i, auto as) {
+          return residual.at(i, as) + filter(Each{x}.at(i, as), slope.at(i, as));
+        };
         if (a.sigmoid)
-          result.fill([&](int64_t i) { return sigmoid(logit(i)); });
+          result.fill([&](int64_t i, auto as) { return sigmoid(logit(i, as)); });
         else
           result.fill(logit);
       });
@@ -211,16 +254,15 @@ void step_span(const BitStepArguments& a, int64_t row, int64_t first, int64_t co
     Result<float> next(a.next + at, place, next_group), probs(a.probs + at, place, probs_group);
     if (churned) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
     float *p_to = probs.lanes(), *to = next.lanes();
-    for (int64_t i = 0; i < place.count; i += kLanes) {
-      const Floats here = load(x + i);
-      const Floats p = sigmoid(residual[i] + filter(here, slope[i]));
-      // ratio·x + (1 - ratio)·mean: where σ stays, so does x, to the bit.
-      const Floats rest = 1.0f - ratio[i];
-      Floats moved = fused(rest * width, p, fused(ratio[i], here, rest * low));
-      if constexpr (churned) moved = fused(spread[i], load(noise.at + i), moved);
+    for_lanes(place.count, [&](int64_t i, auto as) {
+      const auto here = Each{x}.at(i, as), keep = ratio.at(i, as), rest = 1.0f - keep;
+      const auto p = sigmoid(residual.at(i, as) + filter(here, slope.at(i, as)));
+      // keep·x + (1 - keep)·mean: where σ stays, so does x, to the bit.
+      auto moved = fused(rest * width, p, fused(keep, here, rest * low));
+      if constexpr (churned) moved = fused(spread.at(i, as), Each{noise.at}.at(i, as), moved);
       store(p_to + i, p);
       store(to + i, moved);
-    }
+    });
     probs.finish();
     next.finish();
   });
@@ -251,7 +293,9 @@ void bit_perturb(const BitPerturbArguments& a) {
         const auto spread = spreads.along(place);
         fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
         Result<float> result(a.out + row * a.x.columns + place.first, place, out_group);
-        result.fill([&](int64_t i) { return fused(spread[i], load(noise.at + i), load(x + i)); });
+        result.fill([&](int64_t i, auto as) {
+          return fused(spread.at(i, as), Each{noise.at}.at(i, as), Each{x}.at(i, as));
+        });
       });
     });
   });
@@ -267,9 +311,18 @@ struct LossGroup {
   Filter filter;
   float low, inverse_width;
 
-  Floats raw(int64_t i) const { return filter.raw(load(x + i), slope[i]); }
-  Floats logit(int64_t i) const { return load(residual + i) + clamped(raw(i), filter.clip); }
-  Floats bit(int64_t i) const { return (load(bits + i) - low) * inverse_width; }
+  template <class L>
+  L raw(int64_t i, L as) const {
+    return filter.raw(Each{x}.at(i, as), slope.at(i, as));
+  }
+  template <class L>
+  L logit(int64_t i, L as) const {
+    return Each{residual}.at(i, as) + clamped(raw(i, as), filter.clip);
+  }
+  template <class L>
+  L bit(int64_t i, L as) const {
+    return (Each{bits}.at(i, as) - low) * inverse_width;
+  }
 };
 
 // Reads the groups of a row.
@@ -297,22 +350,21 @@ class LossRow {
 float weight(const BitCoding& c) { return (c.high - c.low) * (c.high - c.low); }
 
 // p - b without cancellation at either end.
-Floats error(const Sigmoid& s, const Floats& bit) { return fused(s.set, 1.0f - bit, 0.0f - s.clear * bit); }
+template <class L>
+[[gnu::always_inline]] inline L error(const Sigmoid<L>& s, const L& bit) {
+  return fused(s.set, 1.0f - bit, 0.0f - s.clear * bit);
+}
 
-}  // namespace
-
-namespace {
-
-template <class Kind>
-Floats squared(const LossGroup<Kind>& g, int64_t i) {
-  const Floats d = error(Sigmoid(g.logit(i)), g.bit(i));
+template <class Kind, class L>
+L squared(const LossGroup<Kind>& g, int64_t i, L as) {
+  const L d = error(Sigmoid<L>(g.logit(i, as)), g.bit(i, as));
   return d * d;
 }
 
-template <class Kind>
-Floats cross_entropy(const LossGroup<Kind>& g, int64_t i) {
-  const Floats l = g.logit(i);
-  return max(0.0f, l) - g.bit(i) * l + log1p(exp_minus(magnitude(l)));
+template <class Kind, class L>
+L cross_entropy(const LossGroup<Kind>& g, int64_t i, L as) {
+  const L l = g.logit(i, as);
+  return max(0.0f, l) - g.bit(i, as) * l + log1p(exp_minus(magnitude(l)));
 }
 
 // The first `count` lanes, and zeros.
@@ -323,15 +375,17 @@ Floats first_lanes(const Floats& x, int64_t count) {
   return load(lanes);
 }
 
-// The sum of `of` over a group; what lies past its end counts nothing. (`of` stands once, to be inlined.)
+// The sum of `of` over a group, sixteen after sixteen on every level; what lies past its end counts nothing.
 template <class F>
 float sum_over(int64_t count, F of) {
   Floats sums = broadcast(0.0f);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    Floats x = of(i);
-    if (i + kLanes > count) x = first_lanes(x, count - i);
-    sums = sums + x;
-  }
+  for_lanes(count, [&](int64_t i, auto as) {
+    const auto x = of(i, as);
+    if constexpr (std::is_same_v<decltype(as), Floats>)
+      sums = sums + (i + kLanes > count ? first_lanes(x, count - i) : x);
+    else
+      for (int k = 0; k < kAbreast; ++k) sums = sums + slice(x, k);
+  });
   return sum(sums);
 }
 
@@ -346,8 +400,9 @@ void bit_loss(const BitLossArguments& a) {
       double total = 0;
       for_groups(row, first, count, [&](const Place& place) {
         const auto group = groups.along(place);
-        total += a.squared ? sum_over(place.count, [&](int64_t i) { return squared(group, i); })
-                           : sum_over(place.count, [&](int64_t i) { return cross_entropy(group, i); });
+        total += a.squared
+                     ? sum_over(place.count, [&](int64_t i, auto as) { return squared(group, i, as); })
+                     : sum_over(place.count, [&](int64_t i, auto as) { return cross_entropy(group, i, as); });
       });
       a.sums[row * spans + first / kBitSpan] = scale * total;
     });
@@ -360,29 +415,28 @@ void bit_loss_backward(const BitLossBackwardArguments& b) {
     for_spans(a.x.rows, a.x.columns, b.threads, [&](int64_t row, int64_t first, int64_t count) {
       LossRow<decltype(kind)> groups(a, row);
       const float scale = b.grad[row] * (a.squared ? 2 * weight(a.coding) : 1);
-      Group out_group;
+      Group in_logit, in_x;
+      const auto write = [&](const View& out, const Place& place, const Group& grads) {
+        with_dtype(out.dtype, [&](auto type) {
+          write_group(out.row<decltype(type)>(row) + place.first, place.count, grads.at);
+        });
+      };
       for_groups(row, first, count, [&](const Place& place) {
         const auto group = groups.along(place);
-        const auto write = [&](const View& out, auto of) {
-          with_dtype(out.dtype, [&](auto type) {
-            Result(out.row<decltype(type)>(row) + place.first, place, out_group).fill(of);
-          });
-        };
-        const auto write_both = [&](auto in_logit) {
-          write(b.residual_grad, in_logit);
-          if (!b.x_grad.data) return;
-          write(b.x_grad, [&](int64_t i) {
-            const Mask clipped = less(broadcast(group.filter.clip), magnitude(group.raw(i)));
-            return select(clipped, 0.0f, in_logit(i) * group.slope[i]);
-          });
-        };
-        if (a.squared)
-          write_both([&](int64_t i) {
-            const Sigmoid s(group.logit(i));
-            return error(s, group.bit(i)) * scale * (s.set * s.clear);
-          });
-        else
-          write_both([&](int64_t i) { return error(Sigmoid(group.logit(i)), group.bit(i)) * scale; });
+        for_lanes(place.count, [&](int64_t i, auto as) {
+          const Sigmoid<decltype(as)> s(group.logit(i, as));
+          auto grad = error(s, group.bit(i, as)) * scale;
+          if (a.squared) grad = grad * (s.set * s.clear);
+          store(in_logit.at + i, grad);
+        });
+        write(b.residual_grad, place, in_logit);
+        if (!b.x_grad.data) return;
+        for_lanes(place.count, [&](int64_t i, auto as) {
+          const auto limit = Same{group.filter.clip}.at(i, as);
+          const auto clipped = less(limit, magnitude(group.raw(i, as)));
+          store(in_x.at + i, select(clipped, 0.0f, Each{in_logit.at}.at(i, as) * group.slope.at(i, as)));
+        });
+        write(b.x_grad, place, in_x);
       });
     });
   });

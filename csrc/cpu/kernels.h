@@ -7,6 +7,7 @@
 #include "bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
+#include "rng.h"
 #include "sphere.h"
 #include "sphere_dynamics.h"
 #include "sphere_velocity.h"
@@ -34,6 +35,7 @@ struct Kernels {
   void (*matmul)(const MatmulArguments&);
   void (*nelbo)(const NelboArguments&);
   void (*nelbo_backward)(const NelboBackwardArguments&);
+  void (*normal)(const NormalArguments&);
   void (*sphere_map)(const SphereMapArguments&);
   void (*sphere_sample)(const SphereSampleArguments&);
   float (*read)(const float*, int64_t count, int threads);
@@ -68,6 +70,7 @@ void kl_backward(const KLBackwardArguments&);
 void matmul(const MatmulArguments&);
 void nelbo(const NelboArguments&);
 void nelbo_backward(const NelboBackwardArguments&);
+void normal(const NormalArguments&);
 void sphere_map(const SphereMapArguments&);
 void sphere_sample(const SphereSampleArguments&);
 float read(const float*, int64_t count, int threads);

@@ -27,6 +27,7 @@ const Kernels& level() {
       matmul,
       nelbo,
       nelbo_backward,
+      normal,
       sphere_map,
       sphere_sample,
       read,

@@ -9,8 +9,6 @@
 namespace dlcore {
 namespace {
 
-constexpr double kTwoPi = 6.283185307179586;
-
 // 64 bits as a number in (0, 1].
 double unit(uint64_t b) { return high_word(b) * 0x1p-32 + (low_word(b) + 0.5) * 0x1p-64; }
 
@@ -23,17 +21,8 @@ struct Pair {
 
 Pair draw_pair(Noise noise, const Block& b) {
   const uint64_t even = bits(b, 0), odd = bits(b, 1);
-  switch (noise) {
-    case Noise::kUniform:
-      return {uniform(even), uniform(odd)};
-    case Noise::kGumbel:
-      return {-std::log(exponential(even)), -std::log(exponential(odd))};
-    case Noise::kNormal:
-      break;
-  }
-  // Box-Muller.
-  const double radius = std::sqrt(2 * exponential(even)), angle = kTwoPi * uniform(odd);
-  return {radius * std::cos(angle), radius * std::sin(angle)};
+  if (noise == Noise::kUniform) return {uniform(even), uniform(odd)};
+  return {-std::log(exponential(even)), -std::log(exponential(odd))};
 }
 
 // A uniform number that rounds up to 1 becomes the largest one below it.

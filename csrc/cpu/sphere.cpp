@@ -228,6 +228,47 @@ struct ExpBackward {
   }
 };
 
+// x moved by t·v, along the great circle or straight on, and back to length 1.
+template <bool exponential>
+struct Step {
+  static constexpr int vectors = 2, outputs = 1, sums = 3;
+  static void add(Floats* s, const Floats* v) {
+    s[0] = fused(v[1], v[1], s[0]);
+    s[1] = fused(v[0], v[1], s[1]);
+    s[2] = fused(v[0], v[0], s[2]);
+  }
+  // x becomes what is to be of length 1, and v counts no more.
+  static void rebase(Floats* v, const double*, const Combination& r) {
+    const float* c = r.coefficients[0];
+    v[0] = fused(v[1], c[3], v[0] * c[2]) * r.factor;
+  }
+  // |a·x + b·v|² from the entries.
+  template <class T>
+  static double square(const Row<T>& row, double a, double b) {
+    double total = 0;
+    for (int64_t i = 0; i < row.columns; ++i) {
+      const double entry = a * scalar(row.vector[0][i]) + b * scalar(row.vector[1][i]);
+      total += entry * entry;
+    }
+    return total;
+  }
+  template <class T>
+  static Combination solve(const double* s, const Row<T>& row) {
+    const double v_square = holds(s[0]) ? s[0] : square(row, 0, 1),
+                 n = std::fabs(row.t) * std::sqrt(v_square);
+    const float a = exponential ? static_cast<float>(std::cos(n)) : 1;
+    const auto b = static_cast<float>(row.t * (exponential ? Exp::sinc(n) : 1));
+    const double whole = s[2] * a * a + v_square * b * b, mixed = 2 * s[1] * a * b;
+    // Sums in float do not say how little is left of two vectors that cancel, or of very short ones.
+    const bool exact = holds(s[0]) && holds(s[2]) && mixed > -0.9 * whole;
+    const double scale = over(1, std::sqrt(exact ? whole + mixed : square(row, a, b)));
+    Combination r;
+    r.factor = std::ldexp(1.0f, scale > 0 ? std::clamp(std::ilogb(scale), -100, 100) : 0);
+    r.set(0, scale / r.factor, 0, a, b);
+    return r;
+  }
+};
+
 // <x, v> for the row's vector v and x times its factor: anew where a float did not hold |x|².
 template <class T>
 double product(double sum, double square_in_float, const Sized& x, const T* a, const T* b, int64_t columns) {
@@ -444,6 +485,10 @@ void sphere_map(const SphereMapArguments& a) {
       return a.backward ? map_rows<ExpBackward>(a) : map_rows<Exp>(a);
     case SphereMap::kRotate:
       return a.backward ? map_rows<RotateBackward>(a) : map_rows<Rotate>(a);
+    case SphereMap::kStep:
+      return map_rows<Step<true>>(a);
+    case SphereMap::kRetract:
+      return map_rows<Step<false>>(a);
   }
 }
 

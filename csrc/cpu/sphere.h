@@ -6,7 +6,7 @@
 namespace dlcore {
 
 // What a map takes: normalize (x), project (x, u), angle, slerp and log (x, y), exp (x, v), rotate (x,
-// source, target).
+// source, target), step and its cheap kin retract (x, v; both forward alone).
 enum class SphereMap : int {
   kNormalize = 0,
   kProject = 1,
@@ -14,7 +14,9 @@ enum class SphereMap : int {
   kSlerp = 3,
   kLog = 4,
   kExp = 5,
-  kRotate = 6
+  kRotate = 6,
+  kStep = 7,
+  kRetract = 8
 };
 
 constexpr int kSphereInputs = 3;
@@ -24,7 +26,7 @@ struct SphereMapArguments {
   SphereMap map = SphereMap::kNormalize;
   bool backward = false;
   View inputs[kSphereInputs];
-  PerRow<float> t;                    // slerp
+  PerRow<float> t;                    // slerp, step, retract
   View grad;                          // backward, but for angle
   const float* grad_angle = nullptr;  // backward of angle, (rows)
   View outputs[kSphereInputs];        // the result, or a gradient per input

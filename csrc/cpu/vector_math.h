@@ -42,15 +42,16 @@ inline Lanes<FloatPart, N> reciprocal(const Lanes<FloatPart, N>& x) {
 }
 
 // log(x) for positive normal x, relative error 2^-22 also next to 1.
-inline Floats log(const Floats& x) {
-  const Words bits = words_of(x);
+template <int N>
+inline Lanes<FloatPart, N> log(const Lanes<FloatPart, N>& x) {
+  const auto bits = words_of(x);
   // The exponent of x / sqrt(1/2), so that the mantissa falls in [sqrt(1/2), sqrt(2)).
-  const Mask exponent = each([](WordPart b) { return ((IntPart)(b - 0x3f3504f3u)) >> 23; }, bits);
-  const Floats e = each([](IntPart v) { return __builtin_convertvector(v, FloatPart); }, exponent);
-  const Words scaled = each([](WordPart b, IntPart v) { return b - ((WordPart)v << 23); }, bits, exponent);
-  const Floats f = floats_of(scaled) - 1.0f;
-  const Floats square = f * f;
-  Floats p = fused(f, -0x1.38b5a6p-4f, 0x1.055b72p-3f);
+  const auto exponent = each([](WordPart b) { return ((IntPart)(b - 0x3f3504f3u)) >> 23; }, bits);
+  const auto e = each([](IntPart v) { return __builtin_convertvector(v, FloatPart); }, exponent);
+  const auto scaled = each([](WordPart b, IntPart v) { return b - ((WordPart)v << 23); }, bits, exponent);
+  const auto f = floats_of(scaled) - 1.0f;
+  const auto square = f * f;
+  auto p = fused(f, -0x1.38b5a6p-4f, 0x1.055b72p-3f);
   p = fused(p, f, -0x1.0d853ep-3f);
   p = fused(p, f, 0x1.22da1cp-3f);
   p = fused(p, f, -0x1.547244p-3f);
@@ -58,13 +59,14 @@ inline Floats log(const Floats& x) {
   p = fused(p, f, -0x1.000226p-2f);
   p = fused(p, f, 0x1.555554p-2f);
   // ln 2 in two parts: the first has zeros enough for its product with e to be exact.
-  const Floats tail = fused(p * f, square, fused(e, -2.12194440e-4f, square * -0.5f));
+  const auto tail = fused(p * f, square, fused(e, -2.12194440e-4f, square * -0.5f));
   return fused(e, 0.693359375f, f + tail);
 }
 
 // log1p(x) for x >= 0: the rounding of 1 + x is given back to first order.
-inline Floats log1p(const Floats& x) {
-  const Floats w = x + 1.0f;
+template <int N>
+inline Lanes<FloatPart, N> log1p(const Lanes<FloatPart, N>& x) {
+  const auto w = x + 1.0f;
   return log(w) + (x - (w - 1.0f)) / w;
 }
 

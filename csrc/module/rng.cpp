@@ -17,6 +17,16 @@ void bind_rng(py::module_& m) {
           else
             fill_noise(kind, at<int64_t>(keys), key_count, count, at<float>(out), threads);
         });
+  m.def("fill_normal",
+        [](Address keys, int64_t key_count, int64_t count, bool wide, Address out, int threads) {
+          NormalArguments a;
+          a.keys = at<const int64_t>(keys);
+          a.key_count = key_count;
+          a.count = count;
+          a.wide = wide;
+          a.out = at<void>(out);
+          run(kernels().normal, a, threads);
+        });
   m.def("fold_in",
         [](Address keys, int64_t key_stride, Address data, int64_t data_stride, int64_t count, Address out) {
           fold_in_all(at<int64_t>(keys), key_stride, at<int64_t>(data), data_stride, count, at<int64_t>(out));

@@ -67,6 +67,7 @@ for _name, _arguments in MAPS.items():
     _declare(_name, _arguments)
 
 
+define("sphere.step", "(Tensor x, Tensor v, Tensor t, bool exponential) -> Tensor", _map_fake)
 define(
     "sphere.sample",
     "(Tensor mean, Tensor kappa, Tensor key, bool reject) -> Tensor",

@@ -2,39 +2,51 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore.cpu.tensors import View, keyed, rows_contiguous, threads, view
+from dlcore.cpu.tensors import DTYPES, keyed, rows_contiguous, threads, view
 
 #: What drawing a normal costs, in elements read.
 _NOISE = 8
 
 
-class _Parameters:
-    """float32 parameters (n, ...) that broadcast to x, as the kernels take them; keeps their memory alive."""
+class _Rows:
+    """Tensors like x and parameters (n, ...) that broadcast to it, as kernels take them; keeps memory alive.
 
-    def __init__(self, values: Tensor, x: Tensor) -> None:
-        count, lead, columns = values.shape[0], x.shape[:-1], x.shape[-1]
-        if values.numel() == count:
-            shape, strides = (count,), (1, 0, 0)
-        elif values.shape[-1] == 1:
-            shape, strides = (count, *lead, 1), (lead.numel(), 1, 0)
+    With `join`, rows that share their parameters and lie back to back are one long row.
+    """
+
+    def __init__(self, parameters: Tensor, *tensors: Tensor | None, join: bool = False) -> None:
+        self.tensors = tuple(None if x is None else rows_contiguous(x) for x in tensors)
+        present = [x for x in self.tensors if x is not None]
+        count, shape = parameters.shape[0], present[0].shape
+        missing = len(shape) + 1 - parameters.dim()
+        # The leading dimensions of x that the parameters tell apart.
+        told = max((missing + i for i, n in enumerate(parameters.shape[1:], 1) if n != 1), default=0)
+        each = told == len(shape)
+        join = join and not each and all(x.is_contiguous() for x in present)
+        kept = shape if each else shape[: told if join else -1]
+        long = (kept.numel(), shape[told:].numel())
+        self.views: tuple[Any, ...] = tuple(  # a View each, or None
+            None if x is None else (x.data_ptr(), DTYPES[x.dtype], long, (long[1], 1)) if join else view(x)
+            for x in self.tensors
+        )
+        if told == 0:
+            self.values, strides = parameters.contiguous(), (1, 0, 0)
         else:
-            shape, strides = (count, *x.shape), (x.numel(), columns, 1)
-        missing = x.dim() + 1 - values.dim()
-        whole = values.view(count, *(1,) * missing, *values.shape[1:])
-        self.values = (whole.reshape(shape) if len(shape) == 1 else whole.expand(shape)).contiguous()
-        self.packed = (self.values.data_ptr(), *strides)
+            own = parameters.reshape(count, *(1,) * missing, *parameters.shape[1:])
+            own = own.reshape(own.shape[: len(kept) + 1])
+            self.values = own.expand(count, *kept).contiguous()
+            strides = (kept.numel(), shape[-1], 1) if each else (kept.numel(), 1, 0)
+        self.parameters = (self.values.data_ptr(), *strides)
 
 
-def _view(x: Tensor | None) -> View | None:
-    return None if x is None else view(x)
-
-
-def _rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else rows_contiguous(x)
+def _result(x: Tensor) -> Tensor:
+    return torch.empty_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
 
 
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:
@@ -52,36 +64,13 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
     return tokens
 
 
-def _long_rows(
-    parameters: Tensor, x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The same with rows that share their parameters joined, where they lie back to back."""
-    joinable = x.is_contiguous() and (residual is None or residual.is_contiguous())
-    while joinable and x.dim() > 1 and parameters.shape[-1] == 1:
-        if parameters.dim() > 2:
-            if parameters.shape[-2] != 1:
-                break
-            parameters = parameters.squeeze(-2)
-        x, residual = x.flatten(-2), None if residual is None else residual.flatten(-2)
-    return parameters, x, residual
-
-
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
-    x, residual = rows_contiguous(x), _rows(residual)
-    out = torch.empty(x.shape, dtype=torch.float32)
-    values, x, residual = _long_rows(slope.unsqueeze(0), x, residual)
-    parameters, coding = _Parameters(values, x), (center, center, clip)
-    _C.bit_logits(
-        view(x),
-        _view(residual),
-        parameters.packed,
-        coding,
-        sigmoid,
-        out.data_ptr(),
-        threads(x.numel()),
-    )
+    rows, out = _Rows(slope.unsqueeze(0), x, residual, join=True), _result(x)
+    used = threads(x.numel())
+    seen, own = rows.views
+    _C.bit_logits(seen, own, rows.parameters, (center, center, clip), sigmoid, out.data_ptr(), used)
     return out
 
 
@@ -102,16 +91,13 @@ def step(
     clip: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    x, residual = rows_contiguous(x), _rows(residual)
     key = None if key is None else key.contiguous()
-    moved, probs = (torch.empty(x.shape, dtype=torch.float32) for _ in range(2))
-    if key is None:
-        coefficients, x, residual = _long_rows(coefficients, x, residual)
-    parameters = _Parameters(coefficients, x)
+    rows, moved, probs = _Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
+    seen, own = rows.views
     _C.bit_step(
-        view(x),
-        _view(residual),
-        parameters.packed,
+        seen,
+        own,
+        rows.parameters,
         (low, high, clip),
         None if key is None else keyed(key),
         moved.data_ptr(),
@@ -122,23 +108,9 @@ def step(
 
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
-    x, key = rows_contiguous(x), key.contiguous()
-    out = torch.empty(x.shape, dtype=torch.float32)
-    parameters = _Parameters(spread.unsqueeze(0), x)
-    used = threads(x.numel() * _NOISE)
-    _C.bit_perturb(view(x), parameters.packed, keyed(key), out.data_ptr(), used)
+    key, rows, out = key.contiguous(), _Rows(spread.unsqueeze(0), x), _result(x)
+    _C.bit_perturb(rows.views[0], rows.parameters, keyed(key), out.data_ptr(), threads(x.numel() * _NOISE))
     return out
-
-
-class _Loss:
-    """A loss's inputs as the kernels take them."""
-
-    def __init__(self, inputs: tuple[Tensor, ...], slope: Tensor, code: tuple[float, ...], squared: bool):
-        self.inputs = tuple(map(rows_contiguous, inputs))
-        self.parameters = _Parameters(slope.unsqueeze(0), self.inputs[1])
-        residual, x, bits = map(view, self.inputs)
-        low, high, clip = code
-        self.packed = ((residual, x, bits), self.parameters.packed, (low, high, clip), squared)
 
 
 def loss(
@@ -151,9 +123,11 @@ def loss(
     clip: float,
     squared: bool,
 ) -> Tensor:
-    parts = _Loss((residual, x, bits), slope, (low, high, clip), squared)
+    rows = _Rows(slope.unsqueeze(0), residual, x, bits)
     sums = torch.empty((*x.shape[:-1], _C.bit_spans(x.shape[-1])), dtype=torch.float64)
-    _C.bit_loss(parts.packed, sums.data_ptr(), threads(x.numel()))
+    _C.bit_loss(
+        (rows.views, rows.parameters, (low, high, clip), squared), sums.data_ptr(), threads(x.numel())
+    )
     return (sums.sum(-1) / x.shape[-1]).float()
 
 
@@ -169,12 +143,12 @@ def loss_backward(
     squared: bool,
     with_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    parts = _Loss((residual, x, bits), slope, (low, high, clip), squared)
+    rows = _Rows(slope.unsqueeze(0), residual, x, bits)
     grad = (grad / x.shape[-1]).contiguous()
     residual_grad = torch.empty(x.shape, dtype=residual.dtype)
     x_grad = torch.empty(x.shape if with_x else (0,), dtype=x.dtype)
     _C.bit_loss_backward(
-        parts.packed,
+        (rows.views, rows.parameters, (low, high, clip), squared),
         grad.data_ptr(),
         view(residual_grad),
         view(x_grad) if with_x else None,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -10,32 +12,31 @@ from torch import Tensor
 from dlcore import _C
 from dlcore.cpu.tensors import threads
 
-_UNIFORM, _NORMAL, _GUMBEL = range(3)
+_UNIFORM, _GUMBEL = range(2)
 
 
-def _fill(noise: int, key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+def _fill(fill: Callable[..., None], key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     key = key.contiguous()
     out = torch.empty((*key.shape[:-1], *shape), dtype=dtype)
     keys, wide = key.numel() // 2, dtype == torch.float64
     # One draw costs about as much as reading sixteen floats.
-    used = threads(16 * out.numel())
-    _C.fill_noise(noise, key.data_ptr(), keys, math.prod(shape), wide, out.data_ptr(), used)
+    fill(key.data_ptr(), keys, math.prod(shape), wide, out.data_ptr(), threads(16 * out.numel()))
     return out
 
 
 def uniform(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """(*lead, *shape) in [0, 1)."""
-    return _fill(_UNIFORM, key, shape, dtype)
+    return _fill(partial(_C.fill_noise, _UNIFORM), key, shape, dtype)
 
 
 def normal(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """(*lead, *shape) standard normal."""
-    return _fill(_NORMAL, key, shape, dtype)
+    return _fill(_C.fill_normal, key, shape, dtype)
 
 
 def gumbel(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     """(*lead, *shape) standard Gumbel."""
-    return _fill(_GUMBEL, key, shape, dtype)
+    return _fill(partial(_C.fill_noise, _GUMBEL), key, shape, dtype)
 
 
 def fold_in(key: Tensor, data: Tensor) -> Tensor:

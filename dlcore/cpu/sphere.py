@@ -11,7 +11,7 @@ from torch import Tensor
 from dlcore import _C
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, threads, view
 
-_NORMALIZE, _PROJECT, _ANGLE, _SLERP, _LOG, _EXP, _ROTATE = range(7)
+_NORMALIZE, _PROJECT, _ANGLE, _SLERP, _LOG, _EXP, _ROTATE, _STEP, _RETRACT = range(9)
 
 
 def _empty_like(x: Tensor) -> Tensor:
@@ -79,6 +79,10 @@ def slerp_backward(
     grad: Tensor, needed: Sequence[bool], x: Tensor, y: Tensor, t: Tensor
 ) -> tuple[Tensor, ...]:
     return _map_backward(_SLERP, grad, needed, x, y, t=t)
+
+
+def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    return _map(_STEP if exponential else _RETRACT, x, v, t=t)
 
 
 def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:

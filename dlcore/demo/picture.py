@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,8 @@ def save(path: Path, samplers: Samplers, results: Sequence[Result], truth: Truth
         handles, labels = whole.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
         figure.draw_without_rendering()  # settles the layout that labels are placed in
-        _label(near, samplers, results, truth)
-        _label(whole, samplers, [r for r in results if not _inside(near, r)], truth)
+        _label(near, samplers, results, truth, results)
+        _label(whole, samplers, results, truth, [r for r in results if not _inside(near, r)])
         figure.savefig(path, metadata={"Software": None})
 
 
@@ -106,19 +107,26 @@ def _zoom(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth
     axes.set_ylim(min(y) / 1.05, max(y) * 1.08)
 
 
-def _label(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth) -> None:
-    """Write the steps beside each point where there is room: no label lies on a point or on another label."""
+def _label(
+    axes: Any, samplers: Samplers, results: Sequence[Result], truth: Truth, labelled: Sequence[Result]
+) -> None:
+    """Write the steps beside the points of `labelled` where there is room: on no point, line or label."""
     points = [(r.figures.bigram_entropy, r.figures.perplexity) for r in results]
     pixels = axes.transData.transform([*points, (truth.bigram_entropy, truth.perplexity)])
-    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in pixels]
+    taken = [(x - 9, y - 9, x + 9, y + 9) for x, y in pixels] + _lines(results, pixels)
     for r, point, (x, y) in zip(results, points, pixels, strict=False):
-        if not _inside(axes, r):
+        if r not in labelled or not _inside(axes, r):
             continue
         text = str(r.steps)
         width, height = 12 * len(text), 18
-        middle = x - width / 2
-        for left, low in ((x + 11, y - 5), (x - 11 - width, y - 5), (middle, y + 11), (middle, y - 28)):
+        right, left, middle = x + 11, x - 11 - width, x - width / 2
+        beside, above, below = y - height / 2, y + 11, y - 11 - height
+        places = [(right, beside), (left, beside), (middle, above), (middle, below)]
+        places += [(right, above), (left, above), (right, below), (left, below)]
+        for left, low in places:
             box = (left, low, left + width, low + height)
+            if not (axes.bbox.x0 < box[0] and box[2] < axes.bbox.x1 and axes.bbox.y0 < box[1]):
+                continue
             if not any(_overlap(box, other) for other in taken):
                 taken.append(box)
                 offset = ((left - x) * 72 / axes.figure.dpi, (low - y) * 72 / axes.figure.dpi)
@@ -134,6 +142,19 @@ def _label(axes: Any, samplers: Samplers, results: Sequence[Result], truth: Trut
                     path_effects=[halo],
                 )
                 break
+
+
+def _lines(results: Sequence[Result], pixels: Sequence[Any]) -> list[tuple[float, ...]]:
+    """Small boxes along the lines between a sampler's points."""
+    boxes: list[tuple[float, ...]] = []
+    for (one, start), (other, end) in pairwise(zip(results, pixels, strict=False)):
+        if one.sampler != other.sampler:
+            continue
+        count = 1 + int(math.dist(start, end) / 2)
+        for i in range(count):
+            x, y = (a + (b - a) * i / count for a, b in zip(start, end, strict=True))
+            boxes.append((x - 1, y - 1, x + 1, y + 1))
+    return boxes
 
 
 def _inside(axes: Any, result: Result) -> bool:

@@ -15,45 +15,17 @@ PARAMETERIZATIONS = ("loo", "denoiser")
 KEEP = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
 
 
-def checkable(x: Tensor) -> bool:
-    """Whether values may be read here: a branch on data would break a compiled graph."""
-    return not torch.compiler.is_compiling() and checks.reads_data(x)
-
-
 def tokens(op: str, name: str, x: Tensor, h: Head) -> None:
     """int64 ids in h's vocabulary, one per row of h."""
     checks.tokens(op, name, x, h.lead, h.logits.device)
     checks.token_range(op, name, x, h.vocab)
 
 
-def number(op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
-    """A number per row as float64, broadcast over `lead` but not expanded."""
-    x = checks.per_row(op, name, value, lead, device, torch.float64)
-    if x is None:
-        raise TypeError(f"{op}: {name} must be a number or a Tensor, got None")
-    return x
-
-
-def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor:
-    """x itself, every value between low and high; `ends` says which of the two belong. Reads data."""
-    if checkable(x):
-        ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
-        if not bool(ok.all()):
-            got = first(x, ~ok)
-            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
-    return x
-
-
-def first(x: Tensor, where: Tensor) -> float:
-    """The first value of x, broadcast, where `where` is true."""
-    return float(x.expand(where.shape)[where][0])
-
-
 def level(
     op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device, ends: str = "[]"
 ) -> Tensor:
     """A probability per row: alpha, kappa."""
-    return within(op, name, number(op, name, value, lead, device), 0, 1, ends)
+    return checks.within(op, name, checks.number(op, name, value, lead, device), 0, 1, ends)
 
 
 def levels(
@@ -61,17 +33,17 @@ def levels(
 ) -> tuple[Tensor, Tensor]:
     """alpha_t and alpha_s of a reverse step from t to the earlier s, so alpha_s >= alpha_t."""
     t, s = level(op, "alpha_t", alpha_t, lead, device), level(op, "alpha_s", alpha_s, lead, device)
-    if checkable(t) and checkable(s):
+    if checks.reads_data(t) and checks.reads_data(s):
         wrong = s < t
         if bool(wrong.any()):
-            got = f"alpha_s {first(s, wrong)!r} below alpha_t {first(t, wrong)!r}"
+            got = f"alpha_s {checks.first(s, wrong)!r} below alpha_t {checks.first(t, wrong)!r}"
             raise ValueError(f"{op}: alpha_s must be at least alpha_t, got {got}")
     return t, s
 
 
 def slope(op: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
     """dalpha = dα/dt <= 0 per row."""
-    return within(op, "dalpha", number(op, "dalpha", value, lead, device), -torch.inf, 0, "(]")
+    return checks.within(op, "dalpha", checks.number(op, "dalpha", value, lead, device), -torch.inf, 0, "(]")
 
 
 def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
@@ -110,9 +82,7 @@ def row_keys(
 ) -> Tensor:
     """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
     key = checks.key(op, key, generator, lead).to(device)
-    if key.dim() > 1:
-        return key
-    return rng.fold_in(key, torch.arange(lead.numel(), device=device).view(lead))
+    return rng.per_row(key, lead)
 
 
 def uniforms(keys: Tensor, count: int) -> tuple[Tensor, ...]:

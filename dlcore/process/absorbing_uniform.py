@@ -126,7 +126,7 @@ def step(
     op = "absorbing_uniform.step"
     _observed(op, logits, z, u, parameterization, exclude)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    heat = rows.number(op, "temperature", temperature, z.shape, z.device)
+    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
     return categorical.sample_mixture(
         logits,
         z,
@@ -170,7 +170,7 @@ def remask_step(
     op = "absorbing_uniform.remask_step"
     size = _observed(op, logits, z, u, parameterization, exclude)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    heat = rows.number(op, "temperature", temperature, z.shape, z.device)
+    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     clean = categorical.sample_mixture(
         logits,

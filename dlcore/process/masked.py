@@ -123,7 +123,7 @@ def step(
     op = "masked.step"
     is_masked = _observed(op, logits, z, mask_id)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    sigma = _remask(op, rows.number(op, "remask", remask, z.shape, z.device), t, s)
+    sigma = _remask(op, checks.number(op, "remask", remask, z.shape, z.device), t, s)
     unmask = rows.coefficients(1 - t, 0.0, 1 - s - sigma * t, 0.0, s - (1 - sigma) * t, 0.0)
     hold = rows.coefficients(1.0, 0.0, 1 - sigma, 0.0, 0.0, 0.0)
     return categorical.sample_mixture(
@@ -139,12 +139,12 @@ def step(
 
 def _remask(op: str, sigma: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     """sigma, checked against its bound and clamped to it."""
-    rows.within(op, "remask", sigma, 0, 1)
+    checks.within(op, "remask", sigma, 0, 1)
     bound = _largest_remask(alpha_t, alpha_s)
-    if rows.checkable(sigma) and rows.checkable(bound):
+    if checks.reads_data(sigma) and checks.reads_data(bound):
         wrong = sigma > bound + _SLACK
         if bool(wrong.any()):
-            got = f"{rows.first(sigma, wrong):g} above {rows.first(bound, wrong):g}"
+            got = f"{checks.first(sigma, wrong):g} above {checks.first(bound, wrong):g}"
             raise ValueError(f"{op}: remask must be at most min(1, (1 - alpha_s)/alpha_t), got {got}")
     return torch.minimum(sigma, bound)
 
@@ -261,7 +261,7 @@ def nelbo(
     h = categorical.head(op, logits)
     rows.tokens(op, "x", x, h)
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
-    if rows.checkable(a) and bool((is_masked & (a == 1)).any()):
+    if checks.reads_data(a) and bool((is_masked & (a == 1)).any()):
         raise ValueError(f"{op}: alpha must be below 1 where z is masked, got 1")
     da = rows.slope(op, dalpha, z.shape, z.device)
     log_p = categorical.log_probs(

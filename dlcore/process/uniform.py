@@ -275,8 +275,13 @@ def bridge_log_probs(
     x = rows.dense(op, logits)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, x.device)
     k = rows.level(op, "kappa", kappa, z.shape, x.device)
-    heat = rows.within(
-        op, "temperature", rows.number(op, "temperature", temperature, z.shape, x.device), 0, torch.inf, "(]"
+    heat = checks.within(
+        op,
+        "temperature",
+        checks.number(op, "temperature", temperature, z.shape, x.device),
+        0,
+        torch.inf,
+        "(]",
     )
     shift = _shift(parameterization, t, size)
     if shift is not None:
@@ -520,9 +525,14 @@ def correct(
     if z.dim() != 2:
         raise ValueError(f"{op}: z must be (B, L), got {tuple(z.shape)}")
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
-    greed = rows.within(op, "tau", rows.number(op, "tau", tau, z.shape, z.device), 0, torch.inf, "()")
-    rows.within(
-        op, "temperature", rows.number(op, "temperature", temperature, z.shape, z.device), 0, torch.inf, "()"
+    greed = checks.within(op, "tau", checks.number(op, "tau", tau, z.shape, z.device), 0, torch.inf, "()")
+    checks.within(
+        op,
+        "temperature",
+        checks.number(op, "temperature", temperature, z.shape, z.device),
+        0,
+        torch.inf,
+        "()",
     )
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     shift = _shift(parameterization, a, size)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.process import _rows as rows
 
 __all__ = ["select"]
 
@@ -14,7 +13,7 @@ __all__ = ["select"]
 def _per_sequence(op: str, name: str, value: float | Tensor, score: Tensor, dtype: torch.dtype) -> Tensor:
     x = checks.per_row(op, name, value, score.shape[:-1], score.device, dtype)
     assert x is not None
-    if rows.checkable(x):
+    if checks.reads_data(x):
         checks.value_range(op, name, x, -torch.inf if name == "threshold" else 0)
     return x.unsqueeze(-1)
 

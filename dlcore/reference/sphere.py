@@ -85,9 +85,9 @@ def _wide(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Computed in float32 at least; vectors come back in x's dtype."""
 
     @wraps(function)
-    def run(x: Tensor, *more: Tensor) -> Tensor:
+    def run(x: Tensor, *more: Tensor | bool) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        result = function(x.to(wide), *(a.to(wide) for a in more))
+        result = function(x.to(wide), *(a.to(wide) if isinstance(a, Tensor) else a for a in more))
         return result.to(x.dtype) if result.dim() == x.dim() else result
 
     return run
@@ -169,3 +169,10 @@ def rotate(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     e = torch.where(antipodal.unsqueeze(-1), perpendicular(source), e)
     turned = x + 2 * _dot(source, x).unsqueeze(-1) * target
     return turned - 2 * _over(_dot(e, x), e.square().sum(-1)).unsqueeze(-1) * e
+
+
+@_wide
+def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    """x moved by t·v, along the great circle or straight on, and back to length 1."""
+    v = t.unsqueeze(-1) * v
+    return normalize(exp_map(x, v) if exponential else x + v)

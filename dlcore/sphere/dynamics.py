@@ -43,9 +43,10 @@ def step(x: Tensor, velocity: Tensor, delta: float | Tensor, *, retraction: str 
     op = "sphere.step"
     checks.option(op, "retraction", retraction, RETRACTIONS)
     x, v = vectors(op, x=x, velocity=velocity)
-    moved = checks.per_row(op, "delta", delta, x.shape[:-1], x.device, result_dtype(x))
-    if moved is None:
-        raise TypeError(f"{op}: delta must be a number or a Tensor, got NoneType None")
+    moved = checks.number(op, "delta", delta, x.shape[:-1], x.device, result_dtype(x))
+    if not torch.is_grad_enabled() or not any(a.requires_grad for a in (x, v, moved)):
+        stepped: Tensor = torch.ops.dlcore.sphere_step(x, v, moved.expand(x.shape[:-1]), retraction == "exp")
+        return stepped
     v = (moved.unsqueeze(-1) * v).to(x.dtype)
     return normalize(exp_map(x, v) if retraction == "exp" else x + v)
 
@@ -87,9 +88,7 @@ def correct(
     x, score = vectors(op, x=x, score=score)
     lead = x.shape[:-1]
     dimension(op, x, "x")
-    size = checks.per_row(op, "step_size", step_size, lead, x.device, result_dtype(x))
-    if size is None:
-        raise TypeError(f"{op}: step_size must be a number or a Tensor, got NoneType None")
+    size = checks.number(op, "step_size", step_size, lead, x.device, result_dtype(x))
     drawn = checks.key(op, key, generator, lead, x.device)
     corrected: Tensor = torch.ops.dlcore.sphere_correct(x, score, size.expand(lead), drawn)
     return corrected

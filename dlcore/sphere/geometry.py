@@ -116,9 +116,8 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     x, y = vectors(op, x=x, y=y)
     dimension(op, x, "x")
     lead = x.shape[:-1]
-    share = checks.per_row(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
-    if share is None:
-        raise TypeError(f"{op}: t must be a number or a Tensor, got None")
+    share = checks.number(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
+    checks.within(op, "t", share, -torch.inf, torch.inf, "()")
     point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, share.expand(lead))
     return point
 

@@ -115,9 +115,7 @@ def posterior_score(x: Tensor, logits: Tensor | LinearLogits, table: Tensor, kap
     """
     op = "sphere.posterior_score"
     h = _operands(op, x, logits, table)
-    scale = checks.per_row(op, "kappa", kappa, h.lead, x.device, wide(x).dtype)
-    if scale is None:
-        raise TypeError(f"{op}: kappa must be a number or a Tensor, got NoneType None")
+    scale = checks.number(op, "kappa", kappa, h.lead, x.device, wide(x).dtype)
     checks.value_range(op, "kappa", scale, 0, torch.finfo(scale.dtype).max)
     mean = torch.ops.dlcore.categorical_expectation(*h, table, None, None, None)[0]
     return scale.unsqueeze(-1) * _project(wide(x), mean)
@@ -159,11 +157,13 @@ def posterior_logits(
     assert level is not None
     limits = torch.finfo(state.dtype)
     checks.value_range(op, own, level, *((limits.tiny, 1) if path == "slerp" else (0, limits.max)))
-    if path == "cauchy":
-        return cauchy.posterior_logits(x, table, level)
-    if path == "vmf":
-        return level.unsqueeze(-1) * (state @ wide(table).mT)
-    return formulas.slerp_logits(state, wide(table), level.unsqueeze(-1))
+    # Products in autocast's bfloat16 would cost the logits their digits.
+    with torch.autocast(x.device.type, enabled=False):
+        if path == "cauchy":
+            return cauchy.posterior_logits(x, table, level)
+        if path == "vmf":
+            return level.unsqueeze(-1) * (state @ wide(table).mT)
+        return formulas.slerp_logits(state, wide(table), level.unsqueeze(-1))
 
 
 def radial_weight(

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.process import _rows as rows
 
 __all__ = ["bit_logits", "gaussian_emission"]
 
@@ -47,8 +46,8 @@ def gaussian_emission(
     op = "gaussian_emission"
     table = _table(op, x, table)
     lead, device = x.shape[:-1], x.device
-    noise = rows.within(op, "sigma", rows.number(op, "sigma", sigma, lead, device), 0, torch.inf, "(]")
-    signal = rows.within(op, "alpha", rows.number(op, "alpha", alpha, lead, device), 0, torch.inf, "[)")
+    noise = checks.within(op, "sigma", checks.number(op, "sigma", sigma, lead, device), 0, torch.inf, "(]")
+    signal = checks.within(op, "alpha", checks.number(op, "alpha", alpha, lead, device), 0, torch.inf, "[)")
     gain = (signal / noise / noise).unsqueeze(-1).to(x.dtype)
     bias = (signal / noise).square().unsqueeze(-1).to(x.dtype) / 2
     return (gain * x) @ table.T - bias * table.square().sum(-1)

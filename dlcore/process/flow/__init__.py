@@ -1,6 +1,9 @@
 """Flows over continuous states: ELF, FLM, LangFlow, EDM, DDIM, CoBit and their kin are one structure.
 
-A state is x = α·clean + σ·noise; a network turns it into x̂, its expectation of `clean`. Everything else is
+A state is x = α·clean + σ·noise; a network turns it into x̂, its expectation of `clean`. The structure is that
+of every family here (`dlcore.bits`, `dlcore.sphere`): a corruption (`interpolate`, `renoise`), a context-free
+posterior logit (`matched_filter`), a drift weighed with the posterior (to x̂, of embeddings p·E by
+`categorical.expectation`; `velocity_from_clean`), and a cheap update (`step` and its kin). Everything else is
 
 - a path, (α, σ) as functions of the family's own time:
 
@@ -25,8 +28,9 @@ Sources: EDM, arXiv 2206.00364; DDIM, arXiv 2010.02502; ELF, arXiv 2605.10938; F
 LangFlow, arXiv 2604.11748; CoBit, arXiv 2605.07013; flow matching, arXiv 2210.02747.
 """
 
-from dlcore.process.flow.edm import Precondition, edm_grid, edm_precondition
-from dlcore.process.flow.embeddings import elf_grid, flm_factor, flm_noise, matched_filter
+from dlcore._gaussian import Precondition
+from dlcore.process.flow.edm import edm_grid, edm_precondition
+from dlcore.process.flow.embeddings import flm_factor, flm_noise, matched_filter
 from dlcore.process.flow.flm_time import flm_alpha, flm_gamma
 from dlcore.process.flow.steps import (
     guide,
@@ -37,6 +41,7 @@ from dlcore.process.flow.steps import (
     step,
     velocity_from_clean,
 )
+from dlcore.process.flow.times import elf_grid, langflow_gamma, langflow_grid
 
 __all__ = [
     "Precondition",
@@ -50,6 +55,8 @@ __all__ = [
     "guide",
     "heun_step",
     "interpolate",
+    "langflow_gamma",
+    "langflow_grid",
     "matched_filter",
     "renoise",
     "sde_step",

@@ -4,24 +4,12 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.process import _rows as rows
-
-
-class Precondition(NamedTuple):
-    """Coefficients of x̂ = c_skip·x + c_out·F(c_in·x, c_noise), and the loss weight; each like sigma."""
-
-    c_skip: Tensor
-    c_out: Tensor
-    c_in: Tensor
-    c_noise: Tensor
-    weight: Tensor
-    """λ = 1/c_out², of ‖x̂ - clean‖²."""
+from dlcore._gaussian import Precondition, precondition
 
 
 def edm_precondition(sigma: float | Tensor, *, sigma_data: float = 0.5) -> Precondition:
@@ -51,14 +39,10 @@ def edm_precondition(sigma: float | Tensor, *, sigma_data: float = 0.5) -> Preco
     lead = sigma.shape if isinstance(sigma, Tensor) else torch.Size()
     device = sigma.device if isinstance(sigma, Tensor) else torch.device("cpu")
     dtype = torch.promote_types(sigma.dtype, torch.float32) if isinstance(sigma, Tensor) else torch.float32
-    level = rows.within(op, "sigma", rows.number(op, "sigma", sigma, lead, device), 0, torch.inf, "[)")
-    data = rows.number(op, "sigma_data", sigma_data, torch.Size(), device)
-    rows.within(op, "sigma_data", data, 0, torch.inf, "()")
-    h = torch.hypot(level, data)
-    share = data / h
-    out = level * share
-    found = (share**2, out, 1 / h, level.log() / 4, out**-2)
-    return Precondition(*(c.to(dtype) for c in found))
+    level = checks.within(op, "sigma", checks.number(op, "sigma", sigma, lead, device), 0, torch.inf, "[)")
+    data = checks.number(op, "sigma_data", sigma_data, torch.Size(), device)
+    checks.within(op, "sigma_data", data, 0, torch.inf, "()")
+    return Precondition(*(c.to(dtype) for c in precondition(level, data)))
 
 
 def edm_grid(steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
@@ -86,8 +70,8 @@ def edm_grid(steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, r
     if steps < 1:
         raise ValueError(f"{op}: steps must be at least 1, got {steps}")
     for name, value in (("sigma_max", sigma_max), ("sigma_min", sigma_min), ("rho", rho)):
-        number = rows.number(op, name, value, torch.Size(), torch.device("cpu"))
-        rows.within(op, name, number, 0, torch.inf, "()")
+        number = checks.number(op, name, value, torch.Size(), torch.device("cpu"))
+        checks.within(op, name, number, 0, torch.inf, "()")
     if not sigma_min < sigma_max:
         raise ValueError(f"{op}: sigma_min must lie below sigma_max {sigma_max!r}, got {sigma_min!r}")
     if abs(math.log(sigma_max)) / rho > math.log(sys.float_info.max):

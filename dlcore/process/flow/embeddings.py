@@ -1,4 +1,4 @@
-"""Flows whose clean states are embeddings: LangFlow's matched filter, FLM in d dimensions, ELF's times."""
+"""Flows whose clean states are embeddings: LangFlow's matched filter, FLM in d dimensions."""
 
 from __future__ import annotations
 
@@ -32,7 +32,8 @@ def matched_filter(
         x: (..., d) state at t.
         table: (V, d), rows of one norm (LangFlow: √d); not checked.
         t: time, broadcast to x.shape[:-1]; σ > 0 there.
-        path: "linear", "edm", "vp" or "lognsr".
+        path: "linear", "edm", "vp" or "lognsr"; by default LangFlow's, whose filter this is, where the other
+            functions of this module have "linear".
         scale: of the noise, > 0.
 
     Returns:
@@ -57,10 +58,10 @@ def matched_filter(
         raise ValueError(f"{op}: x must be (..., {table.shape[-1]}) as table's rows, got {tuple(x.shape)}")
     x = x.to(torch.promote_types(torch.promote_types(x.dtype, table.dtype), torch.float32))
     at = paths.time(op, "t", t, x, way)
-    size = rows.within(
-        op, "scale", rows.number(op, "scale", scale, x.shape[:-1], x.device), 0, torch.inf, "()"
+    size = checks.within(
+        op, "scale", checks.number(op, "scale", scale, x.shape[:-1], x.device), 0, torch.inf, "()"
     )
-    sigma = rows.within(op, "σ(t)", way.sigma(at), 0, torch.inf, "(]")
+    sigma = checks.within(op, "σ(t)", way.sigma(at), 0, torch.inf, "(]")
     gain = way.alpha(at) / sigma / sigma / size**2
     return LinearLogits(paths.per_row(gain, x) * x, table.to(x.dtype))
 
@@ -147,52 +148,5 @@ def flm_noise(
         raise ValueError(f"{op}: factor must be (d, d), got {tuple(factor.shape)}")
     keys = rows.row_keys(op, key, generator, _lead(op, shape), factor.device)
     dtype = torch.float64 if factor.dtype == torch.float64 else torch.float32
-    return rng.normal(keys, factor.shape[:1], dtype=dtype) @ factor.to(dtype).T
-
-
-def elf_grid(
-    steps: int,
-    *,
-    mean: float = -1.5,
-    std: float = 0.8,
-    key: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """Times 0 = t_0 < ... < t_steps = 1 as dense as training's, t = sigmoid(N(mean, std²)).
-
-    Without key and generator they are the law's quantiles (FMLM*, arXiv 2607.00714), the same in every call;
-    with one of them sorted draws, as ELF's official code has it.
-
-    Args:
-        steps: >= 1.
-        mean, std: of the logits of t; std > 0.
-
-    Returns:
-        (steps + 1,) float64 on the CPU, times of the path "linear".
-
-    Raises:
-        TypeError, ValueError: what does not fit.
-
-    Example:
-        >>> from dlcore.process import flow
-        >>> [round(t, 3) for t in flow.elf_grid(4).tolist()]
-        [0.0, 0.115, 0.182, 0.277, 1.0]
-    """
-    op = "flow.elf_grid"
-    checks.integer(op, "steps", steps)
-    if steps < 1:
-        raise ValueError(f"{op}: steps must be at least 1, got {steps}")
-    here = torch.device("cpu")
-    middle = rows.within(
-        op, "mean", rows.number(op, "mean", mean, torch.Size(), here), -torch.inf, torch.inf, "()"
-    )
-    spread = rows.within(op, "std", rows.number(op, "std", std, torch.Size(), here), 0, torch.inf, "()")
-    if key is None and generator is None:
-        normal = torch.special.ndtri(torch.arange(1, steps, dtype=torch.float64) / steps)
-    else:
-        drawn = rng.normal(
-            checks.key(op, key, generator, torch.Size(), here), (steps - 1,), dtype=torch.float64
-        )
-        normal = drawn.sort().values
-    inner = torch.sigmoid(middle + spread * normal)
-    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0)), (0, 1), value=1.0)
+    with torch.autocast(factor.device.type, enabled=False):
+        return rng.normal(keys, factor.shape[:1], dtype=dtype) @ factor.to(dtype).T

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.process import _rows as rows
 
 Levels = Callable[[Tensor], Tensor]
 
@@ -65,14 +64,14 @@ def find(op: str, path: str) -> Path:
 
 def time(op: str, name: str, value: float | Tensor, x: Tensor, path: Path) -> Tensor:
     """A time of the path per row of x (..., d) in float64, broadcast to x.shape[:-1] but not expanded."""
-    at = rows.number(op, name, value, x.shape[:-1], x.device)
-    return rows.within(op, name, at, path.low, path.high, path.ends)
+    at = checks.number(op, name, value, x.shape[:-1], x.device)
+    return checks.within(op, name, at, path.low, path.high, path.ends)
 
 
 def ratio(op: str, what: str, top: Tensor, bottom: Tensor) -> Tensor:
     """top / bottom, both >= 0; 1 where both are 0, as nothing changes; raises where bottom alone is."""
     zero = bottom == 0
-    if rows.checkable(bottom) and rows.checkable(top) and bool((zero & (top > 0)).any()):
+    if checks.reads_data(bottom) and checks.reads_data(top) and bool((zero & (top > 0)).any()):
         raise ValueError(f"{op}: {what}")
     return torch.where(zero, 1, top / torch.where(zero, 1, bottom))
 

@@ -8,43 +8,13 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore import rng
+from dlcore import _gaussian as gaussian
 from dlcore.process import _rows as rows
 from dlcore.process.flow import paths
 from dlcore.process.flow.paths import Path
 
 #: A network: (state (..., d), time in the state's dtype, broadcast to its rows) -> x̂ (..., d).
 Denoiser = Callable[[Tensor, Tensor], Tensor]
-
-
-def _states(op: str, **states: Tensor) -> tuple[Tensor, ...]:
-    """States (..., d) of one shape and device in their common dtype, float32 or wider."""
-    for name, x in states.items():
-        checks.floating(op, name, x)
-    (first, head), *others = states.items()
-    for name, x in others:
-        if x.shape != head.shape:
-            raise ValueError(
-                f"{op}: {name} must have {first}'s shape {tuple(head.shape)}, got {tuple(x.shape)}"
-            )
-        checks.on_device(op, name, x, head.device)
-    dtype = torch.float32
-    for x in states.values():
-        dtype = torch.promote_types(dtype, x.dtype)
-    return tuple(x.to(dtype) for x in states.values())
-
-
-def _perturb(
-    op: str, x: Tensor, spread: Tensor, key: Tensor | None, generator: torch.Generator | None
-) -> Tensor:
-    """x + spread·noise, spread per row; row r of a shared key draws as the r-th folded key would."""
-    key, level = checks.key(op, key, generator, x.shape[:-1], x.device), paths.per_row(spread, x)
-    if torch.is_grad_enabled() and (x.requires_grad or level.requires_grad):
-        keys = rows.row_keys(op, key, None, x.shape[:-1], x.device)
-        return torch.addcmul(x, level, rng.normal(keys, x.shape[-1:], dtype=x.dtype))
-    # Without a gradient noise is added in one pass.
-    perturbed: Tensor = torch.ops.dlcore.bits_perturb(x, level, key)
-    return perturbed
 
 
 def _root(square: Tensor) -> Tensor:
@@ -54,8 +24,8 @@ def _root(square: Tensor) -> Tensor:
 
 
 def _scale(op: str, value: float | Tensor, x: Tensor) -> Tensor:
-    scale = rows.number(op, "scale", value, x.shape[:-1], x.device)
-    return rows.within(op, "scale", scale, 0, torch.inf, "[)")
+    scale = checks.number(op, "scale", value, x.shape[:-1], x.device)
+    return checks.within(op, "scale", scale, 0, torch.inf, "[)")
 
 
 def interpolate(
@@ -93,16 +63,16 @@ def interpolate(
     op = "flow.interpolate"
     way = paths.find(op, path)
     if noise is None:
-        (clean,) = _states(op, clean=clean)
+        (clean,) = gaussian.states(op, clean=clean)
     elif key is not None or generator is not None:
         raise ValueError(f"{op}: give noise, or key or generator, not both")
     else:
-        clean, noise = _states(op, clean=clean, noise=noise)
+        clean, noise = gaussian.states(op, clean=clean, noise=noise)
     at = paths.time(op, "t", t, clean, way)
     signal = paths.per_row(way.alpha(at), clean) * clean
     spread = way.sigma(at) * _scale(op, scale, clean)
     if noise is None:
-        return _perturb(op, signal, spread, key, generator)
+        return gaussian.perturb(op, signal, paths.per_row(spread, clean), key, generator)
     return signal.addcmul_(paths.per_row(spread, clean), noise)
 
 
@@ -135,7 +105,7 @@ def velocity_from_clean(
     """
     op = "flow.velocity_from_clean"
     way = paths.find(op, path)
-    x, clean = _states(op, x=x, clean=clean)
+    x, clean = gaussian.states(op, x=x, clean=clean)
     at = paths.time(op, "t", t, x, way)
     least = rows.level(op, "floor", floor, x.shape[:-1], x.device)
     if path == "linear":
@@ -143,23 +113,18 @@ def velocity_from_clean(
     elif not isinstance(floor, (int, float)) or floor != 0:
         raise ValueError(f"{op}: floor belongs to path 'linear', got path {path!r}")
     of_x, of_clean = way.velocity(at)
-    if rows.checkable(of_x) and not bool((of_x.isfinite() & of_clean.isfinite()).all()):
+    if checks.reads_data(of_x) and not bool((of_x.isfinite() & of_clean.isfinite()).all()):
         at = at.expand(of_x.shape)
-        got = rows.first(at, ~(of_x.isfinite() & of_clean.isfinite()))
+        got = checks.first(at, ~(of_x.isfinite() & of_clean.isfinite()))
         raise ValueError(f"{op}: the velocity of path {path!r} is unbounded at t = {got:g}")
-    return _combine(of_x, x, of_clean, clean)
-
-
-def _combine(keep: Tensor, x: Tensor, take: Tensor, clean: Tensor) -> Tensor:
-    """keep·x + take·clean, with memory for one result."""
-    return (paths.per_row(keep, x) * x).addcmul_(paths.per_row(take, x), clean)
+    return gaussian.combine(x, clean, paths.per_row(of_x, x), paths.per_row(of_clean, x))
 
 
 def _move(x: Tensor, clean: Tensor, keep: Tensor, take: Tensor, way: Path) -> Tensor:
     """keep·x + take·clean; in one pass where the two add up to one, with either end exact."""
     if way.affine:
-        return torch.lerp(clean, x, paths.per_row(keep, x))
-    return _combine(keep, x, take, clean)
+        return gaussian.lerp(x, clean, paths.per_row(keep, x))
+    return gaussian.combine(x, clean, paths.per_row(keep, x), paths.per_row(take, x))
 
 
 def _coefficients(op: str, now: Tensor, after: Tensor, way: Path) -> tuple[Tensor, Tensor]:
@@ -215,17 +180,19 @@ def step(
     """
     op = "flow.step"
     way = paths.find(op, path)
-    x, clean = _states(op, x=x, clean=clean)
+    x, clean = gaussian.states(op, x=x, clean=clean)
     now, after = paths.time(op, "t", t, x, way), paths.time(op, "t_next", t_next, x, way)
     keep, take = _coefficients(op, now, after, way)
     if isinstance(refresh, (int, float)) and refresh == 0:
+        _scale(op, scale, x)
+        checks.unused_key(op, key, generator, x.shape[:-1])
         return _move(x, clean, keep, take, way)
     new = rows.level(op, "refresh", refresh, x.shape[:-1], x.device)
     keep = torch.where(way.sigma(now) > 0, keep * _root((1 - new) * (1 + new)), keep)
     take = way.alpha(after) - keep * way.alpha(now)
     spread = way.sigma(after) * new * _scale(op, scale, x)
-    moved = _combine(keep, x, take, clean)
-    return _perturb(op, moved, spread, key, generator)
+    moved = gaussian.combine(x, clean, paths.per_row(keep, x), paths.per_row(take, x))
+    return gaussian.perturb(op, moved, paths.per_row(spread, x), key, generator)
 
 
 def heun_step(
@@ -258,20 +225,18 @@ def heun_step(
     """
     op = "flow.heun_step"
     way = paths.find(op, path)
-    (x,) = _states(op, x=x)
+    (x,) = gaussian.states(op, x=x)
     now, after = paths.time(op, "t", t, x, way), paths.time(op, "t_next", t_next, x, way)
     keep, take = _coefficients(op, now, after, way)
-    x, clean = _states(op, x=x, clean=denoise(x, now.to(x.dtype)))
+    x, clean = gaussian.states(op, x=x, clean=denoise(x, now.to(x.dtype)))
     moved = _move(x, clean, keep, take, way)
     left = keep
     if not way.affine:
         left = torch.where(way.alpha(after) > 0, keep * way.alpha(now) / way.alpha(after), 0)
-    if rows.checkable(left) and bool((left == 0).all()):
+    if checks.reads_data(left) and bool((left == 0).all()):
         return moved
-    moved, later = _states(op, x=moved, clean=denoise(moved, after.to(moved.dtype)))
-    half = paths.per_row(take / (2 * torch.where(left > 0, left, 1)), moved)
-    change = torch.where((left > 0).unsqueeze(-1), later - clean, 0)
-    return torch.addcmul(moved, half, change)
+    moved, later = gaussian.states(op, x=moved, clean=denoise(moved, after.to(moved.dtype)))
+    return gaussian.heun(moved, clean, later, left.unsqueeze(-1), take.unsqueeze(-1))
 
 
 def renoise(
@@ -310,15 +275,15 @@ def renoise(
     """
     op = "flow.renoise"
     way = paths.find(op, path)
-    (x,) = _states(op, x=x)
+    (x,) = gaussian.states(op, x=x)
     now, back = paths.time(op, "t", t, x, way), paths.time(op, "t_back", t_back, x, way)
     what = "a state of pure noise (α = 0 at t) cannot gain signal at t_back"
     keep = paths.ratio(op, what, way.alpha(back), way.alpha(now))
     before, needed = keep * way.sigma(now), way.sigma(back)
-    if rows.checkable(now) and rows.checkable(back) and bool((needed < before * (1 - 1e-12)).any()):
+    if checks.reads_data(now) and checks.reads_data(back) and bool((needed < before * (1 - 1e-12)).any()):
         raise ValueError(f"{op}: t_back must be at least as noisy as t, got {t_back!r} after {t!r}")
     spread = _root((needed - before) * (needed + before)) * _scale(op, scale, x)
-    return _perturb(op, paths.per_row(keep, x) * x, spread, key, generator)
+    return gaussian.perturb(op, paths.per_row(keep, x) * x, paths.per_row(spread, x), key, generator)
 
 
 def sde_step(
@@ -368,20 +333,20 @@ def sde_step(
     """
     op = "flow.sde_step"
     way = paths.PATHS["linear"]
-    (x,) = _states(op, x=x)
+    (x,) = gaussian.states(op, x=x)
     now, after = paths.time(op, "t", t, x, way), paths.time(op, "t_next", t_next, x, way)
-    if rows.checkable(now) and rows.checkable(after) and bool((after < now).any()):
+    if checks.reads_data(now) and checks.reads_data(after) and bool((after < now).any()):
         raise ValueError(f"{op}: t_next must be at least t, got {t_next!r} after {t!r}")
-    rate = rows.within(
-        op, "gamma", rows.number(op, "gamma", gamma, x.shape[:-1], x.device), 0, torch.inf, "[)"
+    rate = checks.within(
+        op, "gamma", checks.number(op, "gamma", gamma, x.shape[:-1], x.device), 0, torch.inf, "[)"
     )
     kept = (1 - rate * (after - now)).clamp(0, 1)
     lost = 1 - kept
     spread = _root(lost * (1 + kept - 2 * kept * now)) if exact else lost
     spread = spread * _scale(op, scale, x)
-    x = _perturb(op, paths.per_row(kept, x) * x, spread, key, generator)
+    x = gaussian.perturb(op, paths.per_row(kept, x) * x, paths.per_row(spread, x), key, generator)
     back = kept * now
-    x, clean = _states(op, x=x, clean=denoise(x, back.to(x.dtype)))
+    x, clean = gaussian.states(op, x=x, clean=denoise(x, back.to(x.dtype)))
     keep, take = _coefficients(op, back, after, way)
     return _move(x, clean, keep, take, way)
 
@@ -412,6 +377,7 @@ def guide(cond: Tensor, uncond: Tensor, weight: float | Tensor) -> Tensor:
         tensor([3., 3.])
     """
     op = "flow.guide"
-    cond, uncond = _states(op, cond=cond, uncond=uncond)
-    amount = rows.number(op, "weight", weight, cond.shape[:-1], cond.device)
+    cond, uncond = gaussian.states(op, cond=cond, uncond=uncond)
+    amount = checks.number(op, "weight", weight, cond.shape[:-1], cond.device)
+    checks.within(op, "weight", amount, -torch.inf, torch.inf, "()")
     return torch.lerp(uncond, cond, paths.per_row(amount, cond))

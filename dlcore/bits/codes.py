@@ -1,4 +1,4 @@
-"""Tokens as bits, and back: orders, Gray codes, rankings. Public as `dlcore.bits`."""
+"""Tokens as bits, and back: orders, Gray codes, rankings."""
 
 from __future__ import annotations
 
