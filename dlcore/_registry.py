@@ -184,6 +184,7 @@ TRITON: dict[str, tuple[str, ...]] = {
         "categorical.sample_expectation",
     ),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+    "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 
 
