@@ -228,12 +228,12 @@ def seconds(call: Call, repeats: int = 20) -> float:
     for _ in range(repeats):
         start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flush.zero_()
-        start.record()  # type: ignore[no-untyped-call]
+        start.record()
         call()
-        stop.record()  # type: ignore[no-untyped-call]
+        stop.record()
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / 1000)
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def ceilings() -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -277,15 +278,18 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     z = torch.empty(lead, dtype=torch.int64, device=device)
     number, row = torch.empty((), device=device), torch.empty(lead, device=device)
     coefficients = torch.empty(6, dtype=torch.float64, device=device)
+    full: tuple[Any, ...] = (row, row, 30.0, 5)
+    drawn: tuple[Any, ...] = (z, *full, z, number, number, key.expand(*lead, 2))
+    mixed: tuple[Any, ...] = (z, coefficients.expand(*lead, 6), 7, *full, key)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
-        head, full = (logits, None, None), (row, row, 30.0, 5)
+        head = (logits, None, None)
         yield partial(stats, *head, None, None, None, None, None)
         yield partial(stats, *head, z, *full)
         yield partial(sample, *head, *(None,) * 8, key)
-        yield partial(sample, *head, z, *full, z, number, number, key.expand(*lead, 2))
+        yield partial(sample, *head, *drawn)
         yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)
         weight = torch.empty(vocab, 64, dtype=dtype, device=device)
         linear = (torch.empty(*lead, 64, dtype=dtype, device=device), weight, None)
         yield partial(sample, *linear, *(None,) * 8, key)
-        yield partial(sample_mixture, *head, z, coefficients.expand(*lead, 6), 7, *full, key)
+        yield partial(sample_mixture, *head, *mixed)

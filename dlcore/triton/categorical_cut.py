@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore.triton.categorical_scan import GROUP, SUM, TOP, State
+from dlcore.triton.categorical_scan import SUM, TOP, State
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import Head, tiles, vocab_size
+from dlcore.triton.linear_logits import GROUP, Head, tiles, vocab_size
 from dlcore.triton.rows import per_row, row_offset
 from dlcore.triton.softmax import LOG2E, NONE, Softmax, entries, inverse_temperature, power, row_shift
 
@@ -33,8 +33,8 @@ class Selection(NamedTuple):
 
     max_count: Tensor
     max_mass: Tensor
-    count: Tensor
-    mass: Tensor
+    found: Tensor
+    found_mass: Tensor
     prefix: Tensor
     floor: Tensor
 
@@ -275,7 +275,7 @@ def cuts(
     if top_k is not None:
         selection = _select(head, softmax, state, tops, per_row(top_k, lead), (None, 0), None)
     if top_p is not None:
-        within = None if selection is None else selection.mass
+        within = None if selection is None else selection.found_mass
         selection = _select(head, softmax, state, tops, per_row(top_k, lead), per_row(top_p, lead), within)
     thresholds = torch.full((rows,), float("-inf"), device=head[0].device)
     last = torch.full((rows,), _ALL.value, dtype=torch.int64, device=head[0].device)
@@ -308,7 +308,7 @@ def _select(
 ) -> Selection:
     rows, vocab, device = head[0].shape[:-1].numel(), vocab_size(head), head[0].device
     whole = torch.empty((5, rows), dtype=torch.int64, device=device)
-    selection = Selection(*whole, torch.empty(rows, device=device))
+    selection = Selection(whole[0], whole[1], whole[2], whole[3], whole[4], torch.empty(rows, device=device))
     limits = (state.numbers, rows, vocab, *top_k, *top_p, within, *softmax.temperature)
     launch(start_kernel, ceil_div(rows, GROUP), whole, *limits, *selection, BLOCK=GROUP)
     groups = tops.shape[1]

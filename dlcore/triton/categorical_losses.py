@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -24,7 +25,7 @@ from dlcore.triton.categorical_scan import (
 )
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, matmul, tile_width, tiles
-from dlcore.triton.rows import per_row, row_offset
+from dlcore.triton.rows import Rows, per_row, row_offset
 from dlcore.triton.softmax import (
     LN2,
     LOG2E,
@@ -525,7 +526,9 @@ def _weigh(
     return state, mean.view(*lead, table.shape[1]), lse
 
 
-def _probabilities(tile, softmax, reference, rows, dtype) -> Tensor:  # type: ignore[no-untyped-def]
+def _probabilities(
+    tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, rows: int, dtype: torch.dtype
+) -> Tensor:
     first, columns, logits = tile
     p = torch.empty((rows, columns), dtype=dtype, device=reference.device)
     block, parts = _split(columns)
@@ -623,7 +626,7 @@ def _examples(
 ) -> Iterator[Callable[[], object]]:
     mean = torch.empty(*target.shape, 64, device=target.device)
     for shift, softcap, exclude in ((None, None, None), (row, 30.0, 5)):
-        options = (target, None if shift is None else target, shift, softcap, exclude)
+        options: tuple[Any, ...] = (target, None if shift is None else target, shift, softcap, exclude)
         yield partial(log_probs, *head, *options)
         yield partial(log_probs_backward, three, three, *head, *options)
         yield partial(expectation, *head, table, shift, softcap, exclude)

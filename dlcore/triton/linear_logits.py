@@ -44,10 +44,10 @@ def tiles(head: Head, width: int | None = None) -> Iterator[tuple[int, int, Rows
     """
     logits, weight, bias = head
     if weight is None:
-        rows, vocab = rows_of(logits), logits.shape[-1]
+        view, vocab = rows_of(logits), logits.shape[-1]
         for first in range(0, vocab, width or vocab):
             count = min(width or vocab, vocab - first)
-            yield first, count, rows._replace(data=rows.data[..., first:])
+            yield first, count, view._replace(data=view.data[..., first:])
         return
     hidden, weight = logits.detach().reshape(-1, logits.shape[-1]), weight.detach()
     rows, width = hidden.shape[0], width or tile_width(hidden.shape[0])
