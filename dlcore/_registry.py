@@ -177,7 +177,18 @@ for _op in REFERENCE:
 #: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
+    "categorical": ("categorical.stats", "categorical.sample", "categorical.sample_mixture"),
+    "categorical_losses": (
+        "categorical.log_probs",
+        "categorical.log_probs_backward",
+        "categorical.kl",
+        "categorical.kl_backward",
+        "categorical.expectation",
+        "categorical.expectation_backward",
+        "categorical.sample_expectation",
+    ),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+    "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 
 
