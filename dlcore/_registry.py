@@ -173,6 +173,7 @@ for _op in REFERENCE:
 #: The ops of each module of dlcore.triton. It is imported when one of them first runs, so that importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
+    "attention": ("attention.intervals", "attention.intervals_backward"),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
 }
 
