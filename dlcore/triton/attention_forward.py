@@ -10,7 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore.triton.attention_shapes import EXAMPLES, bounds_stride, dims, forward_tiles, rows_contiguous, width
+from dlcore.triton.attention_shapes import (
+    EXAMPLES,
+    bounds_stride,
+    dims,
+    forward_tiles,
+    rows_contiguous,
+    width,
+)
 from dlcore.triton.attention_tiles import (
     LN2,
     LOG2E,
@@ -31,12 +38,25 @@ from dlcore.triton.attention_tiles import (
     whole_tile,
     whole_tiles,
 )
-from dlcore.triton.launch import ceil_div, launch
+from dlcore.triton.launch import ceil_div, launch, power_of_two
 
 
 @triton.jit
-def _load(at, low, high, source, row_stride, page_stride, paging, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, BLOCK_N: tl.constexpr, PAGED: tl.constexpr, MASKED: tl.constexpr):
-    """The tile of keys or values from `at` on; MASKED ones outside of [low, high) are 0, whatever is there."""
+def _load(
+    at,
+    low,
+    high,
+    source,
+    row_stride,
+    page_stride,
+    paging,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PAGED: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """The tile of keys or values from `at` on; if MASKED, 0 outside of [low, high), whatever is there."""
     keys, pages, page_size, num_pages = paging
     key = at + tl.arange(0, BLOCK_N)
     place = places(key, keys, row_stride, page_stride, pages, page_size, num_pages, PAGED)
@@ -45,8 +65,18 @@ def _load(at, low, high, source, row_stride, page_stride, paging, COLUMNS: tl.co
 
 @triton.jit
 def _absorb(
-    state, q, k, v, at, seen, scale, softcap,
-    SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, MASKED: tl.constexpr, GUARDED: tl.constexpr,
+    state,
+    q,
+    k,
+    v,
+    at,
+    seen,
+    scale,
+    softcap,
+    SOFTCAP: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+    GUARDED: tl.constexpr,
 ):
     """One more key tile: its scores, the new maxima, the sums rescaled to them.
 
@@ -73,7 +103,7 @@ def _absorb(
     if GUARDED:
         broken = tl.max(1 - finite(v).to(tl.int32), 1) > 0
         hurt = tl.max((visible & broken[None, :]).to(tl.int32), 1) > 0
-        out = tl.where(hurt[:, None], float("nan"), out)
+        out += tl.where(hurt, float("nan"), 0.0)[:, None]
         v = tl.where(finite(v), v, 0.0).to(v.dtype)
     return total, higher, product(weights.to(v.dtype), v, out)
 
@@ -166,13 +196,17 @@ def forward_kernel(
         at = whole_tile(whole, i, BLOCK_N)
         k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, False)
         v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, False)
-        total, top, out = _absorb((total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, False, False)
+        total, top, out = _absorb(
+            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, False, False
+        )
 
     at = next_tile(0, seen, whole, BLOCK_N)
     while at < NEVER:
         k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, True)
         v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, True)
-        total, top, out = _absorb((total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, False)
+        total, top, out = _absorb(
+            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, False
+        )
         at = next_tile(at + BLOCK_N, seen, whole, BLOCK_N)
 
     if is_nan_anywhere(out):
@@ -185,7 +219,9 @@ def forward_kernel(
         while at < NEVER:
             k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, True)
             v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, True)
-            total, top, out = _absorb((total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, True)
+            total, top, out = _absorb(
+                (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, True
+            )
             at = next_tile(at + BLOCK_N, seen, whole, BLOCK_N)
 
     nothing = total == 0
@@ -210,37 +246,38 @@ def merge_kernel(
     heads,
     splits,
     VALUE_DIM: tl.constexpr,
-    BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    PARTS: tl.constexpr,
+    TOGETHER: tl.constexpr,
 ):
-    """`splits` parts of attention, over keys apart, as one: rows (B, S, Hq) in order."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = row < rows
-    row = tl.minimum(row, rows - 1)
+    """`splits` parts of attention, over keys apart, as one; a program has a row of (B, S, Hq)."""
+    row = tl.program_id(0).to(tl.int64)
     sequence, query, head = row // heads // queries, row // heads % queries, row % heads
     lse_at = (sequence * heads + head) * queries + query
-    top = tl.full([BLOCK_R], float("-inf"), tl.float32)
-    for part in range(0, splits):
-        top = tl.maximum(top, tl.load(part_lse_ptr + part * rows + lse_at))
+    part = tl.arange(0, PARTS)
+    lse = tl.load(part_lse_ptr + part.to(tl.int64) * rows + lse_at, mask=part < splits, other=float("-inf"))
+    top = tl.max(lse, 0)
     level = tl.where(top == float("-inf"), 0.0, top)
-    total = tl.zeros([BLOCK_R], tl.float32)
-    out = tl.zeros([BLOCK_R, BLOCK_V], tl.float32)
-    for part in range(0, splits):
-        weight = tl.exp(tl.load(part_lse_ptr + part * rows + lse_at) - level)
-        piece = load_rows(parts_ptr, (part * rows + row) * VALUE_DIM, weight != 0, VALUE_DIM, BLOCK_V, True)
-        total += weight
-        out += piece * weight[:, None]
+    total = tl.sum(tl.exp(lse - level), 0)
+    out = tl.zeros([BLOCK_V], tl.float32)
+    for first in range(0, splits, TOGETHER):
+        part = first + tl.arange(0, TOGETHER)
+        place = part.to(tl.int64) * rows
+        lse = tl.load(part_lse_ptr + place + lse_at, mask=part < splits, other=float("-inf"))
+        weight = tl.exp(lse - level)
+        piece = load_rows(parts_ptr, (place + row) * VALUE_DIM, weight != 0, VALUE_DIM, BLOCK_V, True)
+        out += tl.sum(piece * weight[:, None], 0)
     nothing = total == 0
     total = tl.where(nothing, 1.0, total)
-    lse = tl.where(nothing, float("-inf"), top + tl.log(total))
-    out = out / total[:, None]
-    store_rows(out_ptr, row * VALUE_DIM, out, inside, VALUE_DIM, BLOCK_V)
-    tl.store(lse_ptr + lse_at, lse, mask=inside)
+    column = tl.arange(0, BLOCK_V)
+    to = out_ptr + row * VALUE_DIM + column
+    tl.store(to, (out / total).to(out_ptr.dtype.element_ty), mask=column < VALUE_DIM)
+    tl.store(lse_ptr + lse_at, tl.where(nothing, float("-inf"), top + tl.log(total)))
 
 
 #: Programs that keep every multiprocessor busy, per multiprocessor, and key tiles that are worth a program.
 _PROGRAMS, _TILES_EACH = 2, 4
-_MERGED_ROWS = 16
+_MOST_PARTS = 128
 
 
 @lru_cache(maxsize=16)
@@ -252,7 +289,7 @@ def _multiprocessors(device: torch.device) -> int:
 def _splits(programs: int, key_tiles: int, device: torch.device) -> int:
     """Parts of the keys, by shapes alone, so that few rows over many keys keep the device busy."""
     wanted = _PROGRAMS * _multiprocessors(device) // programs
-    return max(1, min(wanted, ceil_div(key_tiles, _TILES_EACH), 128))
+    return max(1, min(wanted, ceil_div(key_tiles, _TILES_EACH), _MOST_PARTS))
 
 
 def intervals(
@@ -276,6 +313,9 @@ def intervals(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     rows = queries * heads // k.shape[2]
     tiles = forward_tiles(q, v, rows)
+    if page_table is not None:
+        # A load by way of another one runs two stages later.
+        tiles = tiles._replace(stages=tiles.stages + 2)
     programs = ceil_div(rows, tiles.rows) * k.shape[2] * batch
     if programs == 0:
         return out, lse
@@ -300,18 +340,20 @@ def intervals(
     if splits > 1:
         launch(
             merge_kernel,
-            ceil_div(lse.numel(), _MERGED_ROWS),
+            lse.numel(),
             q,
             *(parts, part_lse, out, lse, lse.numel(), queries, heads, splits),
             VALUE_DIM=v.shape[3],
-            BLOCK_R=_MERGED_ROWS,
             BLOCK_V=width(v.shape[3]),
+            PARTS=power_of_two(splits, 2, _MOST_PARTS),
+            TOGETHER=power_of_two(splits, 2, 8192 // width(v.shape[3])),
         )
     return out, lse
 
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
+
     def call(rows, keys, dim, value_dim, dtype, group=4, softcap=0.0, page_size=None):
         shape = (1, keys, 2) if page_size is None else (keys // page_size, page_size, 2)
         q = torch.empty(1, rows, 2 * group, dim, dtype=dtype, device=device)

@@ -39,14 +39,44 @@ class Tiles(NamedTuple):
 Shapes = dict[int, Tiles]
 
 #: By the larger head dimension, rounded up to a power of two.
-FORWARD: Shapes = {64: Tiles(128, 128, 8, 3), 128: Tiles(128, 128, 8, 2), 256: Tiles(128, 64, 8, 2), 512: Tiles(64, 32, 8, 2)}
+FORWARD: Shapes = {
+    64: Tiles(128, 128, 8, 3),
+    128: Tiles(128, 128, 8, 2),
+    256: Tiles(128, 64, 8, 2),
+    512: Tiles(64, 32, 8, 2),
+}
 #: The same for few rows, where keys are read as fast as memory gives them.
-DECODE: Shapes = {64: Tiles(64, 128, 4, 3), 128: Tiles(64, 64, 4, 3), 256: Tiles(64, 32, 4, 3), 512: Tiles(64, 32, 8, 2)}
-GRAD_Q: Shapes = {64: Tiles(128, 64, 8, 2), 128: Tiles(128, 64, 8, 2), 256: Tiles(64, 32, 8, 2), 512: Tiles(32, 32, 8, 1)}
-GRAD_KV: Shapes = {64: Tiles(64, 128, 8, 2), 128: Tiles(64, 128, 8, 2), 256: Tiles(32, 64, 8, 2), 512: Tiles(32, 32, 8, 1)}
+DECODE: Shapes = {
+    64: Tiles(64, 128, 4, 3),
+    128: Tiles(64, 64, 4, 3),
+    256: Tiles(64, 32, 4, 3),
+    512: Tiles(64, 32, 8, 2),
+}
+GRAD_Q: Shapes = {
+    64: Tiles(128, 64, 8, 2),
+    128: Tiles(128, 64, 8, 2),
+    256: Tiles(64, 32, 8, 2),
+    512: Tiles(32, 32, 8, 1),
+}
+GRAD_KV: Shapes = {
+    64: Tiles(64, 128, 8, 2),
+    128: Tiles(64, 128, 8, 2),
+    256: Tiles(32, 64, 8, 2),
+    512: Tiles(32, 32, 8, 1),
+}
 #: float32 products run on the ordinary units, from registers.
-SINGLE: Shapes = {64: Tiles(64, 32, 8, 2), 128: Tiles(32, 32, 8, 2), 256: Tiles(32, 32, 8, 1), 512: Tiles(16, 16, 8, 1)}
-SINGLE_GRAD: Shapes = {64: Tiles(32, 32, 8, 1), 128: Tiles(32, 32, 8, 1), 256: Tiles(16, 16, 8, 1), 512: Tiles(16, 16, 8, 1)}
+SINGLE: Shapes = {
+    64: Tiles(64, 32, 8, 2),
+    128: Tiles(32, 32, 8, 2),
+    256: Tiles(32, 32, 8, 1),
+    512: Tiles(16, 16, 8, 1),
+}
+SINGLE_GRAD: Shapes = {
+    64: Tiles(32, 32, 8, 1),
+    128: Tiles(32, 32, 8, 1),
+    256: Tiles(16, 16, 8, 1),
+    512: Tiles(16, 16, 8, 1),
+}
 #: Up to so many rows a tile is a tile of decoding.
 FEW_ROWS = 64
 #: Head dimensions that `make gpu-check` compiles for: every tile shape, and one that does not fill its tile.

@@ -28,7 +28,7 @@ def packed_rows(tile, rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def intervals_of(starts, stops, query, first, last):
-    """start, stop, start, stop: both key intervals of each row, cut to [first, last); an empty one stops at 0."""
+    """start, stop, start, stop: both intervals of each row, cut to [first, last); an empty one stops at 0."""
     at = query.to(tl.int64) * 2
     start_a = tl.maximum(tl.load(starts + at), first)
     stop_a = tl.minimum(tl.load(stops + at), last)
@@ -174,3 +174,20 @@ def base_2_scores(products, scale, softcap, SOFTCAP: tl.constexpr):
         return tanh(products * (scale / softcap)) * (softcap * LOG2E)
     else:
         return products * (scale * LOG2E)
+
+
+@triton.jit
+def weights_and_slopes(products, pull, level, delta, scale, softcap, SOFTCAP: tl.constexpr):
+    """Probabilities, and the gradients of q · k / scale; `level` is lse in base 2, `pull` is grad · v."""
+    if SOFTCAP:
+        bent = tanh(products * (scale / softcap))
+        weights = tl.exp2(bent * (softcap * LOG2E) - level)
+        return weights, weights * (pull - delta) * (1 - bent * bent)
+    else:
+        weights = tl.exp2(products * (scale * LOG2E) - level)
+        return weights, weights * (pull - delta)
+
+
+@triton.jit
+def lse_in_base_2(lse):
+    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
