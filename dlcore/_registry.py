@@ -177,6 +177,7 @@ for _op in REFERENCE:
 #: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
+    "attention": ("attention.intervals", "attention.intervals_backward"),
     "categorical": ("categorical.stats", "categorical.sample", "categorical.sample_mixture"),
     "categorical_losses": (
         "categorical.log_probs",

@@ -169,6 +169,10 @@ def _plain_training_intervals(
     return _training_intervals(length, block_size, order, clean, num_noisy, rows, documents)
 
 
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def _attend(
     q: Tensor,
     k: Tensor,
@@ -288,9 +292,9 @@ def block_diffusion(
     if q.shape[1] != wanted:
         raise ValueError(f"{op}: q must have {wanted} rows, got {q.shape[1]}")
     size = _block_size(op, block_size, q.shape[0], q.device)
-    # A fake tensor's intervals would be fake, and stay in the cache.
+    # Intervals that are fake, as a fake tensor's, or not there before a graph is replayed, must not be kept.
     plain = cu_seqlens is None and not isinstance(size, Tensor) and type(q) is Tensor
-    if plain and not torch.compiler.is_compiling():
+    if plain and not torch.compiler.is_compiling() and not _capturing(q.device):
         bounds = _plain_training_intervals(length, size, order, clean, num_noisy, rows, q.device)
     else:
         documents = _documents(op, cu_seqlens, length, q.device)

@@ -25,7 +25,8 @@ class KVCache:
 
     Raises ValueError for sizes, positions and a full cache (nothing is changed then), TypeError for dtypes.
     Inside torch.compile a full cache is an IndexError or RuntimeError of torch's, to `attention.decode` still
-    a ValueError; no committed row changes.
+    a ValueError; no committed row changes. On a GPU, where nothing waits for `lengths`, it is torch's own
+    error, and `attention.decode` writes no row past the end; under DLCORE_CHECK=1 it is a ValueError there.
 
     Example:
         >>> import torch

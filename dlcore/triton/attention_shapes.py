@@ -1,0 +1,130 @@
+"""What attention's kernels are called with: tile shapes by head dimension and dtype, views, strides.
+
+One shape serves every GPU from compute capability 8.0 on: `make gpu-check` holds each to 163 KiB of shared
+memory there, and to 227 KiB from 9.0 on.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlcore.triton.launch import power_of_two
+
+logger = logging.getLogger("dlcore")
+
+
+class Tiles(NamedTuple):
+    """Packed query rows and keys of a tile, and Triton's options."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+    def meta(self) -> dict[str, Any]:
+        # Without the bound the assembler halves the registers of large tiles and spills the rest.
+        return {
+            "BLOCK_M": self.rows,
+            "BLOCK_N": self.keys,
+            "num_warps": self.warps,
+            "num_stages": self.stages,
+            "maxnreg": 255,
+        }
+
+
+Shapes = dict[int, Tiles]
+
+#: By the larger head dimension, rounded up to a power of two.
+FORWARD: Shapes = {
+    64: Tiles(128, 128, 8, 3),
+    128: Tiles(128, 128, 8, 2),
+    256: Tiles(128, 64, 8, 2),
+    512: Tiles(64, 32, 8, 2),
+}
+#: The same for few rows, where keys are read as fast as memory gives them.
+DECODE: Shapes = {
+    64: Tiles(64, 128, 4, 3),
+    128: Tiles(64, 64, 4, 3),
+    256: Tiles(64, 32, 4, 3),
+    512: Tiles(64, 32, 8, 2),
+}
+GRAD_Q: Shapes = {
+    64: Tiles(128, 64, 8, 2),
+    128: Tiles(128, 64, 8, 2),
+    256: Tiles(64, 32, 8, 2),
+    512: Tiles(32, 32, 8, 1),
+}
+GRAD_KV: Shapes = {
+    64: Tiles(64, 128, 8, 2),
+    128: Tiles(64, 128, 8, 2),
+    256: Tiles(32, 64, 8, 2),
+    512: Tiles(32, 32, 8, 1),
+}
+#: float32 products run on the ordinary units, from registers.
+SINGLE: Shapes = {
+    64: Tiles(64, 32, 8, 2),
+    128: Tiles(32, 32, 8, 2),
+    256: Tiles(32, 32, 8, 1),
+    512: Tiles(16, 16, 8, 1),
+}
+SINGLE_GRAD: Shapes = {
+    64: Tiles(32, 32, 8, 1),
+    128: Tiles(32, 32, 8, 1),
+    256: Tiles(16, 16, 8, 1),
+    512: Tiles(16, 16, 8, 1),
+}
+#: Up to so many rows a tile is a tile of decoding.
+FEW_ROWS = 64
+#: Head dimensions that `make gpu-check` compiles for: every tile shape, and one that does not fill its tile.
+EXAMPLES = (
+    (torch.bfloat16, (64, 96, 128, 256, 512)),
+    (torch.float16, (128,)),
+    (torch.float32, (64, 128, 256, 512)),
+)
+
+
+def width(size: int) -> int:
+    """Columns of a tile: products need 16."""
+    return power_of_two(size, 16, 512)
+
+
+def tiles(shapes: Shapes, single: Shapes, q: Tensor, v: Tensor) -> Tiles:
+    """The tile shape for these tensors."""
+    table = single if q.dtype == torch.float32 else shapes
+    return table[max(64, width(max(q.shape[3], v.shape[3])))]
+
+
+def forward_tiles(q: Tensor, v: Tensor, rows: int) -> Tiles:
+    """The forward kernel's, no higher than so many packed rows need."""
+    few = rows <= FEW_ROWS
+    chosen = tiles(DECODE if few else FORWARD, SINGLE, q, v)
+    return chosen._replace(rows=power_of_two(rows, 16, chosen.rows))
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` itself if its last dimension is contiguous, whatever the other strides; else a copy, logged."""
+    if x.stride(-1) == 1 or x.shape[-1] == 1:
+        return x
+    logger.info("copied a %s tensor: its last dimension has stride %d", tuple(x.shape), x.stride(-1))
+    return x.contiguous()
+
+
+def dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:
+    """The constants that all kernels over heads share."""
+    return {
+        "HEADS": k.shape[2],
+        "GROUP": q.shape[2] // k.shape[2],
+        "DIM": q.shape[3],
+        "VALUE_DIM": v.shape[3],
+        "BLOCK_D": width(q.shape[3]),
+        "BLOCK_V": width(v.shape[3]),
+    }
+
+
+def bounds_stride(starts: Tensor) -> int:
+    """From one sequence's intervals to the next one's; 0 if all share them."""
+    return 0 if starts.shape[0] == 1 else 2 * starts.shape[1]
