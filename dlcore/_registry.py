@@ -173,7 +173,9 @@ for _op in REFERENCE:
 #: The ops of each module of dlcore.triton. It is imported when one of them first runs, so that importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
+    "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+    "sphere": tuple(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
 }
 
 

@@ -118,7 +118,10 @@ def usage(family: str, x: Launch, target: int) -> Usage:
         with redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         said = log.getvalue()
-    registers, spilled = re.search(r"Used (\d+) registers", said), re.search(r"(\d+) bytes spill stores", said)
+    registers, spilled = (
+        re.search(r"Used (\d+) registers", said),
+        re.search(r"(\d+) bytes spill stores", said),
+    )
     if registers is None or spilled is None:
         raise RuntimeError(f"the assembler says nothing of {kernel.__name__}: {said}")
     tensors = {str(_TYPES[a.dtype]): None for a in x.args if isinstance(a, Tensor) and a.is_floating_point()}
