@@ -176,6 +176,9 @@ TRITON: dict[str, tuple[str, ...]] = {
     "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
     "sphere": tuple(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
+    "sphere_dynamics": ("sphere.correct", "sphere.correct_backward"),
+    "sphere_sample": ("sphere.sample",),
+    "sphere_velocity": ("sphere.largest", "sphere.velocity", "sphere.velocity_backward"),
 }
 
 

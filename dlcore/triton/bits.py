@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore.triton.functions import exponential
+from dlcore.triton.functions import exponential, normals
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.noise import ELEMENT, block, log1p, normal, row_key
+from dlcore.triton.noise import ELEMENT, log1p, row_key
 from dlcore.triton.rows import row_offset, rows_of
 
 #: Elements of a program, and so columns of a tile at most.
@@ -49,12 +49,9 @@ def _parameter(parameters, k, rows, columns, row, column, live, FORM: tl.constex
 
 @triton.jit
 def _noise(keys, row, rows, columns, spans, PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
-    """Normal numbers of a tile, two to a block of random bits."""
+    """Normal numbers of a tile."""
     seed, offset = row_key(keys, tl.where(row < rows, row, 0), PER_ROW)
-    first = (tl.program_id(0) % spans).to(tl.int64) * (BLOCK // 2)
-    low, high, _, turn = block(seed, offset, ELEMENT, first + tl.arange(0, BLOCK // 2)[None, :])
-    even, odd = normal(low, high, turn)
-    return tl.interleave(even, odd)
+    return normals(seed, offset, ELEMENT, tl.program_id(0) % spans * BLOCK, BLOCK)
 
 
 @triton.jit

@@ -7,6 +7,8 @@ import math
 import triton
 import triton.language as tl
 
+from dlcore.triton.noise import block, normal
+
 PI = tl.constexpr(math.pi)
 
 
@@ -78,3 +80,35 @@ def slerp_series(u):
     p = u * p + 0.13332957
     p = u * p + 0.333333403
     return u * p + 1.0
+
+
+@triton.jit
+def slerp_series_slope(u):
+    """Its derivative in u."""
+    p = u * (11 * 0.00478265621) - 10 * 0.0188173633
+    p = u * p + 9 * 0.0365070887
+    p = u * p - 8 * 0.0382547043
+    p = u * p + 7 * 0.0297974534
+    p = u * p - 6 * 0.00695693493
+    p = u * p + 5 * 0.0151163144
+    p = u * p + 4 * 0.0247469228
+    p = u * p + 3 * 0.0572119094
+    p = u * p + 2 * 0.13332957
+    return u * p + 0.333333403
+
+
+@triton.jit
+def power_of_two_below(largest):
+    """A power of two that brings numbers up to `largest`, of any size, next to 1."""
+    exponent = 253 - (largest.to(tl.int32, bitcast=True) >> 23)
+    exponent = tl.where(exponent < 1, 1, tl.where(exponent > 253, 253, exponent))
+    return (exponent << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def normals(seed, offset, DOMAIN: tl.constexpr, first, BLOCK: tl.constexpr):
+    """Normal numbers [first, first + BLOCK) of a domain for keys (rows, 1): two to a block of random bits."""
+    index = (first // 2 + tl.arange(0, BLOCK // 2)[None, :]).to(tl.int64)
+    low, high, _, turn = block(seed, offset, DOMAIN, index)
+    even, odd = normal(low, high, turn)
+    return tl.interleave(even, odd)

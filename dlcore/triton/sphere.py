@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlcore._ops.sphere import MAPS
+from dlcore.triton.functions import power_of_two_below
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.rows import per_row, row_offset, rows_of
 from dlcore.triton.sphere_maps import antipodal, combine, measure
@@ -20,14 +21,6 @@ from dlcore.triton.sphere_maps import antipodal, combine, measure
 _TILE = 4096
 #: Elements of a program of several rows, and of one warp.
 _SEVERAL, _WARP = 256, 512
-
-
-@triton.jit
-def power_of_two_below(largest):
-    """A power of two that brings numbers up to `largest`, of any size, next to 1."""
-    exponent = 253 - (largest.to(tl.int32, bitcast=True) >> 23)
-    exponent = tl.where(exponent < 1, 1, tl.where(exponent > 253, 253, exponent))
-    return (exponent << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
@@ -159,10 +152,12 @@ def sphere_map_kernel(
 
 def tiling(rows: int, columns: int) -> tuple[int, dict[str, Any]]:
     """So many programs, and their constants: several short rows each, or a tile of a long one at a time."""
-    block = power_of_two(columns, 16, _TILE)
+    whole = columns <= _TILE
+    # Tile by tile, half as many numbers a thread leave room for what the loops carry.
+    block = power_of_two(columns, 16, _TILE) if whole else _TILE // 2
     height = max(1, _SEVERAL // block)
-    warps = power_of_two(height * block // _WARP, 1, 8)
-    constants = {"ROWS": height, "BLOCK": block, "WHOLE": columns <= block, "num_warps": warps}
+    warps = power_of_two(height * block // (_WARP if whole else _WARP // 2), 1, 8)
+    constants = {"ROWS": height, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
     return ceil_div(rows, height), constants
 
 
