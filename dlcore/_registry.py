@@ -170,10 +170,20 @@ for _op in REFERENCE:
     _function = getattr(_families.get(_family), _name, _always)
     implement(_op, "cpu", _function, _of_logits(_reasons, _saved) if _saved else _reasons)
 
-#: The ops of each module of dlcore.triton. It is imported when one of them first runs, so that importing dlcore
+#: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
     "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
+    "categorical": ("categorical.stats", "categorical.sample", "categorical.sample_mixture"),
+    "categorical_losses": (
+        "categorical.log_probs",
+        "categorical.log_probs_backward",
+        "categorical.kl",
+        "categorical.kl_backward",
+        "categorical.expectation",
+        "categorical.expectation_backward",
+        "categorical.sample_expectation",
+    ),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
     "sphere": tuple(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
     "sphere_dynamics": ("sphere.correct", "sphere.correct_backward"),

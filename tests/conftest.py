@@ -14,7 +14,7 @@ import dlcore
 from dlcore import _C
 from dlcore.cpu import CAPABILITIES, choose_capability, tensors
 
-#: Where Triton's kernels run: on a GPU, else in its interpreter, which has to be chosen before Triton is imported.
+#: Where Triton's kernels run: on a GPU, else in its interpreter, chosen before Triton is imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"

@@ -116,7 +116,7 @@ def test_without_triton_or_its_interpreter():
 
 def test_a_bad_variable_is_named(monkeypatch):
     monkeypatch.setenv("DLCORE_BACKEND", "tpu")
-    with pytest.raises(ValueError, match=r"DLCORE_BACKEND: backend must be one of cpu, triton, reference, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"DLCORE_BACKEND: .* one of cpu, triton, reference, got 'tpu'"):
         categorical.stats(X)
 
 

@@ -1,4 +1,4 @@
-"""`python -m dlcore.triton.check`: compiles every kernel for several GPUs, without one, and says what each takes.
+"""`python -m dlcore.triton.check`: compiles every kernel for several GPUs, without one; what each takes.
 
 Every family names calls that launch each of its variants; they are made with tensors that hold no data (the
 meta device), so a host function that waits for its numbers fails here, too.
@@ -118,10 +118,8 @@ def usage(family: str, x: Launch, target: int) -> Usage:
         with redirect_stdout(log):
             compiled = triton.compile(source, target=GPUTarget("cuda", target, 32), options=options)
         said = log.getvalue()
-    registers, spilled = (
-        re.search(r"Used (\d+) registers", said),
-        re.search(r"(\d+) bytes spill stores", said),
-    )
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
         raise RuntimeError(f"the assembler says nothing of {kernel.__name__}: {said}")
     tensors = {str(_TYPES[a.dtype]): None for a in x.args if isinstance(a, Tensor) and a.is_floating_point()}

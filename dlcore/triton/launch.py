@@ -78,7 +78,8 @@ def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, *
 def recording() -> Iterator[list[Launch]]:
     """Collect the launches inside the block instead of making them, say of calls with meta tensors."""
     global _recorded
-    _recorded = found = []
+    found: list[Launch] = []
+    _recorded = found
     try:
         yield found
     finally:

@@ -79,9 +79,8 @@ def log1p(x):
 @triton.jit
 def unit(low, high):
     """64 bits as float32 in (0, 1]."""
-    return tl.fma(
-        high.to(tl.float32), 2.3283064365386963e-10, (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
-    )
+    rest = (low.to(tl.float32) + 0.5) * 5.421010862427522e-20
+    return tl.fma(high.to(tl.float32), 2.3283064365386963e-10, rest)
 
 
 @triton.jit

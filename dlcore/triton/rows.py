@@ -42,7 +42,7 @@ def rows_of(x: Tensor) -> Rows:
             else:
                 dims.append((size, stride))
         if len(dims) <= 2:
-            outer, inner = ([(1, 0), (1, 0)] + dims)[-2:]
+            outer, inner = [(1, 0), (1, 0), *dims][-2:]
             return Rows(x, inner[0], outer[1], inner[1])
     logger.info("copied a %s tensor of strides %s to read its rows", tuple(x.shape), x.stride())
     return Rows(x.contiguous(), max(x.shape[:-1].numel(), 1), 0, x.shape[-1])

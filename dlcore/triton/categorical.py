@@ -1,0 +1,298 @@
+"""Statistics and draws of the categorical family on the GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlcore.triton import noise
+from dlcore.triton.categorical_cut import cuts
+from dlcore.triton.categorical_scan import (
+    INDEX_LOGIT,
+    SECOND,
+    SUM,
+    TARGET_LOGIT,
+    TOKEN_LOGIT,
+    TOP,
+    WEIGHTED,
+    State,
+    load_state,
+    log_prob,
+    scan,
+)
+from dlcore.triton.launch import ceil_div, launch
+from dlcore.triton.linear_logits import vocab_size
+from dlcore.triton.rows import per_row
+from dlcore.triton.softmax import Softmax
+
+_BLOCK = 128
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_stats_kernel(numbers, tokens, rows, argmax, out, WITH_INDEX: tl.constexpr, BLOCK: tl.constexpr):
+    """out (6, rows): logsumexp, argmax_logprob, margin, entropy, index_logprob, runner_up_logprob."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    rows = rows.to(tl.int64)
+    total = load_state(numbers, row, rows, inside, SUM)
+    lawful = (total > 0.0) & (total < float("inf"))
+    log_total = tl.log(tl.where(lawful, total, 1.0))
+    top = load_state(numbers, row, rows, inside, TOP)
+    second = load_state(numbers, row, rows, inside, SECOND) - top - log_total
+    none = float("nan")
+    tl.store(argmax + row, tl.where(lawful, tl.load(tokens + row, inside, -1), -1), inside)
+    tl.store(out + row, tl.where(lawful, top + log_total, none).to(tl.float32), inside)
+    tl.store(out + rows + row, tl.where(lawful, -log_total, none).to(tl.float32), inside)
+    margin = tl.exp(-log_total) - tl.exp(second)
+    tl.store(out + 2 * rows + row, tl.where(lawful, margin, none).to(tl.float32), inside)
+    weighted = load_state(numbers, row, rows, inside, WEIGHTED)
+    entropy = log_total - tl.minimum(weighted, 0.0) / tl.where(lawful, total, 1.0)
+    tl.store(out + 3 * rows + row, tl.where(lawful, entropy, none).to(tl.float32), inside)
+    at_index = tl.full(row.shape, none, tl.float64)
+    if WITH_INDEX:
+        at_index = log_prob(
+            numbers, load_state(numbers, row, rows, inside, INDEX_LOGIT), row, rows, inside
+        )
+    tl.store(out + 4 * rows + row, at_index.to(tl.float32), inside)
+    tl.store(out + 5 * rows + row, tl.where(lawful, second, none).to(tl.float32), inside)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_draw_kernel(
+    numbers,
+    drawn_numbers,
+    drawn_tokens,
+    temperature,
+    temperature_step,
+    rows,
+    tokens,
+    out,
+    BLOCK: tl.constexpr,
+):
+    """tokens (rows) and their log-probabilities; `drawn` is the state that drew, at temperature 0 its argmax."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    rows = rows.to(tl.int64)
+    token = tl.load(drawn_tokens + rows + row, inside, -1)
+    logit = load_state(drawn_numbers, row, rows, inside, TOKEN_LOGIT)
+    if temperature is not None:
+        greedy = tl.load(temperature + row * temperature_step, inside, 1.0) == 0.0
+        token = tl.where(greedy, tl.load(drawn_tokens + row, inside, -1), token)
+        logit = tl.where(greedy, load_state(drawn_numbers, row, rows, inside, TOP), logit)
+    logprob = log_prob(numbers, logit, row, rows, inside)
+    tl.store(tokens + row, tl.where(logprob == logprob, token, -1), inside)
+    tl.store(out + row, logprob.to(tl.float32), inside)
+
+
+@triton.jit
+def _coefficient(coefficients, row, step, inside, I: tl.constexpr):  # noqa: E741
+    return tl.load(coefficients + row * step + I, inside, 0.0)
+
+
+@triton.jit
+def _route(coefficients, step, keys, row, rows, inside, p_z, KEY_PER_ROW: tl.constexpr):
+    """(needs p(z), keeps z, takes a draw), and the words of the prior's number."""
+    d0 = _coefficient(coefficients, row, step, inside, 0)
+    d1 = _coefficient(coefficients, row, step, inside, 1)
+    k0 = _coefficient(coefficients, row, step, inside, 2)
+    k1 = _coefficient(coefficients, row, step, inside, 3)
+    p0 = _coefficient(coefficients, row, step, inside, 4)
+    p1 = _coefficient(coefficients, row, step, inside, 5)
+    needs = (d1 != 0.0) | (k1 != 0.0) | (p1 != 0.0)
+    p = tl.where(needs, p_z, 0.0)
+    seed, offset = noise.row_key(keys, tl.where(inside, row, 0), KEY_PER_ROW)
+    low, high, prior_low, prior_high = noise.block(seed, offset, noise.ROUTE, row * 0)
+    total = d0 + d1 * p
+    mark = noise.uniform(low, high) * total
+    keep = k0 + k1 * p
+    # A state without any mass (a clean position with p(z) = 0) stays what it is.
+    keeps = (mark < keep) | ~(total > 0.0)
+    return needs, keeps, ~keeps & (mark < keep + (p0 + p1 * p)), prior_low, prior_high
+
+
+@triton.jit(do_not_specialize=["rows"])
+def plan_mixture_kernel(
+    coefficients, step, keys, rows, skip, KEY_PER_ROW: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Marks rows whose outcome does not depend on their logits."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    needs, _, takes, _, _ = _route(coefficients, step, keys, row, rows, inside, 0.0, KEY_PER_ROW)
+    tl.store(skip + row, (~needs & ~takes).to(tl.uint8), inside)
+
+
+@triton.jit(do_not_specialize=["rows", "prior", "exclude", "vocab"])
+def finish_mixture_kernel(
+    numbers,
+    drawn,
+    temperature,
+    temperature_step,
+    coefficients,
+    step,
+    keys,
+    rows,
+    skip,
+    z,
+    vocab,
+    prior,
+    exclude,
+    tokens,
+    KEY_PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """tokens (rows): z, the draw or the prior; -1 where a row without a law had to be read."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    rows = rows.to(tl.int64)
+    kept = tl.load(z + row, inside, 0)
+    read = inside & (tl.load(skip + row, inside, 1) == 0)
+    token = tl.load(drawn + rows + row, read, -1)
+    argmax = tl.load(drawn + row, read, -1)
+    logprob = log_prob(numbers, load_state(numbers, row, rows, read, INDEX_LOGIT), row, rows, read)
+    p_z = tl.exp(logprob)
+    if temperature is not None:
+        greedy = tl.load(temperature + row * temperature_step, inside, 1.0) == 0.0
+        p_z = tl.where(greedy & (p_z == p_z), tl.where(argmax == kept, 1.0, 0.0), p_z)
+        token = tl.where(greedy, argmax, token)
+    broken = read & (p_z != p_z)
+    _, keeps, takes, low, high = _route(
+        coefficients, step, keys, row, rows, inside, tl.where(p_z == p_z, p_z, 0.0), KEY_PER_ROW
+    )
+    drawn_prior = tl.full(row.shape, 0, tl.int64) + prior
+    if exclude is not None:
+        uniform = noise.below(low, high, vocab - 1)
+        uniform = uniform + (uniform >= exclude).to(tl.int64)
+    else:
+        uniform = noise.below(low, high, vocab)
+    drawn_prior = tl.where(drawn_prior < 0, uniform, drawn_prior)
+    result = tl.where(keeps, kept, tl.where(takes, token, drawn_prior))
+    tl.store(tokens + row, tl.where(broken, -1, result), inside)
+
+
+def _finish_stats(state: State, with_index: bool, argmax: Tensor, numbers: Tensor) -> None:
+    rows = argmax.numel()
+    grid = ceil_div(rows, _BLOCK)
+    launch(
+        finish_stats_kernel, grid, argmax, *state, rows, argmax, numbers, WITH_INDEX=with_index, BLOCK=_BLOCK
+    )
+
+
+def stats(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> tuple[Tensor, Tensor]:
+    """argmax (...) and its row's numbers (6, ...), by one read."""
+    lead = logits.shape[:-1]
+    softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
+    state = scan((logits, weight, bias), softmax)
+    argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
+    numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
+    _finish_stats(state, index is not None, argmax, numbers)
+    return argmax, numbers
+
+
+def sample(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+    key: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Tokens and argmax (2, ...), numbers (7, ...): one read; to truncate, a search and another read."""
+    head, key = (logits, weight, bias), key.contiguous()
+    softmax = Softmax(logits.shape[:-1], index, shift, temperature, softcap, exclude)
+    if top_k is None and top_p is None and min_p is None:
+        state = drawn = scan(head, softmax, key=key)
+    else:
+        state = scan(head, softmax)
+        drawn = scan(head, softmax, key=key, cuts=cuts(head, softmax, state, top_k, top_p, min_p))
+    return finish_sample(state, drawn, softmax, logits.shape[:-1])
+
+
+def finish_sample(state: State, drawn: State, softmax: Softmax, lead: torch.Size) -> tuple[Tensor, Tensor]:
+    """Tokens and argmax (2, ...), numbers (7, ...); `drawn` is the state that drew."""
+    device, rows = state.numbers.device, lead.numel()
+    tokens = torch.empty((2, *lead), dtype=torch.int64, device=device)
+    numbers = torch.empty((7, *lead), dtype=torch.float32, device=device)
+    _finish_stats(state, softmax.index is not None, tokens[1], numbers)
+    launch(
+        finish_draw_kernel,
+        ceil_div(rows, _BLOCK),
+        tokens,
+        state.numbers,
+        *drawn,
+        *softmax.temperature,
+        rows,
+        tokens,
+        numbers[6],
+        BLOCK=_BLOCK,
+    )
+    return tokens, numbers
+
+
+def sample_mixture(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    z: Tensor,
+    coefficients: Tensor,
+    prior: int,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    key: Tensor,
+) -> Tensor:
+    """Tokens (...); rows whose z surely stays are not read."""
+    lead, head, key = logits.shape[:-1], (logits, weight, bias), key.contiguous()
+    softmax, rows = Softmax(lead, z, shift, temperature, softcap, exclude), z.numel()
+    shared = coefficients.numel() == 6
+    coefficients = coefficients.contiguous() if shared else coefficients.expand(*lead, 6).contiguous()
+    skip = torch.empty(lead, dtype=torch.uint8, device=z.device)
+    tokens = torch.empty(lead, dtype=torch.int64, device=z.device)
+    plan = (coefficients, 0 if shared else 6, key, rows, skip)
+    options = {"KEY_PER_ROW": key.dim() > 1, "BLOCK": _BLOCK}
+    launch(plan_mixture_kernel, ceil_div(rows, _BLOCK), tokens, *plan, **options)
+    state = scan(head, softmax, key=key, skip=skip)
+    mixture = (*softmax.temperature, *plan, softmax.index, vocab_size(head), prior, exclude, tokens)
+    launch(finish_mixture_kernel, ceil_div(rows, _BLOCK), tokens, *state, *mixture, **options)
+    return tokens
+
+
+def examples(device: str) -> Iterator[Callable[[], object]]:
+    """Calls that launch every variant of every kernel."""
+    lead, vocab = (64, 128), 126_464
+    key = torch.empty(2, dtype=torch.int64, device=device)
+    z = torch.empty(lead, dtype=torch.int64, device=device)
+    number, row = torch.empty((), device=device), torch.empty(lead, device=device)
+    coefficients = torch.empty(6, dtype=torch.float64, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
+        head = (logits, None, None)
+        yield lambda head=head: stats(*head, None, None, None, None, None)  # type: ignore[misc]
+        yield lambda head=head: sample(  # type: ignore[misc]
+            *head, None, None, None, None, None, None, None, None, key
+        )
+        yield lambda head=head: sample(  # type: ignore[misc]
+            *head, z, row, row, 30.0, 5, z, number, number, key.expand(*lead, 2)
+        )
+        yield lambda head=head: sample_mixture(  # type: ignore[misc]
+            *head, z, coefficients, -1, number, row, 30.0, 5, key
+        )

@@ -1,0 +1,321 @@
+"""One read of the logits: a summary per group of 256 tokens, then, per row, statistics and an exact draw.
+
+Groups know nothing of each other, so any number of programs may share a row, or a row a program. What a draw
+reads again is one group. States carry over from tile to tile, as those of vocabulary shards would.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlcore.triton import noise
+from dlcore.triton.launch import ceil_div, launch, power_of_two
+from dlcore.triton.linear_logits import GROUP, Head, tiles
+from dlcore.triton.rows import Rows, row_offset
+from dlcore.triton.softmax import LN2, LOG2E, NONE, Softmax, entries, inverse_temperature, power, row_shift
+
+#: Groups that a program reads at once.
+_GROUPS = 16
+#: So many programs fill a device.
+_ENOUGH = 2048
+
+_SIZE = tl.constexpr(GROUP)
+
+# Rows of a state: logits are scaled by 1 / temperature, sums relative to the largest.
+TOP = tl.constexpr(0)
+SECOND = tl.constexpr(1)
+SUM = tl.constexpr(2)
+WEIGHTED = tl.constexpr(3)
+SCORE = tl.constexpr(4)
+TOKEN_LOGIT = tl.constexpr(5)
+INDEX_LOGIT = tl.constexpr(6)
+TARGET_LOGIT = tl.constexpr(7)
+_NUMBERS = 8
+
+
+class State(NamedTuple):
+    """What the tokens read so far say of each row: numbers (8, rows) float64, argmax and draw (2, rows)."""
+
+    numbers: Tensor
+    tokens: Tensor
+
+
+@triton.jit
+def unread(row, skip, target):
+    """Whether a row is not to be read."""
+    no = tl.full((), 0, tl.int32)
+    if skip is not None:
+        no = tl.load(skip + row).to(tl.int32)
+    if target is not None:
+        no = no | (tl.load(target + row) < 0).to(tl.int32)
+    return no != 0
+
+
+@triton.jit
+def cut_off(x, token, row, thresholds, last):
+    """-inf outside what a truncated draw keeps: above a threshold, or at it up to a last token."""
+    if thresholds is not None:
+        threshold = tl.load(thresholds + row)
+        keep = (x > threshold) | ((x == threshold) & (token <= tl.load(last + row)))
+        x = tl.where(keep, x, NONE)
+    return x
+
+
+@triton.jit(do_not_specialize=["first", "columns", "groups", "tiles", "parts", "rows", "exclude"])
+def scan_kernel(
+    logits,
+    inner,
+    outer_stride,
+    inner_stride,
+    first,
+    columns,
+    index,
+    shift,
+    shift_step,
+    softcap,
+    exclude,
+    temperature,
+    temperature_step,
+    skip,
+    target,
+    thresholds,
+    last,
+    summaries,
+    rows,
+    groups,
+    tiles,
+    parts,
+    GROUPS: tl.constexpr,
+):
+    """summaries (3, rows, groups): of each group the largest logit, and Σ 2^d and Σ 2^d·d relative to it."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // parts
+    if unread(row, skip, target):
+        return
+    at, bonus = row_shift(row, index, shift, shift_step)
+    scale = inverse_temperature(row, temperature, temperature_step) * LOG2E
+    data = logits + row_offset(row, inner, outer_stride, inner_stride)
+    out = summaries + row * groups
+    size = rows.to(tl.int64) * groups
+    for i in range(tiles):
+        group = (program % parts * tiles + i) * GROUPS + tl.arange(0, GROUPS)
+        column = group[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
+        x = entries(data, column, columns, first, at, bonus, softcap, exclude)
+        x = cut_off(x, first + column, row, thresholds, last)
+        top = tl.max(x, 1)
+        d = (x - tl.where(top > NONE, top, 0.0)[:, None]) * scale
+        e = power(d)
+        inside = group < groups
+        tl.store(out + group, top, inside)
+        tl.store(out + size + group, tl.sum(e, 1), inside)
+        tl.store(out + 2 * size + group, tl.sum(e * tl.maximum(d, -126.0), 1), inside)
+
+
+@triton.jit
+def _gumbel(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
+    seed, offset = noise.row_key(keys, row, KEY_PER_ROW)
+    even_low, even_high, odd_low, odd_high = noise.block(seed, offset, DOMAIN, draw >> 1)
+    odd = (draw & 1) != 0
+    return noise.gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
+
+
+@triton.jit
+def _logit(data, token, columns, first, at, bonus, softcap, exclude, scale, before):
+    """A token's scaled logit if this tile has it, else what was known before."""
+    x = entries(data, token - first, columns, first, at, bonus, softcap, exclude)
+    inside = (token >= first) & (token < first + columns)
+    return tl.where(inside, x.to(tl.float64) * scale, before)
+
+
+@triton.jit(do_not_specialize=["first", "columns", "groups", "rows", "exclude"])
+def reduce_kernel(
+    logits,
+    inner,
+    outer_stride,
+    inner_stride,
+    first,
+    columns,
+    index,
+    shift,
+    shift_step,
+    softcap,
+    exclude,
+    temperature,
+    temperature_step,
+    skip,
+    target,
+    thresholds,
+    last,
+    summaries,
+    rows,
+    groups,
+    keys,
+    numbers,
+    tokens,
+    KEY_PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Merge a tile's groups into the state of a row; at token 0 it starts anew."""
+    row = tl.program_id(0).to(tl.int64)
+    if unread(row, skip, target):
+        return
+    at, bonus = row_shift(row, index, shift, shift_step)
+    inverse = inverse_temperature(row, temperature, temperature_step)
+    scale = inverse.to(tl.float64)
+    data = logits + row_offset(row, inner, outer_stride, inner_stride)
+    summary = summaries + row * groups
+    size = rows.to(tl.int64) * groups
+    state = numbers + row
+    rows = rows.to(tl.int64)
+    old = first > 0
+    top = tl.load(state + TOP * rows, old, NONE)
+    second = tl.load(state + SECOND * rows, old, NONE)
+    total = tl.load(state + SUM * rows, old, 0.0)
+    weighted = tl.load(state + WEIGHTED * rows, old, 0.0)
+    score = tl.load(state + SCORE * rows, old, NONE)
+    best = tl.full((), -1, tl.int64)
+    winner = tl.full((), -1, tl.int64)
+    for start in range(0, groups, BLOCK):
+        group = start + tl.arange(0, BLOCK)
+        inside = group < groups
+        m = tl.load(summary + group, inside, NONE)
+        s = tl.load(summary + size + group, inside, 0.0)
+        w = tl.load(summary + 2 * size + group, inside, 0.0)
+        largest, leader = tl.max(m, 0, return_indices=True)
+        reference = tl.where(largest > NONE, largest, 0.0)
+        drop = tl.maximum((m - reference) * (inverse * LOG2E), -126.0)
+        factor = tl.where(m > NONE, tl.exp2(drop), 0.0)
+        # A NaN among the sums reaches the row's.
+        part = tl.sum(tl.where(s == s, factor * s, s), 0).to(tl.float64)
+        part_weighted = tl.sum(factor * (w + drop * s), 0).to(tl.float64) * LN2
+        part_top = largest.to(tl.float64) * scale
+        others = tl.max(tl.where(tl.arange(0, BLOCK) == leader, NONE, m), 0).to(tl.float64) * scale
+        if keys is not None:
+            drawn = _gumbel(keys, row, KEY_PER_ROW, noise.GROUP, first // _SIZE + group.to(tl.int64))
+            logs = (m - reference) * inverse + noise.log(tl.maximum(s, 1.0)) + drawn
+            value, place = tl.max(tl.where(s > 0.0, logs, NONE), 0, return_indices=True)
+            part_score = part_top + value.to(tl.float64)
+            wins = part_score > score
+            score = tl.where(wins, part_score, score)
+            winner = tl.where(wins, (start + place).to(tl.int64), winner)
+        leads = part_top > top
+        second = tl.where(leads, tl.maximum(top, others), tl.maximum(second, part_top))
+        best = tl.where(leads, (start + leader).to(tl.int64), best)
+        most = tl.maximum(top, part_top)
+        known = tl.where(most > NONE, most, 0.0)
+        fall = tl.where(top > NONE, top - known, 0.0)
+        part_fall = tl.where(part_top > NONE, part_top - known, 0.0)
+        kept, taken = tl.exp(fall), tl.exp(part_fall)
+        weighted = kept * (weighted + fall * total) + taken * (part_weighted + part_fall * part)
+        total = kept * total + taken * part
+        top = most
+    ids = tl.arange(0, _SIZE)
+    if best >= 0:
+        column = best * _SIZE + ids
+        x = entries(data, column, columns, first, at, bonus, softcap, exclude)
+        x = cut_off(x, first + column, row, thresholds, last)
+        _, place = tl.max(x, 0, return_indices=True)
+        tl.store(tokens + row, first + best * _SIZE + place)
+        others = tl.max(tl.where(ids == place, NONE, x), 0).to(tl.float64) * scale
+        second = tl.maximum(second, others)
+    if keys is not None:
+        if winner >= 0:
+            column = winner * _SIZE + ids
+            x = entries(data, column, columns, first, at, bonus, softcap, exclude)
+            x = cut_off(x, first + column, row, thresholds, last)
+            drawn = _gumbel(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
+            _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
+            tl.store(tokens + rows + row, first + winner * _SIZE + place)
+            logit = tl.max(tl.where(ids == place, x, NONE), 0).to(tl.float64) * scale
+            tl.store(state + TOKEN_LOGIT * rows, logit)
+        tl.store(state + SCORE * rows, score)
+    tl.store(state + TOP * rows, top)
+    tl.store(state + SECOND * rows, second)
+    tl.store(state + SUM * rows, total)
+    tl.store(state + WEIGHTED * rows, weighted)
+    if index is not None:
+        before = tl.load(state + INDEX_LOGIT * rows, old, 0.0)
+        x = _logit(data, at, columns, first, at, bonus, softcap, exclude, scale, before)
+        tl.store(state + INDEX_LOGIT * rows, x)
+    if target is not None:
+        before = tl.load(state + TARGET_LOGIT * rows, old, 0.0)
+        x = _logit(data, tl.load(target + row), columns, first, at, bonus, softcap, exclude, scale, before)
+        tl.store(state + TARGET_LOGIT * rows, x)
+
+
+@triton.jit
+def load_state(numbers, row, rows, inside, NUMBER: tl.constexpr):
+    """One number of some rows' states."""
+    return tl.load(numbers + NUMBER * rows + row, inside, 0.0)
+
+
+@triton.jit
+def log_prob(numbers, logit, row, rows, inside):
+    """Of a logit; differences first, so that a common offset costs no digits. NaN for a row without a law."""
+    total = load_state(numbers, row, rows, inside, SUM)
+    lawful = (total > 0.0) & (total < float("inf"))
+    log_total = tl.log(tl.where(lawful, total, 1.0))
+    return tl.where(lawful, logit - load_state(numbers, row, rows, inside, TOP) - log_total, float("nan"))
+
+
+def new_state(head: Head) -> State:
+    """Room for the rows of a head."""
+    rows, device = head[0].shape[:-1].numel(), head[0].device
+    numbers = torch.empty((_NUMBERS, rows), dtype=torch.float64, device=device)
+    return State(numbers, torch.empty((2, rows), dtype=torch.int64, device=device))
+
+
+def scan_tile(
+    tile: tuple[int, int, Rows],
+    rows: int,
+    softmax: Softmax,
+    state: State,
+    target: Tensor | None = None,
+    key: Tensor | None = None,
+    skip: Tensor | None = None,
+    cuts: tuple[Tensor, Tensor] | None = None,
+) -> None:
+    """Merge one tile into the state."""
+    first, columns, logits = tile
+    groups = ceil_div(columns, GROUP)
+    summaries = torch.empty((3, rows, groups), dtype=torch.float32, device=state.numbers.device)
+    # A program takes several tiles of a row where there are rows enough to keep the device busy.
+    steps = ceil_div(groups, _GROUPS)
+    per_program = min(steps, max(1, rows * steps // _ENOUGH))
+    parts = ceil_div(steps, per_program)
+    read = (*logits, first, columns, *softmax.args, skip, target, *(cuts or (None, None)), summaries, rows)
+    launch(
+        scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=4
+    )
+    launch(
+        reduce_kernel,
+        rows,
+        summaries,
+        *read,
+        groups,
+        key,
+        *state,
+        KEY_PER_ROW=key is not None and key.dim() > 1,
+        BLOCK=power_of_two(groups, 16, 1024),
+        num_warps=4,
+    )
+
+
+def scan(
+    head: Head,
+    softmax: Softmax,
+    target: Tensor | None = None,
+    key: Tensor | None = None,
+    skip: Tensor | None = None,
+    cuts: tuple[Tensor, Tensor] | None = None,
+) -> State:
+    """One read of the logits. Rows that `skip` marks or whose target is negative are not read, nor set."""
+    state, rows = new_state(head), head[0].shape[:-1].numel()
+    for tile in tiles(head):
+        scan_tile(tile, rows, softmax, state, target, key, skip, cuts)
+    return state

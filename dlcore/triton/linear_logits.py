@@ -1,0 +1,125 @@
+"""Linear heads on the GPU: logits tile by tile, and the gradients that come back from them.
+
+A tile is made by cuBLAS and read by the categorical kernels out of the second-level cache, which holds it
+whole: 2^22 floats are 16 MiB, of 40 on the smallest device served. With thousands of rows such a product runs
+at the rate of the matrix units, which one fused with the reduction would not; with few rows the weights, read
+once, are all that matters, and a tile is most of the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dlcore.triton.rows import Rows, rows_of
+
+Head = tuple[Tensor, Tensor | None, Tensor | None]
+
+#: Floats in a tile.
+_TILE = 1 << 22
+#: Tokens that share a Gumbel number; tiles start at its multiples.
+GROUP = 256
+
+
+def tile_width(rows: int) -> int:
+    """How many tokens a tile of so many rows has: whole groups, at least one."""
+    return max(GROUP, _TILE // max(rows, 1) // GROUP * GROUP)
+
+
+def vocab_size(head: Head) -> int:
+    """V."""
+    logits, weight, _ = head
+    return logits.shape[-1] if weight is None else weight.shape[0]
+
+
+def tiles(head: Head, width: int | None = None) -> Iterator[tuple[int, int, Rows]]:
+    """(first token, how many, logits of the tokens from there on): a head's tile by tile, dense ones whole.
+
+    A tile of a head is float32 and lives until the next one is made. Dense logits come as they are, with a
+    `width` in pieces.
+    """
+    logits, weight, bias = head
+    if weight is None:
+        rows, vocab = rows_of(logits), logits.shape[-1]
+        for first in range(0, vocab, width or vocab):
+            count = min(width or vocab, vocab - first)
+            yield first, count, rows._replace(data=rows.data[..., first:])
+        return
+    hidden, weight = logits.detach().reshape(-1, logits.shape[-1]), weight.detach()
+    rows, width = hidden.shape[0], width or tile_width(hidden.shape[0])
+    shape = (rows, min(width, weight.shape[0]))
+    buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device).view(-1)
+    for first in range(0, weight.shape[0], width):
+        piece = weight[first : first + width]
+        count = piece.shape[0]
+        tile = buffer[: rows * count].view(rows, count)
+        matmul(hidden, piece.mT, tile)
+        if bias is not None:
+            tile += bias.detach()[first : first + count]
+        yield first, count, rows_of(tile)
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
+    """out (rows, n) float32 = [out +] a (rows, k) @ b (k, n), accumulated in float32.
+
+    Of two dtypes the wider is used; float32 operands are rounded to TF32 only where torch is told to.
+    """
+    wider = torch.promote_types(a.dtype, b.dtype)
+    a, b = a.to(wider), b.to(wider)
+    if wider == torch.float32 or not a.is_cuda:
+        torch.addmm(out, a.float(), b.float(), beta=1 if add else 0, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)
+
+
+class HeadGradient:
+    """Collects the gradient of a head from gradients of its tiles of logits."""
+
+    def __init__(self, head: Head) -> None:
+        self.logits, self.weight, self.bias = head
+        device = self.logits.device
+        if self.weight is None:
+            self.out = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
+            return
+        self.flat = self.logits.reshape(-1, self.logits.shape[-1])
+        rows, width = self.flat.shape[0], tile_width(self.flat.shape[0])
+        self.hidden_grad = torch.zeros(self.flat.shape, dtype=torch.float32, device=device)
+        self.weight_grad = torch.empty(self.weight.shape, dtype=torch.float32, device=device)
+        self.bias_grad = None if self.bias is None else torch.empty_like(self.bias, dtype=torch.float32)
+        self.buffer = torch.empty(
+            rows * min(width, self.weight.shape[0]),
+            dtype=torch.promote_types(self.logits.dtype, self.weight.dtype),
+            device=device,
+        )
+
+    def tile(self, first: int, count: int) -> Tensor:
+        """Where the gradient of `count` tokens from `first` on is to be written, (rows, count)."""
+        if self.weight is None:
+            return self.out.view(-1, self.out.shape[-1])[:, first : first + count]
+        rows = self.flat.shape[0]
+        return self.buffer[: rows * count].view(rows, count)
+
+    def add(self, first: int, gradient: Tensor) -> None:
+        """Take in the gradient of the tile at token `first`."""
+        if self.weight is None:
+            return
+        tokens = slice(first, first + gradient.shape[-1])
+        matmul(gradient, self.weight[tokens], self.hidden_grad, add=True)
+        matmul(gradient.mT, self.flat, self.weight_grad[tokens])
+        if self.bias_grad is not None:
+            self.bias_grad[tokens] = gradient.sum(0, dtype=torch.float32)
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of logits or hidden, of weight and of bias; empty where there is none."""
+        empty = self.logits.new_empty(0)
+        if self.weight is None:
+            return self.out, empty, empty.clone()
+        hidden = self.hidden_grad.view(self.logits.shape).to(self.logits.dtype)
+        weight = self.weight_grad.to(self.weight.dtype)
+        if self.bias is None or self.bias_grad is None:
+            return hidden, weight, empty
+        return hidden, weight, self.bias_grad.to(self.bias.dtype)
