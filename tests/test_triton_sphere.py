@@ -1,4 +1,4 @@
-"""The sphere's maps in Triton: values and gradients against float64 at every angle and length, edges, strides."""
+"""The sphere's maps in Triton: values and gradients against float64 everywhere, edges, strides."""
 
 from __future__ import annotations
 

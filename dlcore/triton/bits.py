@@ -142,7 +142,7 @@ def bits_loss_kernel(
     FORM: tl.constexpr, SQUARED: tl.constexpr, BACKWARD: tl.constexpr, WITH_X: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Squared errors p - b or cross-entropies summed over a tile's rows, (rows, spans); or their gradients."""
+    """Squared errors p - b or cross-entropies, summed over a tile's rows: (rows, spans); or gradients."""
     row, column, live = _place(rows, columns, spans, ROWS, BLOCK)
     slope = _parameter(slopes, 0, rows, columns, row, column, live, FORM)
     noisy = _load(x, row, column, live, x_inner, x_outer, x_step)
@@ -218,7 +218,7 @@ def _tiling(rows: int, columns: int) -> tuple[int, int, dict[str, Any]]:
 
 
 def _parameters(values: Tensor, x: Tensor) -> tuple[Tensor, int]:
-    """float32 parameters (n, ...) that broadcast to x as the kernels take them, and what they are shared by."""
+    """float32 parameters (n, ...) that broadcast to x as the kernels take them, and who shares them."""
     count, lead = values.shape[0], x.shape[:-1]
     if values.numel() == count:
         return values.reshape(count), _ALL.value

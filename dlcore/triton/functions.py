@@ -1,4 +1,4 @@
-"""Elementary functions of float32, to a few units in the last place: Triton's own are fast ones, or missing."""
+"""Elementary functions of float32 to a few units in the last place: Triton's own are fast, or missing."""
 
 from __future__ import annotations
 

@@ -117,7 +117,7 @@ def sphere_map_kernel(
             s4, s5, s6, s7 = s4 + m4, s5 + m5, s6 + m6, s7 + m7
 
     at, entry, other = tl.zeros([ROWS, 1], tl.int32), zero, zero
-    if MAP == "slerp" or MAP == "log_map" or MAP == "rotate":
+    if MAP == "slerp" or MAP == "log_map" or MAP == "rotate":  # noqa: SIM102
         if tl.max(antipodal(MAP, s0, s1, s2, s3).to(tl.int32)) > 0:
             least = zero + float("inf")
             if MAP != "rotate" and not BACKWARD:

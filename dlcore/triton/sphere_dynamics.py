@@ -30,7 +30,7 @@ def _load(data, start, column, columns):
 
 @triton.jit
 def _coefficients(steps, at, q):
-    """What x, the score and the noise across x count: e^-a, (1 - e^-a)/q, √((1 - e^-2a)/q), a = q·step_size."""
+    """e^-a of x, (1 - e^-a)/q of the score, √((1 - e^-2a)/q) of the noise across x, a = q·step_size."""
     a = (tl.load(steps + at).to(tl.float64) * q).to(tl.float32)
     return exponential(-a), one_minus_exponential(a) / q, tl.sqrt_rn(one_minus_exponential(2.0 * a) / q)
 

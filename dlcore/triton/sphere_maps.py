@@ -1,7 +1,7 @@
 """What the sphere's maps and their gradients make of a row.
 
-Every result is a combination of the arguments x, y, z and of the gradient g, whose coefficients come from their
-inner products: `measure` adds these up, at most eight, and `combine` does the rest. Both take tiles
+Every result is a combination of the arguments x, y, z and of the gradient g, whose coefficients come from
+their inner products: `measure` adds these up, at most eight, and `combine` does the rest. Both take tiles
 (rows, columns) and numbers (rows, 1).
 """
 
@@ -230,10 +230,7 @@ def combine(
     """The result, or the gradients in x, y, z and t; those that a map has not are its arguments."""
     if MAP == "normalize":
         scale = over(1.0, tl.sqrt_rn(s0))
-        if BACKWARD:
-            x = (g - x * scale * (s1 * scale)) * scale * factor
-        else:
-            x = x * scale
+        x = (g - x * scale * (s1 * scale)) * scale * factor if BACKWARD else x * scale
     elif MAP == "project":
         share = over(s1, s0)
         if BACKWARD:

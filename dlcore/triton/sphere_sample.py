@@ -1,8 +1,8 @@
 """Draws of the von Mises-Fisher and the spherical Cauchy law in Triton, without a branch.
 
-A point is W·μ + √(1 - W²)·v with v uniform across the mean direction μ, a projected normal vector. The cosine
-W is (m + y)/(1 + my), y the cosine of a uniform point: as it is for the Cauchy law, after Wood's rejection for
-von Mises-Fisher, in a form without κ's large differences.
+A point is W·μ + √(1 - W²)·v with v uniform across the mean direction μ, a projected normal vector. The
+cosine W is (m + y)/(1 + my), y the cosine of a uniform point: as it is for the Cauchy law, after Wood's
+rejection for von Mises-Fisher, in a form without κ's large differences.
 """
 
 from __future__ import annotations

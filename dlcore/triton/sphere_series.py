@@ -1,5 +1,5 @@
-"""The vMF path's radial weight at every row's κ: the small linear systems of `reference.vmf_series`, solved in
-registers, so that nothing waits for the GPU."""
+"""The vMF path's radial weight at every row's κ: the small linear systems of the reference's `vmf_series`,
+solved in registers, so that nothing waits for the GPU."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def _line(matrix, where, axis: tl.constexpr):
     return tl.sum(tl.where(where, matrix, 0.0), axis, keep_dims=True)
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "q"])
 def sphere_series_kernel(kappa, nodes, values, slopes, out, size, q, SIZE: tl.constexpr):
-    """out (2·size + 1): m, 1 - m, a scale, and size - 1 Chebyshev coefficients each of ρ and of its derivative.
+    """out (2·size + 1): m, 1 - m, a scale, and size - 1 Chebyshev coefficients each of ρ and its derivative.
 
     nodes (2, SIZE): 1 - z and 1 - z² of the collocation points z; values and slopes (SIZE, SIZE): T_n(z) and
     (1 - z²) T_n'(z). The system's last unknown is the mean resultant length.
     """
     row = tl.program_id(0).to(tl.int64)
     i, n = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
-    k, q = tl.load(kappa + row), q.to(tl.float64)
+    k, q = tl.load(kappa + row), tl.cast(q, tl.float64)
     root = tl.sqrt(q * q + 4.0 * k * k)
     m, rest = 2.0 * k / (q + root), q * (1.0 + q / (root + 2.0 * k)) / (q + root)
     above, sine_square = tl.load(nodes + i), tl.load(nodes + SIZE + i)
@@ -97,7 +97,7 @@ def solve(kappa: Tensor, dim: int) -> tuple[Tensor, int]:
         *_tables(size, padded, kappa.device),
         out,
         size,
-        float(dim - 1),
+        dim - 1,
         SIZE=padded,
         num_warps=power_of_two(padded * padded // 512, 1, 32),
     )

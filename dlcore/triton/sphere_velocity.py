@@ -15,8 +15,8 @@ from dlcore.reference.sphere_velocity import LOWEST_COSINE
 from dlcore.triton import sphere_series
 from dlcore.triton.functions import PI, exponential, slerp_series, slerp_series_slope
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import Head, HeadGradient, matmul, tile_width, tiles
-from dlcore.triton.rows import Rows, row_offset
+from dlcore.triton.linear_logits import HeadGradient, matmul, tile_width, tiles
+from dlcore.triton.rows import row_offset
 
 #: Columns of a program at most.
 _SPAN = 2048
@@ -33,7 +33,7 @@ def _place(count, spans, BLOCK: tl.constexpr):
 
 @triton.jit
 def _slerp(cosine):
-    """ω / sin ω and its slope in the cosine: of the angle itself up to a right angle, else by its supplement."""
+    """ω / sin ω and its slope in the cosine: of the angle up to a right one, else by its supplement."""
     c = tl.where(cosine < _LOWEST, _LOWEST, cosine)
     obtuse = c < 0
     u = 1.0 - tl.abs(c)
@@ -57,7 +57,7 @@ def _chebyshev(coefficients, terms, z):
 
 @triton.jit
 def _von_mises_fisher(cosine, row, terms, WITH_SLOPE: tl.constexpr):
-    """scale / (1 + mc)·Σ a_n T_n(z), z = (c + m) / (1 + mc). c + 1 is exact next to -1, where both sums cancel."""
+    """scale / (1 + mc)·Σ a_n T_n(z), z = (c + m) / (1 + mc), by c + 1, exact where both sums cancel."""
     m, rest, scale = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     above = tl.where(cosine < -1.0, -1.0, cosine) + 1.0
     inverse = 1.0 / (above * m + rest)
