@@ -156,7 +156,7 @@ def tiling(rows: int, columns: int) -> tuple[int, dict[str, Any]]:
     # Tile by tile, half as many numbers a thread leave room for what the loops carry.
     block = power_of_two(columns, 16, _TILE) if whole else _TILE // 2
     height = max(1, _SEVERAL // block)
-    warps = power_of_two(height * block // (_WARP if whole else _WARP // 2), 1, 8)
+    warps = max(1, height * block // (_WARP if whole else _WARP // 2))
     constants = {"ROWS": height, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
     return ceil_div(rows, height), constants
 

@@ -140,6 +140,9 @@ def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
     kappa, kappa_step = per_row(kappa, lead)
     programs, constants = tiling(lead.numel(), columns)
+    count = CANDIDATES if reject else 1
+    # Four candidates a thread, however short the rows are.
+    constants["num_warps"] = max(constants["num_warps"], constants["ROWS"] * count // 128)
     launch(
         sphere_sample_kernel,
         programs,
@@ -153,7 +156,7 @@ def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
         columns,
         REJECT=reject,
         PER_ROW=key.dim() > 1,
-        COUNT=CANDIDATES if reject else 1,
+        COUNT=count,
         **constants,
     )
     return out

@@ -99,7 +99,7 @@ def solve(kappa: Tensor, dim: int) -> tuple[Tensor, int]:
         size,
         dim - 1,
         SIZE=padded,
-        num_warps=power_of_two(padded * padded // 512, 1, 32),
+        num_warps=max(1, padded * padded // 512),
     )
     return out, size - 1
 

@@ -175,7 +175,7 @@ def _radial_of(kappa: Tensor | None, lead: torch.Size, dim: int) -> _Radial:
 def _blocks(count: int) -> tuple[int, dict[str, Any]]:
     """Programs abreast in a row of so many columns, and their constants."""
     block = power_of_two(count, 64, _SPAN)
-    return ceil_div(count, block), {"BLOCK": block, "num_warps": power_of_two(block // 256, 1, 8)}
+    return ceil_div(count, block), {"BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 class _Cosines:
