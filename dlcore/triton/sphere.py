@@ -19,8 +19,8 @@ from dlcore.triton.sphere_maps import antipodal, combine, measure
 
 #: Columns of a tile: a longer row takes several, and is read twice or three times.
 _TILE = 4096
-#: Elements of a program of several rows, and of one warp.
-_SEVERAL, _WARP = 256, 512
+#: Elements of a warp, which a program of several rows has one of.
+_WARP = 512
 
 
 @triton.jit
@@ -150,13 +150,15 @@ def sphere_map_kernel(
         tl.store(t_out + row, number, live)
 
 
-def tiling(rows: int, columns: int) -> tuple[int, dict[str, Any]]:
-    """So many programs, and their constants: several short rows each, or a tile of a long one at a time."""
+def tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, dict[str, Any]]:
+    """So many programs, and their constants: several short rows each, or a tile of a long one at a time.
+
+    Tiles are half as large where `noise` takes its registers, too.
+    """
     whole = columns <= _TILE
-    # Tile by tile, half as many numbers a thread leave room for what the loops carry.
-    block = power_of_two(columns, 16, _TILE) if whole else _TILE // 2
-    height = max(1, _SEVERAL // block)
-    warps = max(1, height * block // (_WARP if whole else _WARP // 2))
+    block = power_of_two(columns, 16, _TILE) if whole else _TILE >> noise
+    height = max(1, (_WARP >> noise) // block)
+    warps = max(1, height * block // _WARP) if whole else min(8, max(1, block // 128))
     constants = {"ROWS": height, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
     return ceil_div(rows, height), constants
 

@@ -139,7 +139,7 @@ def correct(x: Tensor, score: Tensor, step_size: Tensor, key: Tensor) -> Tensor:
     lead, columns = x.shape[:-1], x.shape[-1]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     steps, steps_step = per_row(step_size, lead)
-    programs, constants = tiling(lead.numel(), columns)
+    programs, constants = tiling(lead.numel(), columns, noise=True)
     launch(
         sphere_correct_kernel,
         programs,
@@ -163,7 +163,7 @@ def correct_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, score and step_size; the reference's for rows longer than a tile."""
     lead, columns = x.shape[:-1], x.shape[-1]
-    programs, constants = tiling(lead.numel(), columns)
+    programs, constants = tiling(lead.numel(), columns, noise=True)
     if not constants.pop("WHOLE"):
         return reference.correct_backward(grad, x, score, step_size, key)
     x_grad, score_grad = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, score))

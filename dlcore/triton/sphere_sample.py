@@ -139,10 +139,10 @@ def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     lead, columns = mean.shape[:-1], mean.shape[-1]
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
     kappa, kappa_step = per_row(kappa, lead)
-    programs, constants = tiling(lead.numel(), columns)
+    programs, constants = tiling(lead.numel(), columns, noise=True)
     count = CANDIDATES if reject else 1
-    # Four candidates a thread, however short the rows are.
-    constants["num_warps"] = max(constants["num_warps"], constants["ROWS"] * count // 128)
+    # At most eight candidates a thread, however short the rows are.
+    constants["num_warps"] = max(constants["num_warps"], constants["ROWS"] * count // 256)
     launch(
         sphere_sample_kernel,
         programs,
