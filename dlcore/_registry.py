@@ -177,7 +177,8 @@ for _op in REFERENCE:
 #: The ops of each module of dlcore.triton, which is imported when one of them first runs: importing dlcore
 #: imports no Triton.
 TRITON: dict[str, tuple[str, ...]] = {
-    "attention": ("attention.intervals", "attention.intervals_backward"),
+    "attention": ("attention.intervals", "attention.intervals_backward", "attention.decode"),
+    "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
     "categorical": ("categorical.stats", "categorical.sample", "categorical.sample_mixture"),
     "categorical_losses": (
         "categorical.log_probs",
@@ -189,6 +190,10 @@ TRITON: dict[str, tuple[str, ...]] = {
         "categorical.sample_expectation",
     ),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+    "sphere": tuple(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
+    "sphere_dynamics": ("sphere.correct", "sphere.correct_backward"),
+    "sphere_sample": ("sphere.sample",),
+    "sphere_velocity": ("sphere.largest", "sphere.velocity", "sphere.velocity_backward"),
     "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 
