@@ -23,6 +23,7 @@ from dlcore.triton import (
     attention_shapes,
 )
 from dlcore.triton.attention_shapes import Tiles
+from dlcore.triton.attention import decode
 from dlcore.triton.launch import kernels, launched
 
 TABLES = ("FORWARD", "DECODE", "GRAD_Q", "GRAD_KV", "SINGLE", "SINGLE_GRAD")
@@ -336,8 +337,8 @@ def test_two_intervals_over_splits(splits):
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 5, 16])
-@pytest.mark.parametrize("causal", [False, True])
-def test_decode(page_size, causal, splits):
+@pytest.mark.parametrize(("causal", "anchor"), [(False, "block"), (True, "block"), (False, "row")])
+def test_decode(page_size, causal, anchor, splits):
     """Blocks written, denoised and committed, over pages in any order; all that is not written is NaN."""
     q, k, v = qkv(3, 90, 90, (4, 2), (24, 40), torch.float32)
     found = {}
@@ -353,10 +354,30 @@ def test_decode(page_size, causal, splits):
         cache.commit(torch.tensor([70, 33, 0]).to(device))
         rows = [x[:, 70:80].to(device) for x in (q, k, v)]
         with dlcore.use_backend(backend):
-            kw = {"num_commit": 4, "window": 60, "causal": causal, "return_lse": True}
+            kw = {"num_commit": 4, "window": 60, "window_anchor": anchor, "causal": causal, "return_lse": True}
             found[backend] = [x.cpu() for x in attention.decode(*rows, cache, 0, **kw)]
     for x, y in zip(*found.values(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_decode_writes_nothing_outside_of_the_cache(paged):
+    """What no check stops on a GPU: more rows than there is room for, and pages that there are not."""
+    q, k, v = qkv(2, 4, 4, (1, 1), (16, 16), torch.float32)
+    store = torch.zeros(4, 8, 1, 16) if paged else torch.zeros(2, 16, 1, 16)
+    around = torch.zeros(3, *store.shape, device=DEVICE)
+    keys, values = around[1], torch.zeros_like(around[1])
+    table = torch.tensor([[0, 1], [7, -1]], dtype=torch.int32, device=DEVICE) if paged else None
+    lengths = torch.tensor([14, 2], dtype=torch.int32, device=DEVICE)
+    rows = [x.to(DEVICE) for x in (q, k, v)]
+    decode(*rows, keys, values, lengths, table, 16, 0, None, None, False, 1.0, 0.0)
+    assert not bool(around[0].any()) and not bool(around[2].any())
+    wanted = torch.zeros(2, 16, 1, 16)
+    wanted[0, 14:] = k[0, :2]
+    if not paged:
+        wanted[1, 2:6] = k[1]
+    assert torch.equal(keys.cpu().reshape(-1)[: wanted.numel()], wanted.reshape(-1))
+    assert not bool(keys.reshape(-1)[wanted.numel() :].any())
 
 
 def test_strided_inputs(small_tiles):
@@ -434,6 +455,6 @@ def test_training_in_a_graph():
 
 
 def test_every_kernel_was_launched():
-    wanted = {k for m in ("forward", "backward", "grad_q", "grad_kv") for k in kernels(f"attention_{m}")}
+    wanted = {k for m in ("forward", "decode", "backward", "grad_q", "grad_kv") for k in kernels(f"attention_{m}")}
     assert len(wanted) == 6
     assert wanted <= launched

@@ -17,7 +17,7 @@ from dlcore.triton.launch import launch
 @triton.jit
 def _copy_row(source, target, inside, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
     column = tl.arange(0, BLOCK)
-    mask = inside & (column < COLUMNS)
+    mask = column < tl.where(inside, COLUMNS, 0)
     tl.store(target + column, tl.load(source + column, mask), mask)
 
 
