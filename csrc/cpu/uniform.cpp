@@ -2,6 +2,7 @@
 #include "uniform.h"
 
 #include <cmath>
+#include <type_traits>
 
 #include "kernels.h"
 #include "parallel.h"
@@ -24,8 +25,8 @@ struct Product {
 };
 
 // Σ log1p(y) and Σ y / (1 + y) over a group; four or eight factors share one logarithm and one division.
-template <int together>
-void add_group(const float* x, const Probability& scaled, Sums& sums) {
+template <int together, class T>
+void add_group(const T* x, const Probability& scaled, Sums& sums) {
   Floats logs = broadcast(0.0f), ratios = logs;
   for (int64_t i = 0; i < kGroup; i += together * kLanes) {
     Floats y[together];
@@ -48,7 +49,8 @@ void add_group(const float* x, const Probability& scaled, Sums& sums) {
 }
 
 // The same where even the product of a few factors could overflow.
-void add_group_apart(const float* x, const Probability& scaled, Sums& sums) {
+template <class T>
+void add_group_apart(const T* x, const Probability& scaled, Sums& sums) {
   Floats logs = broadcast(0.0f), ratios = logs;
   for (int64_t i = 0; i < kGroup; i += kLanes) {
     const Floats y = scaled(load(x + i));
@@ -57,6 +59,17 @@ void add_group_apart(const float* x, const Probability& scaled, Sums& sums) {
   }
   sums.logs += sum(logs);
   sums.ratios += sum(ratios);
+}
+
+// n factors 1 + y with Σ y <= c stay below (1 + c/n)^n, which has to be a float.
+template <class T>
+auto group_adder(double c) {
+  return c < 0x1p18 ? add_group<8, T> : c < 0x1p31 ? add_group<4, T> : add_group_apart<T>;
+}
+
+// Whether a group can be read as it stands.
+bool plain(const RowSoftmax& row, int64_t count, int64_t token) {
+  return count == kGroup && !row.special(token);
 }
 
 }  // namespace
@@ -71,18 +84,21 @@ void nelbo(const NelboArguments& a) {
     const RowSoftmax row(a.softmax, r);
     const NelboRow state(a.alpha[r], -1, a.vocab);
     const Probability scaled(a.saved[r], state.c);
-    // n factors 1 + y with Σ y <= c stay below (1 + c/n)^n, which has to be a float.
-    const auto add = state.c < 0x1p18 ? add_group<8> : state.c < 0x1p31 ? add_group<4> : add_group_apart;
     Sums sums;
     with_dtype(a.logits.dtype, [&](auto type) {
       using T = decltype(type);
+      const auto add = group_adder<T>(state.c);
       const T* data = a.logits.row<const T>(r);
       alignas(64) float x[kGroup];
       for (int64_t at = 0; at < a.logits.columns; at += kGroup) {
-        const int64_t count = std::min(kGroup, a.logits.columns - at);
+        const int64_t count = std::min(kGroup, a.logits.columns - at), token = a.first_token + at;
         prefetch<kGroup>(data + at, kAhead);
-        read_transformed(data + at, count, a.first_token + at, row, x);
-        add(x, scaled, sums);
+        if (plain(row, count, token)) {
+          add(data + at, scaled, sums);
+          continue;
+        }
+        read_transformed(data + at, count, token, row, x);
+        group_adder<float>(state.c)(x, scaled, sums);
       }
     });
     a.saved[3 * rows + r] += sums.logs;
@@ -124,17 +140,25 @@ void nelbo_backward(const NelboBackwardArguments& a) {
         const int64_t count = std::min(kGroup, a.logits.columns - at), token = a.first_token + at;
         prefetch<kGroup>(data + at, kAhead);
         prefetch_lines<kGroup * sizeof(T), 1>(a.out.row<T>(r) + at, kAhead);
-        read_transformed(data + at, count, token, row, x);
-        for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
-          const WideFloats p = probability(load_wide(x + i));
-          store(x + i, p * fused(reciprocal(fused(p, ratio, 1.0f)), slope, level));
-        }
-        const auto add = [&](int64_t id, double g) {
-          if (id >= token && id < token + count) x[id - token] += static_cast<float>(g);
+        const auto differentiate = [&](const float* from, float* to) {
+          for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
+            const WideFloats p = probability(load_wide(from + i));
+            store(to + i, p * fused(reciprocal(fused(p, ratio, 1.0f)), slope, level));
+          }
+          const auto add = [&](int64_t id, double g) {
+            if (id >= token && id < token + count) to[id - token] += static_cast<float>(g);
+          };
+          add(a.z[r], at_z);
+          add(a.x[r], at_x);
         };
-        add(a.z[r], at_z);
-        add(a.x[r], at_x);
-        with_dtype(a.out.dtype, [&](auto out) { write_group(a.out.row<decltype(out)>(r) + at, count, x); });
+        if constexpr (std::is_same_v<T, float>)
+          if (plain(row, count, token)) {
+            differentiate(data + at, a.out.row<float>(r) + at);
+            continue;
+          }
+        read_transformed(data + at, count, token, row, x);
+        differentiate(x, x);
+        write_group(a.out.row<T>(r) + at, count, x);
       }
     });
   });
