@@ -354,7 +354,13 @@ def test_decode(page_size, causal, anchor, splits):
         cache.commit(torch.tensor([70, 33, 0]).to(device))
         rows = [x[:, 70:80].to(device) for x in (q, k, v)]
         with dlcore.use_backend(backend):
-            kw = {"num_commit": 4, "window": 60, "window_anchor": anchor, "causal": causal, "return_lse": True}
+            kw = {
+                "num_commit": 4,
+                "window": 60,
+                "window_anchor": anchor,
+                "causal": causal,
+                "return_lse": True,
+            }
             found[backend] = [x.cpu() for x in attention.decode(*rows, cache, 0, **kw)]
     for x, y in zip(*found.values(), strict=True):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
@@ -455,6 +461,8 @@ def test_training_in_a_graph():
 
 
 def test_every_kernel_was_launched():
-    wanted = {k for m in ("forward", "decode", "backward", "grad_q", "grad_kv") for k in kernels(f"attention_{m}")}
+    wanted = {
+        k for m in ("forward", "decode", "backward", "grad_q", "grad_kv") for k in kernels(f"attention_{m}")
+    }
     assert len(wanted) == 6
     assert wanted <= launched
