@@ -79,6 +79,18 @@ def test_truncation(cut, coarse):
         assert_same(call("categorical.sample", "triton", *args), expected, 3e-6, 3e-6)
 
 
+@pytest.mark.parametrize(
+    ("limit", "kept"), [((None, 0.45), {0, 1}), ((3, None), {0, 1, 2}), ((3, 0.5), {0, 1})]
+)
+def test_of_equals_the_first_are_kept(limit, kept):
+    """Four equals: as many as top_k allows, and the one that crosses top_p."""
+    x = torch.full((64, 300), float("-inf"))
+    x[:, :4] = 0
+    k, p = (None if v is None else torch.tensor(v) for v in limit)
+    tokens, _ = call("categorical.sample", "triton", x, *(None,) * 7, k, p, None, KEY)
+    assert set(tokens[0].tolist()) == kept
+
+
 @pytest.mark.parametrize("prior", [-1, 4])
 @pytest.mark.parametrize("exclude", [None, 2])
 def test_sample_mixture(prior, exclude):
