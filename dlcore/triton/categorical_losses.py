@@ -24,7 +24,7 @@ from dlcore.triton.categorical_scan import (
     scan_tile,
 )
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, matmul, tile_width, tiles
+from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.triton.rows import Rows, per_row, row_offset
 from dlcore.triton.softmax import (
     LN2,
@@ -608,17 +608,18 @@ def expectation_backward(
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
-    lead, vocab = (64, 128), 126_464
+    # A tile of a head is as narrow as with thousands of rows.
+    lead, vocab, narrow = (4, 8), 126_464, 768
     target = torch.empty(lead, dtype=torch.int64, device=device)
     number, row = torch.empty((), device=device), torch.empty(lead, device=device)
     three = torch.empty(3, *lead, dtype=torch.float64, device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
         hidden = torch.empty(*lead, 64, dtype=dtype, device=device)
-        weight = torch.empty(vocab, 64, dtype=dtype, device=device)
-        dense, linear = (logits, None, None), (hidden, weight, None)
+        table = torch.empty(vocab, 64, dtype=dtype, device=device)
+        dense, linear = (logits, None, None), (hidden, table[:narrow], None)
         for head in (dense, linear):
-            yield from _examples(head, weight, target, number, row, three)
+            yield from _examples(head, table[: vocab_size(head)], target, number, row, three)
 
 
 def _examples(
