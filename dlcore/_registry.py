@@ -185,6 +185,8 @@ TRITON: dict[str, tuple[str, ...]] = {
         "categorical.log_probs_backward",
         "categorical.kl",
         "categorical.kl_backward",
+    ),
+    "categorical_expectation": (
         "categorical.expectation",
         "categorical.expectation_backward",
         "categorical.sample_expectation",

@@ -8,6 +8,7 @@ from conftest import DEVICE
 from triton_calls import assert_same, call, quiet
 
 import dlcore
+from dlcore import _checks as checks
 from dlcore import categorical, rng
 from dlcore.triton import categorical_scan, linear_logits
 from dlcore.triton.launch import kernels, launched
@@ -77,6 +78,28 @@ def test_truncation(cut, coarse):
         args = (x, None, None, index, shift, temperature, None, 2, *limits, rng.key(seed))
         expected = call("categorical.sample", "reference", *args)
         assert_same(call("categorical.sample", "triton", *args), expected, 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize(
+    ("limit", "kept"), [((None, 0.45), {0, 1}), ((3, None), {0, 1, 2}), ((3, 0.5), {0, 1})]
+)
+def test_of_equals_the_first_are_kept(limit, kept):
+    """Four equals: as many as top_k allows, and the one that crosses top_p."""
+    x = torch.full((64, 300), float("-inf"))
+    x[:, :4] = 0
+    k, p = (None if v is None else torch.tensor(v) for v in limit)
+    tokens, _ = call("categorical.sample", "triton", x, *(None,) * 7, k, p, None, KEY)
+    assert set(tokens[0].tolist()) == kept
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_a_draw_that_keeps_nothing_is_no_token(monkeypatch):
+    """A count below 1, which no check sees on a GPU: every token is -1 or one of the vocabulary."""
+    monkeypatch.setattr(checks, "reads_data", lambda x: False)
+    limit = torch.tensor([[0, -5], [0, 1], [2, 0]])
+    tokens, _ = call("categorical.sample", "triton", logits(300), *(None,) * 7, limit, None, None, KEY)
+    assert ((tokens >= -1) & (tokens < 300)).all()
+    assert tokens[0][limit < 1].eq(-1).all()
 
 
 @pytest.mark.parametrize("prior", [-1, 4])

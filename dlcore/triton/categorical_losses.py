@@ -1,4 +1,4 @@
-"""Log-probabilities, divergences and expectations of softmax on the GPU, and their gradients."""
+"""Log-probabilities and divergences of softmax on the GPU, and their gradients."""
 
 from __future__ import annotations
 
@@ -11,21 +11,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore.triton.categorical import finish_sample
 from dlcore.triton.categorical_scan import (
     INDEX_LOGIT,
     TARGET_LOGIT,
-    TOP,
-    State,
     load_state,
     log_prob,
-    new_state,
     scan,
-    scan_tile,
 )
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, matmul, tile_width, tiles
-from dlcore.triton.rows import Rows, per_row, row_offset
+from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, tile_width, tiles
+from dlcore.triton.rows import per_row, row_offset
 from dlcore.triton.softmax import (
     LN2,
     LOG2E,
@@ -69,7 +64,7 @@ def probability(x, logsumexp, scale):
 
 
 @triton.jit
-def _slope(x, softcap):
+def slope(x, softcap):
     """d softcap(x) / dx."""
     t = capped(x, softcap) / softcap
     return 1.0 - t * t
@@ -123,7 +118,7 @@ def log_probs_backward_kernel(
     g += tl.where(open_ & (token == at_row), at_target, 0.0)
     g += tl.where(open_ & (token == at), at_index, 0.0)
     if softcap is not None:
-        g *= _slope(tl.load(data + column, inside, 0.0).to(tl.float32), softcap)
+        g *= slope(tl.load(data + column, inside, 0.0).to(tl.float32), softcap)
     if exclude is not None:
         g = tl.where(open_, g, 0.0)
     tl.store(to, g.to(out.dtype.element_ty), inside)
@@ -283,102 +278,6 @@ def kl_backward_kernel(
     tl.store(q_out + row * q_stride + column, ((q - p) * weight).to(q_out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["first", "exclude", "parts"])
-def softmax_tile_kernel(
-    logits,
-    inner,
-    outer_stride,
-    inner_stride,
-    first,
-    columns,
-    index,
-    shift,
-    shift_step,
-    softcap,
-    exclude,
-    temperature,
-    temperature_step,
-    logsumexp,
-    out,
-    out_stride,
-    parts,
-    BLOCK: tl.constexpr,
-):
-    """out (rows, columns) = exp(x / temperature - logsumexp)."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // parts
-    at, bonus = row_shift(row, index, shift, shift_step)
-    scale = inverse_temperature(row, temperature, temperature_step)
-    data = logits + row_offset(row, inner, outer_stride, inner_stride)
-    column = program % parts * BLOCK + tl.arange(0, BLOCK)
-    x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-    p = probability(x, tl.load(logsumexp + row), scale)
-    tl.store(out + row * out_stride + column, p.to(out.dtype.element_ty), column < columns)
-
-
-@triton.jit(do_not_specialize=["rows", "first"])
-def follow_kernel(
-    numbers, rows, first, reference, factor, logsumexp, LAST: tl.constexpr, BLOCK: tl.constexpr
-):
-    """What the sums so far are to be multiplied with as the largest logit grew; at last, to be a mean."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    rows = rows.to(tl.int64)
-    before = tl.load(reference + row, inside & ((first > 0) | LAST), 0.0)
-    if LAST:
-        zero = tl.full(row.shape, 0.0, tl.float64)
-        lse = -log_prob(numbers, zero, row, rows, inside)
-        tl.store(logsumexp + row, lse, inside)
-        tl.store(factor + row, tl.exp(before - lse).to(tl.float32), inside)
-    else:
-        top = load_state(numbers, row, rows, inside, TOP)
-        now = tl.where((top > NONE) & (top < float("inf")), top, before)
-        # Nothing was summed before the first finite logit, so that a factor of 0 is as good as any.
-        tl.store(factor + row, tl.minimum(tl.exp(before - now), 1.0).to(tl.float32), inside)
-        tl.store(reference + row, now, inside)
-
-
-@triton.jit(do_not_specialize=["first", "exclude", "parts", "rows"])
-def expectation_backward_kernel(
-    logits,
-    inner,
-    outer_stride,
-    inner_stride,
-    first,
-    columns,
-    index,
-    shift,
-    shift_step,
-    softcap,
-    exclude,
-    temperature,
-    temperature_step,
-    logsumexp,
-    pull,
-    mean,
-    out,
-    out_stride,
-    parts,
-    BLOCK: tl.constexpr,
-):
-    """out = p·(pull - mean) / temperature, through the softcap; pull (rows, columns) is g · table_k."""
-    program = tl.program_id(0).to(tl.int64)
-    row = program // parts
-    at, bonus = row_shift(row, index, shift, shift_step)
-    scale = inverse_temperature(row, temperature, temperature_step)
-    data = logits + row_offset(row, inner, outer_stride, inner_stride)
-    column = program % parts * BLOCK + tl.arange(0, BLOCK)
-    inside = column < columns
-    x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-    p = probability(x, tl.load(logsumexp + row), scale)
-    g = p * (tl.load(pull + row * columns + column, inside, 0.0) - tl.load(mean + row)) * scale
-    if softcap is not None:
-        g *= _slope(tl.load(data + column, inside, 0.0).to(tl.float32), softcap)
-    if exclude is not None:
-        g = tl.where(first + column == exclude, 0.0, g)
-    tl.store(out + row * out_stride + column, g.to(out.dtype.element_ty), inside)
-
-
 def log_probs(
     logits: Tensor,
     weight: Tensor | None,
@@ -425,14 +324,14 @@ def log_probs_backward(
     result = HeadGradient(head)
     for first, columns, tile in tiles(head):
         out = result.tile(first, columns)
-        block, parts = _split(columns)
+        block, parts = split(columns)
         read = (*tile, first, columns, *softmax.entry, target, grad, numbers, rows, out, out.stride(0), parts)
         launch(log_probs_backward_kernel, rows * parts, out, *read, BLOCK=block)
         result.add(first, out)
     return result.result()
 
 
-def _split(columns: int) -> tuple[int, int]:
+def split(columns: int) -> tuple[int, int]:
     """Columns a program takes, and how many programs that makes a row."""
     block = power_of_two(columns, GROUP, _BLOCK)
     return block, ceil_div(columns, block)
@@ -488,7 +387,7 @@ def kl_backward(
     p_result, q_result = HeadGradient(p_head), HeadGradient(q_head)
     for first, columns, views in _pairs(p_head, q_head):
         p, q = p_result.tile(first, columns), q_result.tile(first, columns)
-        block, parts = _split(columns)
+        block, parts = split(columns)
         read = (*views, columns, *scale, grad, numbers, rows, p, p.stride(0), q, q.stride(0), parts)
         launch(kl_backward_kernel, rows * parts, grad, *read, BLOCK=block)
         p_result.add(first, p)
@@ -496,141 +395,29 @@ def kl_backward(
     return (*p_result.result(), *q_result.result())
 
 
-def _weigh(
-    head: Head, softmax: Softmax, table: Tensor, key: Tensor | None = None
-) -> tuple[State, Tensor, Tensor]:
-    """State, Σ_k softmax_k table[k] (rows, E) and the logsumexp (...): each logit is computed once.
-
-    What is summed refers to the largest logit so far, and is scaled down when a larger one appears.
-    """
-    lead, device = head[0].shape[:-1], head[0].device
-    rows, width = lead.numel(), tile_width(lead.numel())
-    mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32, device=device)
-    reference = torch.empty(rows, dtype=torch.float64, device=device)
-    factor = torch.empty((rows, 1), dtype=torch.float32, device=device)
-    lse = torch.empty(lead, dtype=torch.float64, device=device)
-    state = new_state(head)
-
-    def follow(first: int, last: bool) -> None:
-        grid, args = ceil_div(rows, _ROWS), (state.numbers, rows, first, reference, factor, lse)
-        launch(follow_kernel, grid, mean, *args, LAST=last, BLOCK=_ROWS)
-        mean.mul_(factor)
-
-    for tile in tiles(head, width):
-        first, columns, _ = tile
-        scan_tile(tile, rows, softmax, state, key=key)
-        follow(first, False)
-        p = _probabilities(tile, softmax, reference, rows, table.dtype)
-        matmul(p, table[first : first + columns], mean, add=True)
-    follow(0, True)
-    return state, mean.view(*lead, table.shape[1]), lse
-
-
-def _probabilities(
-    tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, rows: int, dtype: torch.dtype
-) -> Tensor:
-    first, columns, logits = tile
-    p = torch.empty((rows, columns), dtype=dtype, device=reference.device)
-    block, parts = _split(columns)
-    read = (*logits, first, columns, *softmax.args, reference, p, columns, parts)
-    launch(softmax_tile_kernel, rows * parts, p, *read, BLOCK=block)
-    return p
-
-
-def expectation(
-    logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    table: Tensor,
-    temperature: Tensor | None,
-    softcap: float | None,
-    exclude: int | None,
-) -> tuple[Tensor, Tensor]:
-    """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
-    softmax = Softmax(logits.shape[:-1], None, None, temperature, softcap, exclude)
-    return _weigh((logits, weight, bias), softmax, table)[1:]
-
-
-def sample_expectation(
-    logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    table: Tensor,
-    temperature: Tensor | None,
-    softcap: float | None,
-    exclude: int | None,
-    index: Tensor | None,
-    key: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`expectation`'s mean and logsumexp, `sample`'s tokens and numbers."""
-    lead = logits.shape[:-1]
-    softmax = Softmax(lead, index, None, temperature, softcap, exclude)
-    state, mean, lse = _weigh((logits, weight, bias), softmax, table, key.contiguous())
-    return mean, lse, *finish_sample(state, state, softmax, lead)
-
-
-def expectation_backward(
-    grad: Tensor,
-    output: Tensor,
-    lse: Tensor,
-    logits: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    table: Tensor,
-    temperature: Tensor | None,
-    softcap: float | None,
-    exclude: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of the head and of the table, tile by tile from the logsumexp."""
-    lead, head = logits.shape[:-1], (logits, weight, bias)
-    rows, lse = lead.numel(), lse.contiguous()
-    softmax = Softmax(lead, None, None, temperature, softcap, exclude)
-    flat = grad.reshape(rows, table.shape[1]).float()
-    # d/da_k = p_k (g · table_k - g · output) / temperature.
-    mean = (flat * output.reshape(flat.shape)).sum(-1)
-    narrow = flat.to(torch.promote_types(logits.dtype, table.dtype)).contiguous()
-    result = HeadGradient(head)
-    table_grad = torch.empty(table.shape, dtype=torch.float32, device=table.device)
-    for tile in tiles(head, tile_width(rows)):
-        first, columns, view = tile
-        tokens = slice(first, first + columns)
-        p = _probabilities(tile, softmax, lse, rows, narrow.dtype)
-        matmul(p.mT, narrow, table_grad[tokens])
-        pull = torch.empty((rows, columns), dtype=torch.float32, device=table.device)
-        matmul(narrow, table[tokens].mT, pull)
-        out = result.tile(first, columns)
-        block, parts = _split(columns)
-        read = (*view, first, columns, *softmax.args, lse, pull, mean, out, out.stride(0), parts)
-        launch(expectation_backward_kernel, rows * parts, out, *read, BLOCK=block)
-        result.add(first, out)
-    return (*result.result(), table_grad.to(table.dtype))
-
-
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
-    lead, vocab = (64, 128), 126_464
+    # A tile of a head is as narrow as with thousands of rows.
+    lead, vocab, narrow = (4, 8), 126_464, 768
     target = torch.empty(lead, dtype=torch.int64, device=device)
     number, row = torch.empty((), device=device), torch.empty(lead, device=device)
     three = torch.empty(3, *lead, dtype=torch.float64, device=device)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
         hidden = torch.empty(*lead, 64, dtype=dtype, device=device)
-        weight = torch.empty(vocab, 64, dtype=dtype, device=device)
+        weight = torch.empty(narrow, 64, dtype=dtype, device=device)
         dense, linear = (logits, None, None), (hidden, weight, None)
         for head in (dense, linear):
-            yield from _examples(head, weight, target, number, row, three)
+            yield from _examples(head, target, number, row, three)
 
 
 def _examples(
-    head: Head, table: Tensor, target: Tensor, number: Tensor, row: Tensor, three: Tensor
+    head: Head, target: Tensor, number: Tensor, row: Tensor, three: Tensor
 ) -> Iterator[Callable[[], object]]:
-    mean = torch.empty(*target.shape, 64, device=target.device)
     for shift, softcap, exclude in ((None, None, None), (row, 30.0, 5)):
         options: tuple[Any, ...] = (target, None if shift is None else target, shift, softcap, exclude)
         yield partial(log_probs, *head, *options)
         yield partial(log_probs_backward, three, three, *head, *options)
-        yield partial(expectation, *head, table, shift, softcap, exclude)
-        yield partial(expectation_backward, mean, mean, three[0], *head, table, shift, softcap, exclude)
     for temperature in (None, number):
         yield partial(kl, *head, *head, temperature)
         yield partial(kl_backward, three, three, *head, *head, temperature)

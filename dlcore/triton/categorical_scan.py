@@ -218,24 +218,31 @@ def reduce_kernel(
         total = kept * total + taken * part
         top = most
     ids = tl.arange(0, _SIZE)
+    # Set even if there is no law or nothing is kept: the state was not.
+    token = tl.full((), -1, tl.int64)
     if best >= 0:
         column = best * _SIZE + ids
         x = entries(data, column, columns, first, at, bonus, softcap, exclude)
         x = cut_off(x, first + column, row, thresholds, last)
         _, place = tl.max(x, 0, return_indices=True)
-        tl.store(tokens + row, first + best * _SIZE + place)
+        token = first + best * _SIZE + place
         others = tl.max(tl.where(ids == place, NONE, x), 0).to(tl.float64) * scale
         second = tl.maximum(second, others)
+    tl.store(tokens + row, token, (best >= 0) | (first == 0))
     if keys is not None:
+        token = tl.full((), -1, tl.int64)
+        logit = tl.full((), NONE, tl.float64)
         if winner >= 0:
             column = winner * _SIZE + ids
             x = entries(data, column, columns, first, at, bonus, softcap, exclude)
             x = cut_off(x, first + column, row, thresholds, last)
             drawn = _gumbel(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
             _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
-            tl.store(tokens + rows + row, first + winner * _SIZE + place)
+            token = first + winner * _SIZE + place
             logit = tl.max(tl.where(ids == place, x, NONE), 0).to(tl.float64) * scale
-            tl.store(state + TOKEN_LOGIT * rows, logit)
+        drew = (winner >= 0) | (first == 0)
+        tl.store(tokens + rows + row, token, drew)
+        tl.store(state + TOKEN_LOGIT * rows, logit, drew)
         tl.store(state + SCORE * rows, score)
     tl.store(state + TOP * rows, top)
     tl.store(state + SECOND * rows, second)

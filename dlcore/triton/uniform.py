@@ -11,15 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 from dlcore.triton import noise
-from dlcore.triton.categorical_losses import probability
+from dlcore.triton.categorical_losses import probability, split
 from dlcore.triton.categorical_scan import INDEX_LOGIT, TARGET_LOGIT, load_state, log_prob, scan
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import GROUP, HeadGradient, tiles, vocab_size
+from dlcore.triton.linear_logits import HeadGradient, tiles, vocab_size
 from dlcore.triton.rows import per_row, row_offset
 from dlcore.triton.softmax import Softmax, entries, row_shift
 
 _ROWS = 128
-_BLOCK = 2048
 
 
 @triton.jit
@@ -211,7 +210,7 @@ def nelbo(
     state, grid = scan(head, softmax, target=x), ceil_div(rows, _ROWS)
     launch(start_nelbo_kernel, grid, saved, state.numbers, rows, saved, BLOCK=_ROWS)
     for first, columns, tile in tiles(head):
-        block, parts = _split(columns)
+        block, parts = split(columns)
         sums = torch.empty((2, rows, parts), dtype=torch.float64, device=logits.device)
         read = (*tile, first, columns, *softmax.entry[:3], vocab, *level, saved, rows, sums, parts)
         launch(nelbo_kernel, rows * parts, saved, *read, BLOCK=block)
@@ -220,12 +219,6 @@ def nelbo(
     numbers = (saved, rows, vocab, softmax.index, x, *level, *slope, loss)
     launch(finish_nelbo_kernel, grid, loss, *numbers, BLOCK=_ROWS)
     return loss, saved
-
-
-def _split(columns: int) -> tuple[int, int]:
-    """Columns a program takes, and how many programs that makes a row."""
-    block = power_of_two(columns, GROUP, _BLOCK)
-    return block, ceil_div(columns, block)
 
 
 def nelbo_backward(
@@ -247,7 +240,7 @@ def nelbo_backward(
     result = HeadGradient(head)
     for first, columns, tile in tiles(head):
         out = result.tile(first, columns)
-        block, parts = _split(columns)
+        block, parts = split(columns)
         read = (*tile, first, columns, *softmax.entry[:3], vocab_size(head), x, *levels, grad, saved, rows)
         launch(nelbo_backward_kernel, rows * parts, out, *read, out, out.stride(0), parts, BLOCK=block)
         result.add(first, out)
@@ -256,12 +249,13 @@ def nelbo_backward(
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
-    lead, vocab = (64, 128), 126_464
+    # A tile of a head is as narrow as with thousands of rows.
+    lead, vocab, narrow = (4, 8), 126_464, 768
     z = torch.empty(lead, dtype=torch.int64, device=device)
     level = torch.empty(lead, dtype=torch.float64, device=device)
     saved = torch.empty(5, *lead, dtype=torch.float64, device=device)
     grad = torch.empty(lead, device=device)
-    weight = torch.empty(vocab, 64, dtype=torch.bfloat16, device=device)
+    weight = torch.empty(narrow, 64, dtype=torch.bfloat16, device=device)
     linear = torch.empty(*lead, 64, dtype=torch.bfloat16, device=device)
     yield partial(nelbo, linear, weight, None, z, z, level, level, None)
     yield partial(nelbo_backward, grad, saved, linear, weight, None, z, z, level, level, None)
