@@ -212,6 +212,7 @@ def test_only_what_is_seen_is_visited_and_only_the_ragged_is_masked(which, small
 # --- what is not seen stays out ----------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["k", "v"])
 @pytest.mark.parametrize("half", ["noisy", "clean"])
@@ -281,6 +282,7 @@ def test_first_tiles_masked(lone, small_tiles):
     agrees(intervals_call(starts, stops), qkv(1, 20, 90, (2, 1), (16, 16), torch.float32))
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # of the interpreter's numpy
 def test_scores_of_minus_infinity_see_nothing(small_tiles):
     q, k = torch.full((1, 2, 1, 32), 1e20), torch.full((1, 40, 1, 32), -1e20)
     starts, stops = torch.zeros(1, 2, 2, dtype=torch.int32), torch.full((1, 2, 2), 35, dtype=torch.int32)

@@ -216,7 +216,9 @@ def grad_kv_kernel(
             False,
         )
 
-    for i in range(0, partly):
+    # A second `for` here is more than Triton 3.7 can compile for sm_100.
+    i = 0
+    while i < partly:
         tile = tl.load(lists + tiles - 1 - i)
         grad_k, grad_v = _add_rows(
             grad_k,
@@ -239,6 +241,7 @@ def grad_kv_kernel(
             True,
             False,
         )
+        i += 1
 
     if is_nan_anywhere(grad_k) | is_nan_anywhere(grad_v):
         # A row that is not finite, times the weight 0 of a key that it does not see.

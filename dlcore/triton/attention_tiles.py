@@ -30,9 +30,9 @@ def packed_rows(tile, rows, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
 def intervals_of(starts, stops, query, first, last):
     """start, stop, start, stop: both intervals of each row, cut to [first, last); an empty one stops at 0."""
     at = query.to(tl.int64) * 2
-    start_a = tl.maximum(tl.load(starts + at), first)
+    start_a = tl.minimum(tl.maximum(tl.load(starts + at), first), last)
     stop_a = tl.minimum(tl.load(stops + at), last)
-    start_b = tl.maximum(tl.load(starts + at + 1), first)
+    start_b = tl.minimum(tl.maximum(tl.load(starts + at + 1), first), last)
     stop_b = tl.minimum(tl.load(stops + at + 1), last)
     stop_a = tl.where(start_a < stop_a, stop_a, 0)
     stop_b = tl.where(start_b < stop_b, stop_b, 0)
