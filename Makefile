@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check lint format clean
+.PHONY: demo test bench gpu-check bench-gpu lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dlcore demo $(ARGS)
@@ -18,6 +18,9 @@ bench: $(VENV)/ready
 # Every kernel for GPUs, compiled without one: registers, spills, shared memory.
 gpu-check: $(VENV)/ready
 	env -u TRITON_INTERPRET $(BIN)/python -m dlcore.triton.check $(ARGS)
+
+bench-gpu: $(VENV)/ready
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 lint: $(VENV)/lint-ready
 	$(BIN)/ruff check .

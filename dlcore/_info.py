@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from importlib import metadata
 
 import torch
 
@@ -19,6 +20,7 @@ def report() -> str:
         "python": f"{platform.python_version()} ({sys.platform}, {platform.machine()})",
         "threads": str(torch.get_num_threads()),
         **_compiled(),
+        "triton": _triton(),
     }
     width = max(map(len, facts))
     lines = [f"{name:<{width}}  {value}" for name, value in facts.items()]
@@ -32,6 +34,15 @@ def _compiled() -> dict[str, str]:
     except ImportError as error:
         return {"compiled module": f"missing: {error}"}
     return {"cpu capability": _C.capability(), "parallel runtime": _C.parallel_runtime()}
+
+
+def _triton() -> str:
+    """Triton's version, if it is installed, and the GPU that it would compile for."""
+    try:
+        version = metadata.version("triton")
+    except metadata.PackageNotFoundError:
+        return "missing"
+    return f"{version}, {torch.cuda.get_device_name() if torch.cuda.is_available() else 'no CUDA device'}"
 
 
 def _table() -> list[str]:

@@ -189,6 +189,7 @@ TRITON: dict[str, tuple[str, ...]] = {
     "sphere_dynamics": ("sphere.correct", "sphere.correct_backward"),
     "sphere_sample": ("sphere.sample",),
     "sphere_velocity": ("sphere.largest", "sphere.velocity", "sphere.velocity_backward"),
+    "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 
 

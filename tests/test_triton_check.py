@@ -21,10 +21,11 @@ def test_complaints():
     assert too_much._replace(target=90).complaint() is None
 
 
-def test_a_kernel_that_no_example_launches_is_found(monkeypatch):
-    monkeypatch.setattr(rng, "examples", lambda device: iter(()))
-    with pytest.raises(RuntimeError, match=r"no example of dlcore.triton.rng launches fill_kernel, fold_in"):
-        list(check.launches("rng"))
+def test_a_kernel_that_no_example_launches_is_found():
+    found = [x for family in check.modules() for x in check.launches(family)]
+    assert check.missed(found) == []
+    without = [x for x in found if x.kernel is not rng.fold_in_kernel]
+    assert check.missed(without) == ["fold_in_kernel"]
 
 
 def test_examples_wait_for_no_number():

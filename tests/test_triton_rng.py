@@ -14,7 +14,7 @@ from test_rng import FROZEN, KNOWN
 import dlcore
 from dlcore import rng
 from dlcore.reference import rng as reference
-from dlcore.triton import noise
+from dlcore.triton import launch, noise
 from dlcore.triton.launch import kernels, launched
 
 
@@ -100,3 +100,12 @@ def test_noise_of_given_bits():
     angle = high.double() * (2 * torch.pi / 2**32)
     torch.testing.assert_close(sine.cpu().double(), torch.sin(angle), rtol=0, atol=2**-23)
     torch.testing.assert_close(cosine.cpu().double(), torch.cos(angle), rtol=0, atol=2**-23)
+
+
+def test_the_first_launch_is_logged(caplog, monkeypatch):
+    monkeypatch.setattr(launch, "launched", set())
+    key = rng.key(0, device=DEVICE)
+    with dlcore.use_backend("triton"), caplog.at_level("INFO", logger="dlcore"):
+        rng.normal(key, 3)
+        rng.normal(key, 5)
+    assert caplog.text.count("triton: compiling fill_kernel for its first call") == 1

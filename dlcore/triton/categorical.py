@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -15,7 +17,6 @@ from dlcore.triton.categorical_scan import (
     INDEX_LOGIT,
     SECOND,
     SUM,
-    TARGET_LOGIT,
     TOKEN_LOGIT,
     TOP,
     WEIGHTED,
@@ -25,16 +26,31 @@ from dlcore.triton.categorical_scan import (
     scan,
 )
 from dlcore.triton.launch import ceil_div, launch
-from dlcore.triton.linear_logits import vocab_size
-from dlcore.triton.rows import per_row
+from dlcore.triton.linear_logits import GROUP, vocab_size
 from dlcore.triton.softmax import Softmax
 
 _BLOCK = 128
 
 
 @triton.jit(do_not_specialize=["rows"])
-def finish_stats_kernel(numbers, tokens, rows, argmax, out, WITH_INDEX: tl.constexpr, BLOCK: tl.constexpr):
-    """out (6, rows): logsumexp, argmax_logprob, margin, entropy, index_logprob, runner_up_logprob."""
+def finish_kernel(
+    numbers,
+    tokens,
+    drawn_numbers,
+    drawn_tokens,
+    temperature,
+    temperature_step,
+    rows,
+    argmax,
+    drawn,
+    out,
+    WITH_INDEX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out: logsumexp, argmax_logprob, margin, entropy, index_logprob, runner_up_logprob, and the draw's.
+
+    Where there is a state that drew, `drawn` is its token, at temperature 0 its argmax.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     rows = rows.to(tl.int64)
@@ -54,38 +70,19 @@ def finish_stats_kernel(numbers, tokens, rows, argmax, out, WITH_INDEX: tl.const
     tl.store(out + 3 * rows + row, tl.where(lawful, entropy, none).to(tl.float32), inside)
     at_index = tl.full(row.shape, none, tl.float64)
     if WITH_INDEX:
-        at_index = log_prob(
-            numbers, load_state(numbers, row, rows, inside, INDEX_LOGIT), row, rows, inside
-        )
+        at_index = log_prob(numbers, load_state(numbers, row, rows, inside, INDEX_LOGIT), row, rows, inside)
     tl.store(out + 4 * rows + row, at_index.to(tl.float32), inside)
     tl.store(out + 5 * rows + row, tl.where(lawful, second, none).to(tl.float32), inside)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def finish_draw_kernel(
-    numbers,
-    drawn_numbers,
-    drawn_tokens,
-    temperature,
-    temperature_step,
-    rows,
-    tokens,
-    out,
-    BLOCK: tl.constexpr,
-):
-    """tokens (rows) and their log-probabilities; `drawn` is the state that drew, at temperature 0 its argmax."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    rows = rows.to(tl.int64)
-    token = tl.load(drawn_tokens + rows + row, inside, -1)
-    logit = load_state(drawn_numbers, row, rows, inside, TOKEN_LOGIT)
-    if temperature is not None:
-        greedy = tl.load(temperature + row * temperature_step, inside, 1.0) == 0.0
-        token = tl.where(greedy, tl.load(drawn_tokens + row, inside, -1), token)
-        logit = tl.where(greedy, load_state(drawn_numbers, row, rows, inside, TOP), logit)
-    logprob = log_prob(numbers, logit, row, rows, inside)
-    tl.store(tokens + row, tl.where(logprob == logprob, token, -1), inside)
-    tl.store(out + row, logprob.to(tl.float32), inside)
+    if drawn_numbers is not None:
+        token = tl.load(drawn_tokens + rows + row, inside, -1)
+        logit = load_state(drawn_numbers, row, rows, inside, TOKEN_LOGIT)
+        if temperature is not None:
+            greedy = tl.load(temperature + row * temperature_step, inside, 1.0) == 0.0
+            token = tl.where(greedy, tl.load(drawn_tokens + row, inside, -1), token)
+            logit = tl.where(greedy, load_state(drawn_numbers, row, rows, inside, TOP), logit)
+        tl.store(drawn + row, tl.where(lawful, token, -1), inside)
+        logprob = log_prob(numbers, logit, row, rows, inside)
+        tl.store(out + 6 * rows + row, logprob.to(tl.float32), inside)
 
 
 @triton.jit
@@ -115,9 +112,7 @@ def _route(coefficients, step, keys, row, rows, inside, p_z, KEY_PER_ROW: tl.con
 
 
 @triton.jit(do_not_specialize=["rows"])
-def plan_mixture_kernel(
-    coefficients, step, keys, rows, skip, KEY_PER_ROW: tl.constexpr, BLOCK: tl.constexpr
-):
+def plan_mixture_kernel(coefficients, step, keys, rows, skip, KEY_PER_ROW: tl.constexpr, BLOCK: tl.constexpr):
     """Marks rows whose outcome does not depend on their logits."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
@@ -173,11 +168,21 @@ def finish_mixture_kernel(
     tl.store(tokens + row, tl.where(broken, -1, result), inside)
 
 
-def _finish_stats(state: State, with_index: bool, argmax: Tensor, numbers: Tensor) -> None:
-    rows = argmax.numel()
-    grid = ceil_div(rows, _BLOCK)
+def _finish(
+    state: State,
+    drawn: State | None,
+    softmax: Softmax,
+    argmax: Tensor,
+    tokens: Tensor | None,
+    numbers: Tensor,
+) -> None:
     launch(
-        finish_stats_kernel, grid, argmax, *state, rows, argmax, numbers, WITH_INDEX=with_index, BLOCK=_BLOCK
+        finish_kernel,
+        ceil_div(argmax.numel(), _BLOCK),
+        argmax,
+        *(*state, *(drawn or (None, None)), *softmax.temperature, argmax.numel(), argmax, tokens, numbers),
+        WITH_INDEX=softmax.index is not None,
+        BLOCK=_BLOCK,
     )
 
 
@@ -197,7 +202,7 @@ def stats(
     state = scan((logits, weight, bias), softmax)
     argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
     numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
-    _finish_stats(state, index is not None, argmax, numbers)
+    _finish(state, None, softmax, argmax, None, numbers)
     return argmax, numbers
 
 
@@ -221,29 +226,19 @@ def sample(
     if top_k is None and top_p is None and min_p is None:
         state = drawn = scan(head, softmax, key=key)
     else:
-        state = scan(head, softmax)
-        drawn = scan(head, softmax, key=key, cuts=cuts(head, softmax, state, top_k, top_p, min_p))
+        shape = (logits.shape[:-1].numel(), ceil_div(vocab_size(head), GROUP))
+        tops = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        state = scan(head, softmax, tops=tops)
+        cut = cuts(head, softmax, state, tops, top_k, top_p, min_p)
+        drawn = scan(head, softmax, key=key, cuts=cut)
     return finish_sample(state, drawn, softmax, logits.shape[:-1])
 
 
 def finish_sample(state: State, drawn: State, softmax: Softmax, lead: torch.Size) -> tuple[Tensor, Tensor]:
     """Tokens and argmax (2, ...), numbers (7, ...); `drawn` is the state that drew."""
-    device, rows = state.numbers.device, lead.numel()
-    tokens = torch.empty((2, *lead), dtype=torch.int64, device=device)
-    numbers = torch.empty((7, *lead), dtype=torch.float32, device=device)
-    _finish_stats(state, softmax.index is not None, tokens[1], numbers)
-    launch(
-        finish_draw_kernel,
-        ceil_div(rows, _BLOCK),
-        tokens,
-        state.numbers,
-        *drawn,
-        *softmax.temperature,
-        rows,
-        tokens,
-        numbers[6],
-        BLOCK=_BLOCK,
-    )
+    tokens = torch.empty((2, *lead), dtype=torch.int64, device=state.numbers.device)
+    numbers = torch.empty((7, *lead), dtype=torch.float32, device=state.numbers.device)
+    _finish(state, drawn, softmax, tokens[1], tokens[0], numbers)
     return tokens, numbers
 
 
@@ -283,16 +278,18 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     z = torch.empty(lead, dtype=torch.int64, device=device)
     number, row = torch.empty((), device=device), torch.empty(lead, device=device)
     coefficients = torch.empty(6, dtype=torch.float64, device=device)
+    full: tuple[Any, ...] = (row, row, 30.0, 5)
+    drawn: tuple[Any, ...] = (z, *full, z, number, number, key.expand(*lead, 2))
+    mixed: tuple[Any, ...] = (z, coefficients.expand(*lead, 6), 7, *full, key)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
         head = (logits, None, None)
-        yield lambda head=head: stats(*head, None, None, None, None, None)  # type: ignore[misc]
-        yield lambda head=head: sample(  # type: ignore[misc]
-            *head, None, None, None, None, None, None, None, None, key
-        )
-        yield lambda head=head: sample(  # type: ignore[misc]
-            *head, z, row, row, 30.0, 5, z, number, number, key.expand(*lead, 2)
-        )
-        yield lambda head=head: sample_mixture(  # type: ignore[misc]
-            *head, z, coefficients, -1, number, row, 30.0, 5, key
-        )
+        yield partial(stats, *head, None, None, None, None, None)
+        yield partial(stats, *head, z, *full)
+        yield partial(sample, *head, *(None,) * 8, key)
+        yield partial(sample, *head, *drawn)
+        yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)
+        weight = torch.empty(vocab, 64, dtype=dtype, device=device)
+        linear = (torch.empty(*lead, 64, dtype=dtype, device=device), weight, None)
+        yield partial(sample, *linear, *(None,) * 8, key)
+        yield partial(sample_mixture, *head, *mixed)

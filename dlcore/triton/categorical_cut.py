@@ -1,7 +1,7 @@
 """Where a truncated draw ends: top_k, top_p and min_p as a threshold and a last token, without a sort.
 
-The last kept entry is found digit by digit of the logits' ordered bits, the largest first. Masses are integers,
-so that sums do not depend on their order.
+The last kept entry is found digit by digit of the logits' ordered bits, the largest first. Masses are
+integers, so that sums do not depend on their order.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore.triton.categorical_scan import GROUP, SUM, TOP, State
+from dlcore.triton.categorical_scan import SUM, TOP, State
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import Head, tiles, vocab_size
+from dlcore.triton.linear_logits import GROUP, Head, tiles, vocab_size
 from dlcore.triton.rows import per_row, row_offset
 from dlcore.triton.softmax import LOG2E, NONE, Softmax, entries, inverse_temperature, power, row_shift
 
 _BLOCK = 2048
 _DIGITS = 4
+_MOST_GROUPS = 4096
 _BINS = tl.constexpr(256)
 #: What a mass of 1, that of the largest entry, counts.
 _ONE = tl.constexpr(float(1 << 40))
@@ -28,12 +29,12 @@ _ALL = tl.constexpr(1 << 62)
 
 
 class Selection(NamedTuple):
-    """Of each row: at most so many, while the mass before is at most so much; found so far, and the prefix."""
+    """Of each row: at most so many, while the mass before is at most so much; what was found, its digits."""
 
     max_count: Tensor
     max_mass: Tensor
-    count: Tensor
-    mass: Tensor
+    found: Tensor
+    found_mass: Tensor
     prefix: Tensor
     floor: Tensor
 
@@ -71,7 +72,7 @@ def start_kernel(
     floor,
     BLOCK: tl.constexpr,
 ):
-    """A selection of everything, to be narrowed by top_k, or by top_p of the mass that an earlier one keeps."""
+    """A selection of everything, to be narrowed by top_k and by top_p of what an earlier one keeps."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     rows = rows.to(tl.int64)
@@ -104,7 +105,22 @@ def start_kernel(
     tl.store(floor + row, lowest, inside)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "parts", "rows", "exclude", "bit"])
+@triton.jit(do_not_specialize=["groups"])
+def floor_kernel(tops, groups, top_k, top_k_step, floor, BLOCK: tl.constexpr):
+    """The k-th largest entry is not below the k-th largest of the groups' largest: found bit by bit."""
+    row = tl.program_id(0).to(tl.int64)
+    group = tl.arange(0, BLOCK)
+    key = _ordered(tl.load(tops + row * groups + group, group < groups, NONE))
+    k = tl.load(top_k + row * top_k_step)
+    found = tl.full((), 0, tl.int64)
+    for i in range(32):
+        candidate = found | (tl.full((), 1, tl.int64) << (31 - i))
+        found = tl.where(tl.sum((key >= candidate).to(tl.int32), 0) >= k, candidate, found)
+    bound = tl.where(found > 0, _unordered(found), NONE)
+    tl.store(floor + row, tl.maximum(tl.load(floor + row), bound))
+
+
+@triton.jit(do_not_specialize=["first", "parts", "rows", "exclude", "bit"])
 def histogram_kernel(
     logits,
     inner,
@@ -128,7 +144,7 @@ def histogram_kernel(
     bins,
     BLOCK: tl.constexpr,
 ):
-    """bins (2, rows, 256): of each value of the digit at `bit`, under the digits found, the mass and the count."""
+    """bins (2, rows, 256): of each value of the digit at `bit`, under the digits found, mass and count."""
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
     at, bonus = row_shift(row, index, shift, shift_step)
@@ -138,7 +154,9 @@ def histogram_kernel(
     x = entries(data, column, columns, first, at, bonus, softcap, exclude)
     top = (tl.load(numbers + TOP * rows.to(tl.int64) + row) / scale.to(tl.float64)).to(tl.float32)
     key = _ordered(x)
-    counted = (x > NONE) & (x >= tl.load(floor + row)) & (key >> (bit + 8) == tl.load(prefix + row) >> (bit + 8))
+    counted = (
+        (x > NONE) & (x >= tl.load(floor + row)) & (key >> (bit + 8) == tl.load(prefix + row) >> (bit + 8))
+    )
     units = (power((x - top) * (scale * LOG2E)).to(tl.float64) * _ONE).to(tl.int64)
     to = bins + row * _BINS + ((key >> bit) & 255)
     tl.atomic_add(to, units, counted, sem="relaxed")
@@ -178,7 +196,7 @@ def narrow_kernel(bins, rows, bit, max_count, max_mass, count, mass, prefix):
     tl.store(prefix + row, known)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "exclude", "rows"])
+@triton.jit(do_not_specialize=["first", "exclude", "rows"])
 def cut_kernel(
     logits,
     inner,
@@ -243,18 +261,22 @@ def cuts(
     head: Head,
     softmax: Softmax,
     state: State,
+    tops: Tensor,
     top_k: Tensor | None,
     top_p: Tensor | None,
     min_p: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Per row a threshold, which only entries above it pass, and the last token that passes with it."""
+    """Per row a threshold, which only entries above it pass, and the last token that passes with it.
+
+    `tops` (rows, groups) are the groups' largest logits.
+    """
     lead, rows = head[0].shape[:-1], head[0].shape[:-1].numel()
     selection = None
     if top_k is not None:
-        selection = _select(head, softmax, state, per_row(top_k, lead), (None, 0), None)
+        selection = _select(head, softmax, state, tops, per_row(top_k, lead), (None, 0), None)
     if top_p is not None:
-        within = None if selection is None else selection.mass
-        selection = _select(head, softmax, state, per_row(top_k, lead), per_row(top_p, lead), within)
+        within = None if selection is None else selection.found_mass
+        selection = _select(head, softmax, state, tops, per_row(top_k, lead), per_row(top_p, lead), within)
     thresholds = torch.full((rows,), float("-inf"), device=head[0].device)
     last = torch.full((rows,), _ALL.value, dtype=torch.int64, device=head[0].device)
     if selection is not None:
@@ -279,17 +301,22 @@ def _select(
     head: Head,
     softmax: Softmax,
     state: State,
+    tops: Tensor,
     top_k: tuple[Tensor | None, int],
     top_p: tuple[Tensor | None, int],
     within: Tensor | None,
 ) -> Selection:
     rows, vocab, device = head[0].shape[:-1].numel(), vocab_size(head), head[0].device
     whole = torch.empty((5, rows), dtype=torch.int64, device=device)
-    selection = Selection(*whole, torch.empty(rows, device=device))
+    selection = Selection(whole[0], whole[1], whole[2], whole[3], whole[4], torch.empty(rows, device=device))
     limits = (state.numbers, rows, vocab, *top_k, *top_p, within, *softmax.temperature)
     launch(start_kernel, ceil_div(rows, GROUP), whole, *limits, *selection, BLOCK=GROUP)
+    groups = tops.shape[1]
+    if top_k[0] is not None and groups <= _MOST_GROUPS:
+        block = power_of_two(groups, 16, _MOST_GROUPS)
+        launch(floor_kernel, rows, tops, tops, groups, *top_k, selection.floor, BLOCK=block)
     bins = torch.empty((2, rows, _BINS.value), dtype=torch.int64, device=device)
-    block = power_of_two(vocab, GROUP, _BLOCK)
+    block = power_of_two(vocab, GROUP, 1024)
     for bit in range(8 * (_DIGITS - 1), -1, -8):
         bins.zero_()
         for first, columns, logits in tiles(head):

@@ -1,8 +1,10 @@
-"""Log-probabilities, divergences and expectations of the categorical family on the GPU, and their gradients."""
+"""Log-probabilities, divergences and expectations of softmax on the GPU, and their gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -12,7 +14,6 @@ from torch import Tensor
 from dlcore.triton.categorical import finish_sample
 from dlcore.triton.categorical_scan import (
     INDEX_LOGIT,
-    SUM,
     TARGET_LOGIT,
     TOP,
     State,
@@ -24,7 +25,7 @@ from dlcore.triton.categorical_scan import (
 )
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, HeadGradient, matmul, tile_width, tiles
-from dlcore.triton.rows import per_row, row_offset
+from dlcore.triton.rows import Rows, per_row, row_offset
 from dlcore.triton.softmax import (
     LN2,
     LOG2E,
@@ -74,7 +75,7 @@ def _slope(x, softcap):
     return 1.0 - t * t
 
 
-@triton.jit(do_not_specialize=["first", "columns", "exclude", "rows", "parts", "out_stride"])
+@triton.jit(do_not_specialize=["first", "exclude", "rows", "parts"])
 def log_probs_backward_kernel(
     logits,
     inner,
@@ -110,7 +111,9 @@ def log_probs_backward_kernel(
     at, bonus = row_shift(row, index, shift, shift_step)
     data = logits + row_offset(row, inner, outer_stride, inner_stride)
     at_target = tl.load(grad + row).to(tl.float32)
-    at_index = tl.load(grad + rows + row).to(tl.float32)
+    at_index = tl.full((), 0.0, tl.float32)
+    if index is not None:
+        at_index = tl.load(grad + rows + row).to(tl.float32)
     spread = tl.load(grad + 2 * rows + row).to(tl.float32) - at_target - at_index
     x = entries(data, column, columns, first, at, bonus, softcap, exclude)
     g = probability(x, tl.load(saved + 2 * rows + row), tl.full((), 1.0, tl.float32)) * spread
@@ -126,7 +129,7 @@ def log_probs_backward_kernel(
     tl.store(to, g.to(out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["columns", "groups", "parts", "rows"])
+@triton.jit(do_not_specialize=["groups", "parts", "rows"])
 def kl_scan_kernel(
     p_logits,
     p_inner,
@@ -219,12 +222,14 @@ def kl_reduce_kernel(
     tl.store(state + 2 * rows + row, p_sum)
     tl.store(state + 3 * rows + row, q_sum)
     tl.store(state + 4 * rows + row, gap)
-    lawful = (p_sum > 0.0) & (p_sum < float("inf")) & (q_sum > 0.0) & (q_sum < float("inf"))
-    p_log, q_log = tl.log(tl.where(lawful, p_sum, 1.0)), tl.log(tl.where(lawful, q_sum, 1.0))
+    p_lawful = (p_sum > 0.0) & (p_sum < float("inf"))
+    q_lawful = (q_sum > 0.0) & (q_sum < float("inf"))
+    p_sum, q_sum = tl.where(p_lawful, p_sum, 1.0), tl.where(q_lawful, q_sum, 1.0)
+    divergence = gap / p_sum - tl.log(p_sum) + tl.log(q_sum)
     none = float("nan")
-    tl.store(numbers + row, tl.where(lawful, gap / tl.where(lawful, p_sum, 1.0) - p_log + q_log, none))
-    tl.store(numbers + rows + row, tl.where(lawful, p_top + p_log, none))
-    tl.store(numbers + 2 * rows + row, tl.where(lawful, q_top + q_log, none))
+    tl.store(numbers + row, tl.where(p_lawful & q_lawful, divergence, none))
+    tl.store(numbers + rows + row, tl.where(p_lawful, p_top + tl.log(p_sum), none))
+    tl.store(numbers + 2 * rows + row, tl.where(q_lawful, q_top + tl.log(q_sum), none))
 
 
 @triton.jit
@@ -235,7 +240,7 @@ def _log_probability(x, logsumexp, scale):
     return tl.fma(x - reference, scale, rest)
 
 
-@triton.jit(do_not_specialize=["columns", "parts", "rows", "p_stride", "q_stride"])
+@triton.jit(do_not_specialize=["parts", "rows"])
 def kl_backward_kernel(
     p_logits,
     p_inner,
@@ -278,7 +283,7 @@ def kl_backward_kernel(
     tl.store(q_out + row * q_stride + column, ((q - p) * weight).to(q_out.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "exclude", "parts", "out_stride"])
+@triton.jit(do_not_specialize=["first", "exclude", "parts"])
 def softmax_tile_kernel(
     logits,
     inner,
@@ -312,8 +317,10 @@ def softmax_tile_kernel(
 
 
 @triton.jit(do_not_specialize=["rows", "first"])
-def follow_kernel(numbers, rows, first, reference, factor, logsumexp, LAST: tl.constexpr, BLOCK: tl.constexpr):
-    """What the sums so far are to be multiplied with, as the largest logit grew; at last, by what they end."""
+def follow_kernel(
+    numbers, rows, first, reference, factor, logsumexp, LAST: tl.constexpr, BLOCK: tl.constexpr
+):
+    """What the sums so far are to be multiplied with as the largest logit grew; at last, to be a mean."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     rows = rows.to(tl.int64)
@@ -331,7 +338,7 @@ def follow_kernel(numbers, rows, first, reference, factor, logsumexp, LAST: tl.c
         tl.store(reference + row, now, inside)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "exclude", "parts", "rows", "out_stride"])
+@triton.jit(do_not_specialize=["first", "exclude", "parts", "rows"])
 def expectation_backward_kernel(
     logits,
     inner,
@@ -519,7 +526,9 @@ def _weigh(
     return state, mean.view(*lead, table.shape[1]), lse
 
 
-def _probabilities(tile, softmax, reference, rows, dtype) -> Tensor:  # type: ignore[no-untyped-def]
+def _probabilities(
+    tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, rows: int, dtype: torch.dtype
+) -> Tensor:
     first, columns, logits = tile
     p = torch.empty((rows, columns), dtype=dtype, device=reference.device)
     block, parts = _split(columns)
@@ -609,22 +618,19 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
         weight = torch.empty(vocab, 64, dtype=dtype, device=device)
         dense, linear = (logits, None, None), (hidden, weight, None)
         for head in (dense, linear):
-            yield from _calls(head, weight, target, number, row, three)
+            yield from _examples(head, weight, target, number, row, three)
 
 
-def _calls(
+def _examples(
     head: Head, table: Tensor, target: Tensor, number: Tensor, row: Tensor, three: Tensor
 ) -> Iterator[Callable[[], object]]:
-    plain, full = (target, None, None, None, None), (target, target, row, 30.0, 5)
-    for options in (plain, full):
-        yield lambda options=options: log_probs(*head, *options)  # type: ignore[misc]
-        yield lambda options=options: log_probs_backward(three, three, *head, *options)  # type: ignore[misc]
-    for temperature in (None, number):
-        yield lambda t=temperature: kl(*head, *head, t)  # type: ignore[misc]
-        yield lambda t=temperature: kl_backward(three, three, *head, *head, t)  # type: ignore[misc]
     mean = torch.empty(*target.shape, 64, device=target.device)
-    for options in ((None, None, None), (row, 30.0, 5)):
-        yield lambda options=options: expectation(*head, table, *options)  # type: ignore[misc]
-        yield lambda options=options: expectation_backward(  # type: ignore[misc]
-            mean, mean, three[0], *head, table, *options
-        )
+    for shift, softcap, exclude in ((None, None, None), (row, 30.0, 5)):
+        options: tuple[Any, ...] = (target, None if shift is None else target, shift, softcap, exclude)
+        yield partial(log_probs, *head, *options)
+        yield partial(log_probs_backward, three, three, *head, *options)
+        yield partial(expectation, *head, table, shift, softcap, exclude)
+        yield partial(expectation_backward, mean, mean, three[0], *head, table, shift, softcap, exclude)
+    for temperature in (None, number):
+        yield partial(kl, *head, *head, temperature)
+        yield partial(kl_backward, three, three, *head, *head, temperature)

@@ -21,6 +21,8 @@ from dlcore.triton.softmax import LN2, LOG2E, NONE, Softmax, entries, inverse_te
 
 #: Groups that a program reads at once.
 _GROUPS = 16
+#: A tile of so many groups a row is reduced by one warp, so that more rows run side by side.
+_FEW_GROUPS = 32
 #: So many programs fill a device.
 _ENOUGH = 2048
 
@@ -66,7 +68,7 @@ def cut_off(x, token, row, thresholds, last):
     return x
 
 
-@triton.jit(do_not_specialize=["first", "columns", "groups", "tiles", "parts", "rows", "exclude"])
+@triton.jit(do_not_specialize=["first", "groups", "tiles", "parts", "rows", "exclude"])
 def scan_kernel(
     logits,
     inner,
@@ -127,12 +129,13 @@ def _gumbel(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
 @triton.jit
 def _logit(data, token, columns, first, at, bonus, softcap, exclude, scale, before):
     """A token's scaled logit if this tile has it, else what was known before."""
-    x = entries(data, token - first, columns, first, at, bonus, softcap, exclude)
     inside = (token >= first) & (token < first + columns)
+    column = tl.where(inside, token - first, columns)
+    x = entries(data, column, columns, first, at, bonus, softcap, exclude)
     return tl.where(inside, x.to(tl.float64) * scale, before)
 
 
-@triton.jit(do_not_specialize=["first", "columns", "groups", "rows", "exclude"])
+@triton.jit(do_not_specialize=["first", "groups", "rows", "exclude"])
 def reduce_kernel(
     logits,
     inner,
@@ -215,24 +218,31 @@ def reduce_kernel(
         total = kept * total + taken * part
         top = most
     ids = tl.arange(0, _SIZE)
+    # Set even if there is no law or nothing is kept: the state was not.
+    token = tl.full((), -1, tl.int64)
     if best >= 0:
         column = best * _SIZE + ids
         x = entries(data, column, columns, first, at, bonus, softcap, exclude)
         x = cut_off(x, first + column, row, thresholds, last)
         _, place = tl.max(x, 0, return_indices=True)
-        tl.store(tokens + row, first + best * _SIZE + place)
+        token = first + best * _SIZE + place
         others = tl.max(tl.where(ids == place, NONE, x), 0).to(tl.float64) * scale
         second = tl.maximum(second, others)
+    tl.store(tokens + row, token, (best >= 0) | (first == 0))
     if keys is not None:
+        token = tl.full((), -1, tl.int64)
+        logit = tl.full((), NONE, tl.float64)
         if winner >= 0:
             column = winner * _SIZE + ids
             x = entries(data, column, columns, first, at, bonus, softcap, exclude)
             x = cut_off(x, first + column, row, thresholds, last)
             drawn = _gumbel(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
             _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
-            tl.store(tokens + rows + row, first + winner * _SIZE + place)
+            token = first + winner * _SIZE + place
             logit = tl.max(tl.where(ids == place, x, NONE), 0).to(tl.float64) * scale
-            tl.store(state + TOKEN_LOGIT * rows, logit)
+        drew = (winner >= 0) | (first == 0)
+        tl.store(tokens + rows + row, token, drew)
+        tl.store(state + TOKEN_LOGIT * rows, logit, drew)
         tl.store(state + SCORE * rows, score)
     tl.store(state + TOP * rows, top)
     tl.store(state + SECOND * rows, second)
@@ -279,6 +289,7 @@ def scan_tile(
     key: Tensor | None = None,
     skip: Tensor | None = None,
     cuts: tuple[Tensor, Tensor] | None = None,
+    tops: Tensor | None = None,
 ) -> None:
     """Merge one tile into the state."""
     first, columns, logits = tile
@@ -290,7 +301,7 @@ def scan_tile(
     parts = ceil_div(steps, per_program)
     read = (*logits, first, columns, *softmax.args, skip, target, *(cuts or (None, None)), summaries, rows)
     launch(
-        scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=4
+        scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=8
     )
     launch(
         reduce_kernel,
@@ -302,8 +313,11 @@ def scan_tile(
         *state,
         KEY_PER_ROW=key is not None and key.dim() > 1,
         BLOCK=power_of_two(groups, 16, 1024),
-        num_warps=4,
+        num_warps=4 if groups > _FEW_GROUPS else 1,
+        maxnreg=128,  # left alone, the assembler aims for more programs a unit, and spills
     )
+    if tops is not None:
+        tops[:, first // GROUP :][:, :groups] = summaries[0]
 
 
 def scan(
@@ -313,9 +327,13 @@ def scan(
     key: Tensor | None = None,
     skip: Tensor | None = None,
     cuts: tuple[Tensor, Tensor] | None = None,
+    tops: Tensor | None = None,
 ) -> State:
-    """One read of the logits. Rows that `skip` marks or whose target is negative are not read, nor set."""
+    """One read of the logits. Rows that `skip` marks or whose target is negative are not read, nor set.
+
+    The largest logit of every group goes to `tops` (rows, groups), if given.
+    """
     state, rows = new_state(head), head[0].shape[:-1].numel()
     for tile in tiles(head):
-        scan_tile(tile, rows, softmax, state, target, key, skip, cuts)
+        scan_tile(tile, rows, softmax, state, target, key, skip, cuts, tops)
     return state

@@ -61,26 +61,26 @@ class Usage(NamedTuple):
         return f"wants {self.shared} bytes of shared memory of {limit}" if self.shared > limit else None
 
 
-def families() -> list[str]:
-    """The modules of dlcore.triton that have kernels."""
-    names = sorted(m.name for m in pkgutil.iter_modules(package.__path__))
-    return [n for n in names if hasattr(import_module(f"dlcore.triton.{n}"), "examples")]
+def modules() -> list[str]:
+    """The modules of dlcore.triton."""
+    return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
-def launches(family: str) -> Iterator[Launch]:
-    """Every variant that the family's examples launch; raises RuntimeError if a kernel is missed."""
+def launches(family: str) -> list[Launch]:
+    """Every variant that the family's examples launch."""
     with recording() as found:
-        for call in import_module(f"dlcore.triton.{family}").examples("meta"):
+        examples = getattr(import_module(f"dlcore.triton.{family}"), "examples", lambda _: ())
+        for call in examples("meta"):
             call()
-    missed = kernels(family).keys() - {x.kernel.__name__ for x in found}
-    if missed:
-        raise RuntimeError(f"no example of dlcore.triton.{family} launches {', '.join(sorted(missed))}")
-    seen = set()
-    for x in found:
-        signature = (x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items())))
-        if signature not in seen:
-            seen.add(signature)
-            yield x
+    return list(
+        {(x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in found}.values()
+    )
+
+
+def missed(found: Iterable[Launch]) -> list[str]:
+    """The kernels that no example launches."""
+    names = {name for module in modules() for name in kernels(module)}
+    return sorted(names - {x.kernel.__name__ for x in found})
 
 
 def _source(x: Launch) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, Any]]:
@@ -122,22 +122,24 @@ def usage(family: str, x: Launch, target: int) -> Usage:
     spilled = re.search(r"(\d+) bytes spill stores", said)
     if registers is None or spilled is None:
         raise RuntimeError(f"the assembler says nothing of {kernel.__name__}: {said}")
-    tensors = {str(_TYPES[a.dtype]): None for a in x.args if isinstance(a, Tensor) and a.is_floating_point()}
-    shown = " ".join([*tensors, *(f"{k}={v}" for k, v in x.meta.items())])
+    dtypes = dict.fromkeys(t for t in signature.values() if t in ("*fp32", "*bf16", "*fp16", "*fp64"))
+    absent = [k for k, v in constants.items() if v is None]
+    shown = [*(t.removeprefix("*") for t in dtypes), *(f"{k}={v}" for k, v in x.meta.items())]
+    label = " ".join([*shown, *(["without", *absent] if absent else [])])
     numbers = (int(registers[1]), int(spilled[1]), compiled.metadata.shared)
-    return Usage(family, kernel.__name__, shown, target, *numbers)
+    return Usage(family, kernel.__name__, label, target, *numbers)
 
 
 def table(rows: Iterable[Usage]) -> Iterator[str]:
     """A line per kernel, with registers, spilled bytes and shared memory for every target."""
     yield "registers/spilled bytes/shared bytes for " + ", ".join(f"sm_{t}" for t in TARGETS)
-    variants: dict[tuple[str, str, str], list[Usage]] = {}
+    variants: list[Usage] = []
     for row in rows:
-        found = variants.setdefault(row[:3], [])
-        found.append(row)
-        if len(found) == len(TARGETS):
-            cells = " ".join(f"{u.registers:>4}/{u.spilled}/{u.shared}" for u in found)
+        variants.append(row)
+        if len(variants) == len(TARGETS):
+            cells = " ".join(f"{u.registers:>4}/{u.spilled}/{u.shared}" for u in variants)
             yield f"{cells:<42} {row.family}.{row.kernel} [{row.constants}]"
+            variants.clear()
 
 
 def main(names: list[str]) -> int:
@@ -145,11 +147,13 @@ def main(names: list[str]) -> int:
     if interpreting():
         print("dlcore.triton.check: TRITON_INTERPRET is set, nothing would be compiled", file=sys.stderr)
         return 2
-    complaints = []
+    found = {family: launches(family) for family in names or modules()}
+    forgotten = [] if names else missed(x for group in found.values() for x in group)
+    complaints = [f"{name}: no example launches it" for name in forgotten]
 
     def rows() -> Iterator[Usage]:
-        for family in names or families():
-            for x in launches(family):
+        for family, group in found.items():
+            for x in group:
                 for target in TARGETS:
                     row = usage(family, x, target)
                     if complaint := row.complaint():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -123,7 +124,7 @@ def fold_in(key: Tensor, data: Tensor) -> Tensor:
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
     key = torch.zeros(2, dtype=torch.int64, device=device)
-    yield lambda: fold_in(key, key[0])
+    yield partial(fold_in, key, key[0])
     for draw in (uniform, normal, gumbel):
         for dtype in (torch.float32, torch.float64):
-            yield lambda draw=draw, dtype=dtype: draw(key, [1001], dtype)  # type: ignore[misc]
+            yield partial(draw, key, [1001], dtype)

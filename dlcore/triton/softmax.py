@@ -17,7 +17,7 @@ FLOOR = tl.constexpr(-126.0)
 
 
 class Softmax:
-    """(softcap(logits) + shift·1[index]) / temperature, `exclude` at probability 0; as a kernel's arguments."""
+    """(softcap(logits) + shift·1[index]) / temperature, `exclude` at probability 0; as arguments."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ def transformed(x, token, at, bonus, softcap, exclude):
 @triton.jit
 def entries(data, column, columns, first, at, bonus, softcap, exclude):
     """Transformed entries in some columns of a tile that starts at token `first`, -inf past its end."""
-    inside = (column >= 0) & (column < columns)
+    inside = column < columns
     x = transformed(tl.load(data + column, inside, NONE), first + column, at, bonus, softcap, exclude)
     return tl.where(inside, x, NONE)
 
