@@ -138,7 +138,7 @@ def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     """Points of mean's shape and dtype."""
     lead, columns = mean.shape[:-1], mean.shape[-1]
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
-    kappa, kappa_step = per_row(kappa, lead)
+    concentration, kappa_step = per_row(kappa, lead)
     programs, constants = tiling(lead.numel(), columns, noise=True)
     count = CANDIDATES if reject else 1
     # At most eight candidates a thread, however short the rows are.
@@ -148,7 +148,7 @@ def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
         programs,
         mean,
         *rows_of(mean),
-        kappa,
+        concentration,
         kappa_step,
         key.contiguous(),
         out,
