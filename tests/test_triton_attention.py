@@ -22,8 +22,8 @@ from dlcore.triton import (
     attention_grad_q,
     attention_shapes,
 )
-from dlcore.triton.attention_shapes import Tiles
 from dlcore.triton.attention import decode
+from dlcore.triton.attention_shapes import Tiles
 from dlcore.triton.launch import kernels, launched
 
 TABLES = ("FORWARD", "DECODE", "GRAD_Q", "GRAD_KV", "SINGLE", "SINGLE_GRAD")
@@ -379,7 +379,7 @@ def test_decode_writes_nothing_outside_of_the_cache(paged):
     lengths = torch.tensor([14, 2], dtype=torch.int32, device=DEVICE)
     rows = [x.to(DEVICE) for x in (q, k, v)]
     decode(*rows, keys, values, lengths, table, 16, 0, None, None, False, 1.0, 0.0)
-    assert not bool(around[0].any()) and not bool(around[2].any())
+    assert not bool(around[::2].any())
     wanted = torch.zeros(2, 16, 1, 16)
     wanted[0, 14:] = k[0, :2]
     if not paged:

@@ -6,6 +6,7 @@ Each gradient has one program that sums it in a fixed order: the numbers of a ca
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import triton
@@ -155,5 +156,5 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
 
     for dtype, sizes in EXAMPLES:
         for dim in sizes:
-            yield lambda dim=dim, dtype=dtype: call(dim, dim, dtype)
-    yield lambda: call(192, 128, torch.bfloat16, 1, 30.0)
+            yield partial(call, dim, dim, dtype)
+    yield partial(call, 192, 128, torch.bfloat16, 1, 30.0)

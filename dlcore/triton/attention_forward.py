@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -364,9 +364,9 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
 
     for dtype, sizes in EXAMPLES:
         for dim in sizes:
-            yield lambda dim=dim, dtype=dtype: call(8192, 8192, dim, dim, dtype)
-            yield lambda dim=dim, dtype=dtype: call(16, 8192, dim, dim, dtype)
-    yield lambda: call(8192, 8192, 192, 128, torch.bfloat16, 1, 30.0)
+            yield partial(call, 8192, 8192, dim, dim, dtype)
+            yield partial(call, 16, 8192, dim, dim, dtype)
+    yield partial(call, 8192, 8192, 192, 128, torch.bfloat16, 1, 30.0)
     for rows in (1, 8):
-        yield lambda rows=rows: call(rows, 8192, 128, 128, torch.bfloat16, 4, 0.0, 16)
-    yield lambda: call(256, 8192, 512, 512, torch.bfloat16, 8, 0.0, 64)
+        yield partial(call, rows, 8192, 128, 128, torch.bfloat16, 4, 0.0, 16)
+    yield partial(call, 256, 8192, 512, 512, torch.bfloat16, 8, 0.0, 64)
