@@ -192,7 +192,7 @@ def first(x: Tensor, where: Tensor) -> float:
     return float(x.expand(where.shape)[where][0])
 
 
-def real_tensor(op: str, name: str, value: Tensor) -> None:
+def non_negative(op: str, name: str, value: Tensor) -> None:
     """Real numbers of any shape, at least 0."""
     if value.dtype == torch.bool or value.is_complex():
         raise TypeError(f"{op}: {name} must be a real Tensor, got {describe(value)}")

@@ -1,4 +1,4 @@
-"""Which backend runs an op: use_backend(...) > DLCORE_BACKEND > priority."""
+"""Which backend runs an op: use_backend(...) > DLCORE_BACKEND, as it was at import > priority."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Reasons = Callable[..., list[str]]
 
 logger = logging.getLogger("dlcore")
 
-#: Read once: a look at the environment costs a small call 3% of its time.
+#: Read at import: a look at the environment costs a small call 3% of its time.
 _variable = os.environ.get("DLCORE_BACKEND")
 
 #: Every backend, the preferred first.

@@ -46,7 +46,7 @@ def perturb(
     lead = x.shape[:-1]
     key = checks.key(op, key, generator, lead, x.device)
     if torch.is_grad_enabled() and (x.requires_grad or spread.requires_grad):
-        noise = rng.normal(rng.per_row(key, lead), x.shape[-1:], dtype=spread.dtype)
+        noise = rng.normal(rng.row_keys(key, lead), x.shape[-1:], dtype=spread.dtype)
         return torch.addcmul(x.to(spread.dtype), spread, noise)
     # Without a gradient noise is added in one pass.
     perturbed: Tensor = torch.ops.dlcore.bits_perturb(x, spread, key)
@@ -91,3 +91,9 @@ def precondition(sigma: Tensor, sigma_data: float | Tensor) -> Precondition:
     share = sigma_data / h
     out = sigma * share
     return Precondition(share**2, out, 1 / h, sigma.log() / 4, out**-2)
+
+
+def root(square: Tensor) -> Tensor:
+    """√square with the derivative 0 where it is 0, not the infinite one that makes NaN of a zero."""
+    positive = square > 0
+    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)

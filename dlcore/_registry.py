@@ -192,7 +192,10 @@ TRITON: dict[str, tuple[str, ...]] = {
         "categorical.sample_expectation",
     ),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
-    "sphere": tuple(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
+    "sphere": (
+        *(f"sphere.{name}{suffix}" for name in _ops.sphere.MAPS for suffix in ("", "_backward")),
+        "sphere.step",
+    ),
     "sphere_dynamics": ("sphere.correct", "sphere.correct_backward"),
     "sphere_sample": ("sphere.sample",),
     "sphere_velocity": ("sphere.largest", "sphere.velocity", "sphere.velocity_backward"),

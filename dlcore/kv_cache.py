@@ -187,13 +187,6 @@ class KVCache:
 
     def _store(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> None:
         keys, values = self.view(layer)
-        # Outside of its rows a sequence would run into another one; index_copy_ refuses a row past all.
-        checked = checks.reads_data(position)
-        inside = None if checked else (position >= 0) & (position < self.max_len)
-        known = position if inside is None else torch.where(inside, position, 0)
-        row = reference.cache_rows(known, keys, self.page_table)
-        if inside is not None:
-            row = torch.where(inside, row, keys.shape[0] * keys.shape[1])
-        row = row.flatten()
+        row = reference.cache_rows(position, keys, self.page_table, self.max_len).flatten()
         for store, x in ((keys, k), (values, v)):
             store.flatten(0, 1).index_copy_(0, row, x.detach().flatten(0, 1))

@@ -1,4 +1,7 @@
-"""Keyed noise: stream v1, a pure function of (seed, offset, index), the same on every backend."""
+"""Keyed noise: stream v1, a pure function of (seed, offset, index), the same on every backend.
+
+Float32 numbers are the same on every CPU level and in the reference; float64 normals agree to rounding.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +73,7 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
     return fold_in(key, torch.arange(size.numel(), device=key.device).view(size))
 
 
-def per_row(key: Tensor, lead: torch.Size) -> Tensor:
+def row_keys(key: Tensor, lead: torch.Size) -> Tensor:
     """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
     if key.dim() > 1:
         return key

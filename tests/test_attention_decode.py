@@ -17,6 +17,8 @@ from attention_oracles import (
     qkv,
 )
 
+import dlcore
+from dlcore import _checks as checks
 from dlcore import attention
 from dlcore.attention import KVCache
 
@@ -319,6 +321,8 @@ REFUSED = [
     ({"q": Q.double()}, TypeError, "k and v must have q's dtype"),
     ({"q": Q[:, :3]}, ValueError, "k must have q's 3 rows, got 4"),
     ({"k": Q}, ValueError, "same"),
+    ({"keys": torch.zeros(9)}, ValueError, r"keys must be \(B, S, H, D\), got \(9,\)"),
+    ({"q": Q[0]}, ValueError, r"q must be \(B, S, H, D\)"),
     ({"keys": torch.zeros(2, 9, 4, 32)}, ValueError, r"keys must be \(B, T, 2, 32\)"),
     ({"values": torch.zeros(2, 8, 2, 32)}, ValueError, r"values must be \(B, T, 2, 32\)"),
     ({"keys": torch.zeros(2, 9, 2, 32).half()}, TypeError, "keys must have q's dtype"),
@@ -347,6 +351,16 @@ def test_the_op_refuses_what_it_would_misread(changed, error, text, backend):
     assert keys.any()
     with pytest.raises(error, match=rf"attention\.decode: .*{text}"):
         decode_op(**changed)
+
+
+def test_where_no_length_is_read_no_other_sequence_is_written(monkeypatch):
+    """As on a GPU: the reference refuses rows past the end, and leaves committed ones alone."""
+    monkeypatch.setattr(checks, "reads_data", lambda x: False)
+    keys, values = torch.zeros(2, 9, 2, 32), torch.zeros(2, 9, 2, 32)
+    lengths = torch.tensor([7, 4]).int()
+    with dlcore.use_backend("reference"), pytest.raises((IndexError, RuntimeError)):
+        decode_op(keys=keys, values=values, lengths=lengths)
+    assert not keys[1, :4].any()
 
 
 def test_decoding_has_no_gradient():

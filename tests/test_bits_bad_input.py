@@ -17,6 +17,11 @@ BAD = [
     (lambda: bits.encode(T + 16, 4), ValueError, r"bits.encode: tokens must lie in \[0, 16\), got 16"),
     (lambda: bits.encode(T - 1, 4), ValueError, r"bits.encode: tokens must lie in \[0, 16\), got -1"),
     (lambda: bits.encode(T, 0), ValueError, r"bits.encode: width must lie in \[1, 62\], got 0"),
+    (
+        lambda: torch.ops.dlcore.bits_encode(T, 110, True, False, 0.0, 1.0),
+        ValueError,
+        r"bits.encode: width must lie in \[1, 62\], got 110",
+    ),
     (lambda: bits.encode(T, 63), ValueError, r"bits.encode: width must lie in \[1, 62\], got 63"),
     (lambda: bits.encode(T, 4.0), TypeError, "bits.encode: width must be an int, got float 4.0"),
     (lambda: bits.encode(T, 4, order="big"), ValueError, "order must be one of 'msb', 'lsb', got 'big'"),

@@ -95,6 +95,19 @@ def _log_law(model, x, sigma):
     return model.joint(x, sigma).logsumexp(-1)
 
 
+def test_gradients_of_corruption_and_churn():
+    """Also of a gamma of 0, as outside of the window, where the noise's deviation has a kink."""
+    key = dlcore.rng.key(3)
+    x = torch.randn(2, 5, dtype=torch.float64, requires_grad=True)
+    sigma = torch.tensor([0.5, 2.0], dtype=torch.float64, requires_grad=True)
+    gamma = torch.tensor([0.3, 0.1], dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: bits.corrupt(*a, key=key), (x, sigma))
+    assert torch.autograd.gradcheck(lambda *a: bits.churn(*a, key=key)[0], (x, sigma, gamma))
+    none = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    (gradient,) = torch.autograd.grad(bits.churn(x, sigma, none, key=key)[0].sum(), none)
+    assert gradient.isfinite().all()
+
+
 def test_independent_fair_bits_need_no_residual():
     model = Codes(4, 16)
     model.prior = torch.full((16,), 1 / 16, dtype=torch.float64)

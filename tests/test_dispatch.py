@@ -12,6 +12,7 @@ from conftest import run_python
 
 import dlcore
 from dlcore import _C, _dispatch, categorical, rng
+from dlcore._registry import REFERENCE, TRITON
 from dlcore.cpu import CAPABILITIES, choose_capability
 
 X = torch.zeros(2, 5)
@@ -97,6 +98,10 @@ def test_a_tensor_is_taken_by_the_backend_of_its_device(caplog):
     with dlcore.use_backend("triton"):
         rng.fold_in(key, 1)
         assert dlcore.last_backend("rng.fold_in") == "triton"
+
+
+def test_every_op_stands_in_triton():
+    assert {op for ops in TRITON.values() for op in ops} == REFERENCE.keys()
 
 
 def test_without_triton_or_its_interpreter():

@@ -236,6 +236,19 @@ def test_broadcasting_and_promotion() -> None:
         assert sphere.rotate(x, y[0], y[1]).shape == x.shape
 
 
+@pytest.mark.parametrize("retraction", ["exp", "normalize"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_step(retraction: str, dtype: torch.dtype) -> None:
+    x, v = unit(5, 37, seed=1).to(dtype), normal(5, 37, seed=2).to(dtype)
+    delta = torch.linspace(0, 1, 5, dtype=torch.float64)
+    with dlcore.use_backend("triton"):
+        got = sphere.step(x.to(DEVICE), v.to(DEVICE), delta.to(DEVICE), retraction=retraction)
+    assert dlcore.last_backend("sphere.step") == "triton"
+    want = sphere.step(x.double(), v.double(), delta, retraction=retraction)
+    assert got.dtype == dtype
+    assert error(got.cpu(), want) < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+
+
 def test_only_the_gradients_asked_for() -> None:
     """A needed gradient is the same whether the others are asked for or not."""
     for name, (function, arguments) in MAPS.items():

@@ -1,6 +1,7 @@
 // A step against a cache: rows written, intervals made, attention run.
 #include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"

@@ -79,6 +79,9 @@ def _check_attention_backward(*args: Any) -> None:
 def _check_decode(*args: Any) -> None:
     q, k, v, keys, values, lengths, page_table, max_len, num_commit, causal, window, *_ = args
     op = "attention.decode"
+    for name, x in (("q", q), ("keys", keys), ("values", values)):
+        if x.dim() != 4:
+            raise ValueError(f"{op}: {name} must be (B, S, H, D), got {tuple(x.shape)}")
     _check_heads(op, q, k, v, q.shape[0])
     batch, rows = q.shape[:2]
     if k.shape[1] != rows:
@@ -91,7 +94,7 @@ def _check_decode(*args: Any) -> None:
             raise ValueError(f"{op}: page_table must be ({batch}, pages), got {tuple(page_table.shape)}")
         sequences, size = batch, page_table.shape[1] * size
     for name, store, x in (("keys", keys, k), ("values", values, v)):
-        if store.dim() != 4 or store.shape[:2] != keys.shape[:2] or store.shape[2:] != x.shape[2:]:
+        if store.shape[:2] != keys.shape[:2] or store.shape[2:] != x.shape[2:]:
             wanted = f"(B, T, {', '.join(map(str, x.shape[2:]))})"
             raise ValueError(f"{op}: {name} must be {wanted}, got {tuple(store.shape)}")
         if store.dtype != x.dtype:

@@ -9,15 +9,24 @@ from torch import Tensor
 
 from dlcore._ops.declare import autograd, define, result_dtype
 
+#: Bits of a token, so that a sum of their places is an int64.
+MAX_WIDTH = 62
+
 
 def _like(x: Tensor, *_: Any) -> Tensor:
     return x.new_empty(x.shape, dtype=result_dtype(x))
+
+
+def _check_encode(_: Tensor, width: int, *__: Any) -> None:
+    if not 1 <= width <= MAX_WIDTH:
+        raise ValueError(f"bits.encode: width must lie in [1, {MAX_WIDTH}], got {width}")
 
 
 define(
     "bits.encode",
     "(Tensor tokens, int width, bool msb, bool gray, float low, float high) -> Tensor",
     lambda tokens, width, *_: tokens.new_empty((*tokens.shape, width), dtype=torch.float32),
+    _check_encode,
 )
 define(
     "bits.decode",

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._ops.bits import MAX_WIDTH
 
 CODINGS = {"01": (0.0, 1.0), "pm1": (-1.0, 1.0)}
 ORDERS = ("msb", "lsb")
-MAX_WIDTH = 62
 
 
 def values_of(op: str, coding: str) -> tuple[float, float]:

@@ -118,7 +118,7 @@ def churn_gamma(
     gamma = min(checks.real(op, "s_churn", s_churn, 0.0) / num_steps, MOST_CHURN)
     low, high = (0.0, math.inf) if window is None else _window(op, window)
     if isinstance(sigma, Tensor):
-        checks.real_tensor(op, "sigma", sigma)
+        checks.non_negative(op, "sigma", sigma)
         return torch.where((sigma >= low) & (sigma <= high), gamma, torch.zeros_like(sigma))
     return gamma if low <= checks.real(op, "sigma", sigma, 0.0) <= high else 0.0
 

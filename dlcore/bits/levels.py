@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore._gaussian import alike
+from dlcore._gaussian import alike, root
 from dlcore._ops.declare import result_dtype
 
 #: σ² is taken to be at least this, so that x exactly between the two bits has logit 0 at σ = 0 too.
@@ -92,4 +92,5 @@ def slope(sigma: Level, coding: tuple[float, float]) -> Level:
 
 def spread(sigma: Level, gamma: Level, noise_scale: Level) -> Level:
     """The deviation of noise that lifts sigma to sigma·(1 + gamma)."""
-    return noise_scale * sigma * (gamma * (2 + gamma)) ** 0.5
+    square = gamma * (2 + gamma)
+    return noise_scale * sigma * (root(square) if isinstance(square, Tensor) else square**0.5)

@@ -162,7 +162,7 @@ def edm_weight(sigma: float | Tensor, *, coding: str = "01") -> float | Tensor:
     low, high = values_of(op, coding)
     least = 4 / (high - low) ** 2
     if isinstance(sigma, Tensor):
-        checks.real_tensor(op, "sigma", sigma)
+        checks.non_negative(op, "sigma", sigma)
         return least + sigma.to(result_dtype(sigma)) ** -2.0
     inverse = 1 / sigma if checks.real(op, "sigma", sigma, 0.0) > 0 else math.inf
     return least + inverse * inverse

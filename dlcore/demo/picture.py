@@ -125,7 +125,8 @@ def _label(
         places += [(right, above), (left, above), (right, below), (left, below)]
         for left, low in places:
             box = (left, low, left + width, low + height)
-            if not (axes.bbox.x0 < box[0] and box[2] < axes.bbox.x1 and axes.bbox.y0 < box[1]):
+            x0, y0, x1, y1 = axes.bbox.extents
+            if not (x0 < box[0] and y0 < box[1] and box[2] < x1 and box[3] < y1):
                 continue
             if not any(_overlap(box, other) for other in taken):
                 taken.append(box)

@@ -82,7 +82,7 @@ def row_keys(
 ) -> Tensor:
     """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
     key = checks.key(op, key, generator, lead).to(device)
-    return rng.per_row(key, lead)
+    return rng.row_keys(key, lead)
 
 
 def uniforms(keys: Tensor, count: int) -> tuple[Tensor, ...]:

@@ -90,12 +90,20 @@ def intervals_backward(
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 
-def cache_rows(position: Tensor, keys: Tensor, page_table: Tensor | None) -> Tensor:
-    """Where positions (B, n) int64 of the sequences stand among the rows of keys.flatten(0, 1)."""
+def cache_rows(position: Tensor, keys: Tensor, page_table: Tensor | None, max_len: int) -> Tensor:
+    """Where positions (B, n) int64 of the sequences stand among the rows of keys.flatten(0, 1).
+
+    One outside of [0, max_len), where it would run into another sequence, is past all rows: index_copy_
+    refuses it.
+    """
     size = keys.shape[1]
+    inside = (position >= 0) & (position < max_len)
+    known = torch.where(inside, position, 0)
     if page_table is None:
-        return position + size * torch.arange(len(position), device=position.device).unsqueeze(1)
-    return page_table.long().gather(1, position // size) * size + position % size
+        row = known + size * torch.arange(len(position), device=position.device).unsqueeze(1)
+    else:
+        row = page_table.long().gather(1, known // size) * size + known % size
+    return torch.where(inside, row, keys.shape[0] * size)
 
 
 def decode_intervals(
@@ -141,7 +149,7 @@ def decode(
     """`intervals` on keys and values, with k and v written into them at `lengths`."""
     rows = q.shape[1]
     position = lengths.long().unsqueeze(1) + torch.arange(rows, device=lengths.device)
-    at = cache_rows(position, keys, page_table).flatten()
+    at = cache_rows(position, keys, page_table, max_len).flatten()
     for store, x in ((keys, k), (values, v)):
         store.flatten(0, 1).index_copy_(0, at, x.flatten(0, 1))
     starts, stops = decode_intervals(lengths, rows, num_commit, causal, window, window_by_row)

@@ -254,6 +254,13 @@ def slerp_backward(
     return _map_backward("slerp", grad, needed, x, y, t=t)
 
 
+def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    """x moved by t·v in float32, along the great circle or straight on, and back to length 1."""
+    start, move = x.float(), t.float().unsqueeze(-1) * v
+    moved: Tensor = normalize(exp_map(start, move) if exponential else start + move)
+    return moved.to(x.dtype)
+
+
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that between them launch every variant of every kernel."""
     for columns, dtype in ((64, torch.float32), (768, torch.bfloat16), (5000, torch.float32)):

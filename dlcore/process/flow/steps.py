@@ -17,12 +17,6 @@ from dlcore.process.flow.paths import Path
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
 
-def _root(square: Tensor) -> Tensor:
-    """√square with the derivative 0 where it is 0, not the infinite one that makes NaN of a zero."""
-    positive = square > 0
-    return torch.where(positive, torch.where(positive, square, 1).sqrt(), 0)
-
-
 def _scale(op: str, value: float | Tensor, x: Tensor) -> Tensor:
     scale = checks.number(op, "scale", value, x.shape[:-1], x.device)
     return checks.within(op, "scale", scale, 0, torch.inf, "[)")
@@ -188,7 +182,7 @@ def step(
         checks.unused_key(op, key, generator, x.shape[:-1])
         return _move(x, clean, keep, take, way)
     new = rows.level(op, "refresh", refresh, x.shape[:-1], x.device)
-    keep = torch.where(way.sigma(now) > 0, keep * _root((1 - new) * (1 + new)), keep)
+    keep = torch.where(way.sigma(now) > 0, keep * gaussian.root((1 - new) * (1 + new)), keep)
     take = way.alpha(after) - keep * way.alpha(now)
     spread = way.sigma(after) * new * _scale(op, scale, x)
     moved = gaussian.combine(x, clean, paths.per_row(keep, x), paths.per_row(take, x))
@@ -282,7 +276,7 @@ def renoise(
     before, needed = keep * way.sigma(now), way.sigma(back)
     if checks.reads_data(now) and checks.reads_data(back) and bool((needed < before * (1 - 1e-12)).any()):
         raise ValueError(f"{op}: t_back must be at least as noisy as t, got {t_back!r} after {t!r}")
-    spread = _root((needed - before) * (needed + before)) * _scale(op, scale, x)
+    spread = gaussian.root((needed - before) * (needed + before)) * _scale(op, scale, x)
     return gaussian.perturb(op, paths.per_row(keep, x) * x, paths.per_row(spread, x), key, generator)
 
 
@@ -342,7 +336,7 @@ def sde_step(
     )
     kept = (1 - rate * (after - now)).clamp(0, 1)
     lost = 1 - kept
-    spread = _root(lost * (1 + kept - 2 * kept * now)) if exact else lost
+    spread = gaussian.root(lost * (1 + kept - 2 * kept * now)) if exact else lost
     spread = spread * _scale(op, scale, x)
     x = gaussian.perturb(op, paths.per_row(kept, x) * x, paths.per_row(spread, x), key, generator)
     back = kept * now
