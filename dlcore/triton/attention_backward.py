@@ -155,5 +155,5 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
 
     for dtype, sizes in EXAMPLES:
         for dim in sizes:
-            yield lambda dim=dim, dtype=dtype: call(dim, dim, dtype)
+            yield lambda dim=dim, dtype=dtype: call(dim, dim, dtype)  # type: ignore[misc]
     yield lambda: call(192, 128, torch.bfloat16, 1, 30.0)
