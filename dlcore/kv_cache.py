@@ -23,8 +23,8 @@ class KVCache:
         page_size: rows per page, or None for contiguous rows.
 
     Raises ValueError for sizes, positions and a full cache (nothing is changed then), TypeError for dtypes.
-    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's; no committed row changes. So
-    it is on a GPU, where nothing waits for `lengths`; under DLCORE_CHECK=1 it is a ValueError there, too.
+    Inside torch.compile a full cache is an IndexError or RuntimeError of torch's; no committed row changes.
+    So it is on a GPU, where nothing waits for `lengths`; under DLCORE_CHECK=1 it is a ValueError there, too.
 
     Example:
         >>> import torch
