@@ -169,9 +169,9 @@ def forward_kernel(
     seen = intervals_of(starts, stops, query, 0, keys)
     low, high = hull(seen)
     if SPLIT:
-        low = low // BLOCK_N * BLOCK_N
+        low = tl.minimum(low // BLOCK_N * BLOCK_N, high)
         share = ((high - low + BLOCK_N - 1) // BLOCK_N + splits - 1) // splits * BLOCK_N
-        low = tl.minimum(low, high) + part * share
+        low += part * share
         high = tl.minimum(high, low + share)
         seen = intervals_of(starts, stops, query, low, high)
     whole = whole_tiles(seen, BLOCK_N)
