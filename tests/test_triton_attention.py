@@ -326,11 +326,9 @@ def test_splits(window, dtype, splits):
     if window is not None:
         starts[..., 0] = (stops[..., 0] - window).clamp(min=0)
     tensors = qkv(3, 4, 303, (6, 2), (32, 16), dtype)
-    before = len(launched)
     launched.discard("merge_kernel")
     agrees(intervals_call(starts, stops), tensors)
     assert "merge_kernel" in launched
-    assert before
 
 
 def test_two_intervals_over_splits(splits):

@@ -261,10 +261,10 @@ def merge_kernel(
     total = tl.sum(tl.exp(lse - level), 0)
     out = tl.zeros([BLOCK_V], tl.float32)
     for first in range(0, splits, TOGETHER):
-        part = first + tl.arange(0, TOGETHER)
-        place = part.to(tl.int64) * rows
-        lse = tl.load(part_lse_ptr + place + lse_at, mask=part < splits, other=float("-inf"))
-        weight = tl.exp(lse - level)
+        some = first + tl.arange(0, TOGETHER)
+        place = some.to(tl.int64) * rows
+        some_lse = tl.load(part_lse_ptr + place + lse_at, mask=some < splits, other=float("-inf"))
+        weight = tl.exp(some_lse - level)
         piece = load_rows(parts_ptr, (place + row) * VALUE_DIM, weight != 0, VALUE_DIM, BLOCK_V, True)
         out += tl.sum(piece * weight[:, None], 0)
     nothing = total == 0
