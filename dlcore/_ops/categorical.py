@@ -55,6 +55,8 @@ def _check_sample(*args: Any) -> None:
     logits, weight, _, index, _, temperature, _, _, top_k, top_p, min_p, _ = args
     op = "categorical.sample"
     _check_row(op, logits, weight, index, temperature, greedy=True)
+    if top_k is None and top_p is None and min_p is None:
+        return
     checks.value_range(op, "top_k", top_k, 1)
     checks.value_range(op, "top_p", top_p, 0, 1)
     checks.value_range(op, "min_p", min_p, 0, 1)

@@ -27,10 +27,9 @@ class Softmax:
         softcap: float | None = None,
         exclude: int | None = None,
     ) -> None:
-        lead = head[0].shape[:-1]
         self.index = None if index is None else index.contiguous()
-        self.shift = per_row(shift, lead)
-        self.temperature = per_row(temperature, lead)
+        self.shift = None if shift is None else per_row(shift, head[0].shape[:-1])
+        self.temperature = None if temperature is None else per_row(temperature, head[0].shape[:-1])
         at_index = None if self.index is None else (self.index.data_ptr(), 1)
         row = (at_index, strided(self.shift), strided(self.temperature))
         self.packed = (*row, softcap, exclude)

@@ -23,7 +23,7 @@ _workspaces = threading.local()
 
 def view(x: Tensor) -> View:
     """(address, dtype, shape, stride) of a tensor whose last dimension is contiguous."""
-    return x.data_ptr(), DTYPES[x.dtype], tuple(x.shape), x.stride()
+    return x.data_ptr(), DTYPES[x.dtype], x.shape, x.stride()
 
 
 def rows_contiguous(x: Tensor) -> Tensor:
