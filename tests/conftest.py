@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
+import c_library
 import pytest
 import torch
 
@@ -78,6 +81,21 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     choose_capability(request.param)
     yield request.param
     choose_capability(current)
+
+
+@pytest.fixture(scope="session")
+def c_prefix(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the C library is installed."""
+    if shutil.which("cmake") is None:
+        pytest.skip("needs CMake")
+    return c_library.install(tmp_path_factory.mktemp("prefix"))
+
+
+@pytest.fixture(scope="session")
+def c(c_prefix: Path) -> c_library.Library:
+    """The C library."""
+    (path,) = c_prefix.glob("lib*/libdlcore.so")
+    return c_library.Library(path)
 
 
 @pytest.fixture

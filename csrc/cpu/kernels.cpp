@@ -12,12 +12,14 @@ struct Level {
 
 // The best first.
 const Level levels[] = {
-#if defined(__x86_64__)
+#if defined(DLCORE_HAS_AVX512)
     {avx512::level,
      [] {
        return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
+#endif
+#if defined(DLCORE_HAS_AVX2)
     {avx2::level,
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&

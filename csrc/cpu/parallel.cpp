@@ -4,6 +4,7 @@
 #include <atomic>
 #include <exception>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -98,7 +99,12 @@ void parallel_ranges(RangeFunction function, void* context, int64_t count, int t
     runtime().parallel(work, &loop, static_cast<unsigned>(threads), 0);
   } else {
     std::vector<std::thread> helpers;
-    for (int i = 1; i < threads; ++i) helpers.emplace_back(work, &loop);
+    helpers.reserve(static_cast<size_t>(threads - 1));
+    try {
+      for (int i = 1; i < threads; ++i) helpers.emplace_back(work, &loop);
+    } catch (const std::system_error&) {
+      // The machine has no more threads: those that there are do the work.
+    }
     work(&loop);
     for (auto& helper : helpers) helper.join();
   }

@@ -1,0 +1,242 @@
+// Statistics, draws and log-probabilities of softmax.
+#include "categorical.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace dlcore::capi {
+namespace {
+
+// One optional id; -1: none.
+int64_t optional_id(const char* name, const int64_t* id, int64_t vocab) {
+  token_ids(name, id, 1, vocab);
+  return id ? *id : -1;
+}
+
+// Positive, with a float32 inverse; or 0 where that means the argmax.
+PerRow<float> temperature_of(const dlcore_floats& temperature, int64_t rows, bool greedy) {
+  const auto checked = per_row("temperature", temperature);
+  for (int64_t r = 0; r < values(checked, rows); ++r)
+    if (!(greedy && checked[r] == 0)) in_range("temperature", checked[r], kSmallest, kLargest);
+  return checked;
+}
+
+// Per row the last entry that a truncated draw keeps, by a radix search over the logits' ordered bits.
+std::vector<Selection> select(const Rows& a, const Summaries& state, PerRow<int64_t> top_k,
+                              PerRow<float> top_p, const Selection* within) {
+  const int64_t rows = a.rows();
+  std::vector<Selection> selections(static_cast<size_t>(rows));
+  start_selections(state.data(), rows, top_k, top_p, within, selections.data());
+  for (int level = 0; level < kLevels; ++level) {
+    std::vector<Bin> bins(static_cast<size_t>(rows * kBins));
+    HistogramArguments h;
+    h.vocab = a.logits.vocab();
+    h.softmax = a.softmax_tiles;
+    h.state = state.data();
+    h.selections = selections.data();
+    h.level = level;
+    h.bins = bins.data();
+    a.logits.tiles(a.softcap, [&](int64_t first, const View& tile) {
+      h.logits = tile;
+      h.first_token = first;
+      h.threads = a.logits.threads(rows * tile.columns);
+      kernels().histogram(h);
+    });
+    narrow(bins.data(), rows, level, selections.data());
+  }
+  return selections;
+}
+
+// top_p counts within what top_k keeps.
+std::vector<Cut> cuts_of(const Rows& a, const Summaries& state, PerRow<int64_t> top_k, PerRow<float> top_p,
+                         PerRow<float> min_p) {
+  std::vector<Selection> selections;
+  if (top_k) selections = select(a, state, top_k, {}, nullptr);
+  if (top_p) selections = select(a, state, top_k, top_p, selections.empty() ? nullptr : selections.data());
+  std::vector<Cut> cuts(static_cast<size_t>(a.rows()));
+  finish_selections(state.data(), a.rows(), min_p, a.softmax.temperature,
+                    selections.empty() ? nullptr : selections.data(), cuts.data());
+  return cuts;
+}
+
+// Results that may not be wanted: the caller's, or room of its own.
+template <class T>
+class Optional {
+ public:
+  Optional(T* wanted, int64_t count)
+      : own_(wanted ? nullptr : room<T>(count)), data_(wanted ? wanted : own_.get()) {}
+  T* data() const { return data_; }
+
+ private:
+  std::unique_ptr<T[]> own_;
+  T* data_;
+};
+
+void sample(const Rows& a, const dlcore_sampling& how, int64_t* tokens, int64_t* argmax, float* numbers) {
+  const int64_t rows = a.rows();
+  const auto top_k = per_row("top_k", how.top_k, rows, 1, 0x1p63);
+  const auto top_p = per_row("top_p", how.top_p, rows, 0, 1);
+  const auto min_p = per_row("min_p", how.min_p, rows, 0, 1);
+  ScanArguments draw;
+  draw.keys = keys(how.keys, rows);
+  needed("tokens", tokens, rows);
+  Summaries state(static_cast<size_t>(rows)), drawn;
+  draw.state = state.data();
+  std::vector<Cut> cuts;
+  if (top_k || top_p || min_p) {
+    ScanArguments whole;
+    whole.state = state.data();
+    a.scan(whole);
+    cuts = cuts_of(a, state, top_k, top_p, min_p);
+    draw.cuts = cuts.data();
+    drawn.resize(state.size());
+    draw.state = drawn.data();
+  }
+  a.scan(draw);
+  const Optional<float> stats(numbers, DLCORE_NUM_SAMPLE_STATS * rows);
+  const auto both = room<int64_t>(2 * rows);
+  finish_sample(state.data(), draw.state, rows, both.get(), stats.data());
+  std::copy_n(both.get(), rows, tokens);
+  if (argmax) std::copy_n(both.get() + rows, rows, argmax);
+}
+
+void sample_mixture(const Rows& a, const dlcore_mixture& how, int64_t* tokens) {
+  const int64_t rows = a.rows();
+  needed("index", a.softmax.index.data, rows);
+  needed("coefficients", how.coefficients.data, rows);
+  MixtureArguments m;
+  m.rows = rows;
+  m.vocab = a.logits.vocab();
+  m.z = a.softmax.index.data;
+  m.coefficients = per_row("coefficients", how.coefficients);
+  if (m.coefficients.stride != 0 && m.coefficients.stride < 6)
+    refuse(DLCORE_INVALID_SHAPE, "coefficients.stride must be 0 or at least 6, got ", m.coefficients.stride);
+  for (int64_t r = 0; r < values(m.coefficients, rows); ++r)
+    for (int i = 0; i < 6; ++i) in_range("coefficients", (&m.coefficients[r])[i], -kMost, kMost);
+  m.prior = optional_id("prior", how.prior, m.vocab);
+  m.exclude = a.softmax.exclude;
+  m.temperature = a.softmax.temperature;
+  m.keys = keys(how.keys, rows);
+  needed("tokens", tokens, rows);
+  const auto skip = room<uint8_t>(rows);
+  plan_mixture(m, skip.get());
+  Summaries state(static_cast<size_t>(rows));
+  ScanArguments draw;
+  draw.keys = m.keys;
+  draw.skip = skip.get();
+  draw.state = state.data();
+  a.scan(draw);
+  finish_mixture(m, state.data(), skip.get(), tokens);
+}
+
+void log_probs(const Rows& a, const int64_t* target, double* numbers) {
+  const int64_t rows = a.rows();
+  needed("target", target, rows);
+  token_ids("target", target, rows, a.logits.vocab(), std::numeric_limits<int64_t>::min());
+  needed("numbers", numbers, rows);
+  Summaries state(static_cast<size_t>(rows));
+  ScanArguments read;
+  read.target = {target, 1};
+  read.state = state.data();
+  a.scan(read);
+  finish_log_probs(state.data(), read.target, static_cast<bool>(a.softmax.index), rows, numbers);
+}
+
+void kl(const Logits& p, const Logits& q, const dlcore_floats& temperature, double* numbers) {
+  const int64_t rows = p.rows();
+  if (q.rows() != rows || q.vocab() != p.vocab())
+    refuse(DLCORE_INVALID_SHAPE, "q must have the rows and the vocabulary of p, ", rows, " and ", p.vocab(),
+           ", got ", q.rows(), " and ", q.vocab());
+  if (q.dtype() != p.dtype())
+    refuse(DLCORE_INVALID_DTYPE, "q.values.dtype must be that of p, ", static_cast<int>(p.dtype()), ", got ",
+           static_cast<int>(q.dtype()));
+  std::vector<KLSummary> state(static_cast<size_t>(rows));
+  KLArguments a;
+  a.temperature = temperature_of(temperature, rows, false);
+  a.state = state.data();
+  needed("numbers", numbers, rows);
+  Logits::pairs(p, q, [&](const View& p_tile, const View& q_tile) {
+    a.p = p_tile;
+    a.q = q_tile;
+    a.threads = p.threads(rows * p_tile.columns);
+    kernels().kl(a);
+  });
+  finish_kl(state.data(), rows, numbers);
+}
+
+}  // namespace
+
+Rows::Rows(const dlcore_categorical* a, bool greedy) : Rows(pointed("softmax", a), greedy) {}
+
+Rows::Rows(const dlcore_categorical& a, bool greedy)
+    : logits("logits", a.logits, a.threads), softcap(a.softcap) {
+  const int64_t vocab = logits.vocab();
+  token_ids("index", a.index, rows(), vocab);
+  softmax.index = {a.index, 1};
+  softmax.shift = per_row("shift", a.shift);
+  if (softmax.shift && !a.index)
+    refuse(DLCORE_INVALID_VALUE, "shift needs index, the token whose logit it is added to");
+  softmax.temperature = temperature_of(a.temperature, rows(), greedy);
+  if (softcap != 0) in_range("softcap", softcap, kSmallest, kLargest);
+  softmax.softcap = softcap;
+  softmax.exclude = optional_id("exclude", a.exclude, vocab);
+  if (a.exclude && vocab == 1) refuse(DLCORE_INVALID_VALUE, "exclude leaves no token in a vocabulary of 1");
+  softmax_tiles = softmax;
+  if (!logits.dense()) softmax_tiles.softcap = 0;
+}
+
+void Rows::scan(ScanArguments scan) const {
+  scan.softmax = softmax_tiles;
+  logits.tiles(softcap, [&](int64_t first, const View& tile) {
+    scan.logits = tile;
+    scan.first_token = first;
+    scan.threads = logits.threads(rows() * tile.columns);
+    kernels().scan(scan);
+  });
+}
+
+}  // namespace dlcore::capi
+
+using namespace dlcore::capi;
+
+dlcore_status dlcore_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax, float* numbers) {
+  return guarded(__func__, [&] {
+    const Rows a(softmax, false);
+    needed("argmax", argmax, a.rows());
+    needed("numbers", numbers, a.rows());
+    Summaries state(static_cast<size_t>(a.rows()));
+    dlcore::ScanArguments read;
+    read.state = state.data();
+    a.scan(read);
+    dlcore::finish_stats(state.data(), a.rows(), argmax, numbers);
+  });
+}
+
+dlcore_status dlcore_categorical_sample(const dlcore_categorical* softmax, const dlcore_sampling* how,
+                                        int64_t* tokens, int64_t* argmax, float* numbers) {
+  return guarded(__func__, [&] {
+    const Rows a(softmax, true);
+    sample(a, pointed("how", how), tokens, argmax, numbers);
+  });
+}
+
+dlcore_status dlcore_categorical_sample_mixture(const dlcore_categorical* softmax, const dlcore_mixture* how,
+                                                int64_t* tokens) {
+  return guarded(__func__, [&] {
+    const Rows a(softmax, true);
+    sample_mixture(a, pointed("how", how), tokens);
+  });
+}
+
+dlcore_status dlcore_categorical_log_probs(const dlcore_categorical* softmax, const int64_t* target,
+                                           double* numbers) {
+  return guarded(__func__, [&] { log_probs(Rows(softmax, false), target, numbers); });
+}
+
+dlcore_status dlcore_categorical_kl(const dlcore_logits* p, const dlcore_logits* q, dlcore_floats temperature,
+                                    double* numbers, int32_t threads) {
+  return guarded(__func__, [&] {
+    const Logits left("p", pointed("p", p), threads), right("q", pointed("q", q), threads);
+    kl(left, right, temperature, numbers);
+  });
+}

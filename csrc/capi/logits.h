@@ -1,0 +1,50 @@
+// Logits as the kernels take them: dense rows as they are, a linear head's tile by tile.
+#pragma once
+
+#include "capi.h"
+
+namespace dlcore::capi {
+
+class Logits {
+ public:
+  Logits(const char* name, const dlcore_logits& logits, int32_t threads);
+
+  int64_t rows() const { return values_.rows; }
+  int64_t vocab() const { return dense() ? values_.columns : weight_.rows; }
+  bool dense() const { return !weight_.data; }
+  DType dtype() const { return values_.dtype; }
+  // So many tokens a tile of a head has; dense logits may be cut alike.
+  int64_t tile_width() const;
+
+  // The threads for a pass over so many elements.
+  int threads(int64_t elements) const { return threads_for(threads_, elements); }
+
+  // Calls visit(first token, tile). A head's tile, softcapped, lasts until the next one.
+  template <class Visit>
+  void tiles(float softcap, Visit visit) const {
+    for_tiles(dense() ? vocab() : tile_width(), softcap, visit);
+  }
+
+  // The same of two heads side by side.
+  template <class Visit>
+  static void pairs(const Logits& p, const Logits& q, Visit visit) {
+    const int64_t width = p.dense() && q.dense() ? p.vocab() : p.tile_width();
+    p.for_tiles(width, 0, [&](int64_t first, const View& tile) { visit(tile, q.tile(first, width, 0)); });
+  }
+
+ private:
+  template <class Visit>
+  void for_tiles(int64_t width, float softcap, Visit visit) const {
+    if (rows() == 0) return;
+    for (int64_t first = 0; first < vocab(); first += width) visit(first, tile(first, width, softcap));
+  }
+
+  View tile(int64_t first, int64_t width, float softcap) const;
+
+  View values_, weight_;
+  int32_t threads_;
+  std::vector<float> hidden_, bias_;  // as floats
+  mutable std::unique_ptr<float[]> tile_;
+};
+
+}  // namespace dlcore::capi
