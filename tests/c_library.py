@@ -47,7 +47,7 @@ def install(prefix: Path) -> Path:
 
 
 class Library:
-    """Constants, structs and functions of the header; a function raises CError with its status and message."""
+    """Constants, structs and functions of the header; a function that fails raises CError."""
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))

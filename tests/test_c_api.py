@@ -1,4 +1,4 @@
-"""The C library as an application meets it: installed, found, linked, asked for its version and its errors."""
+"""The C library as an application meets it: installed, found, linked, asked for version and errors."""
 
 from __future__ import annotations
 
