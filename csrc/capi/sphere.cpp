@@ -32,8 +32,8 @@ void map(SphereMap map, std::initializer_list<Input> inputs, int64_t least, void
   SphereMapArguments a;
   a.map = map;
   const View x = a.inputs[0] = view(inputs.begin()->name, inputs.begin()->matrix);
-  for (size_t i = 1; i < inputs.size(); ++i) a.inputs[i] = alike(inputs.begin()[i], x);
   dimension(inputs.begin()->name, x, least);
+  for (size_t i = 1; i < inputs.size(); ++i) a.inputs[i] = alike(inputs.begin()[i], x);
   if (t_name) a.t = needed_per_row(t_name, t, x.rows, -kLargest, kLargest);
   needed("out", out, x.rows);
   if (map == SphereMap::kAngle)

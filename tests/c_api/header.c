@@ -1,8 +1,7 @@
 /* The header as C99, and the example at its top. */
+#include <dlcore/dlcore.h>
 #include <stdio.h>
 #include <string.h>
-
-#include <dlcore/dlcore.h>
 
 int main(void) {
   float logits[2 * 1000];
