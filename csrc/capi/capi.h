@@ -1,11 +1,12 @@
 // What the families of the C API share: errors as statuses, and arguments checked into the kernels' own.
 #pragma once
 
-#include <array>
+#include <algorithm>
 #include <limits>
 #include <memory>
 #include <sstream>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "../cpu/kernels.h"
