@@ -292,34 +292,6 @@ class Segment {
   alignas(64) float live_[kSegmentGroups];  // negative: the group can be skipped
 };
 
-bool set(double x) { return !std::isnan(x); }
-
-Summary merge(const Summary& a, const Summary& b) {
-  Summary r = a;
-  r.invalid = a.invalid || b.invalid;
-  if (set(b.index_logit)) r.index_logit = b.index_logit;
-  if (set(b.target_logit)) r.target_logit = b.target_logit;
-  if (r.invalid || b.empty()) return r;
-  r.top = std::max(a.top, b.top);
-  const auto add = [&r](const Summary& s) {
-    const double drop = s.empty() ? 0 : s.top - r.top, factor = s.empty() ? 0 : std::exp(drop);
-    r.sum += factor * s.sum;
-    r.weighted += factor * (s.weighted + drop * s.sum);
-  };
-  r.sum = r.weighted = 0;
-  add(a);
-  add(b);
-  const bool b_leads = b.top > a.top;
-  r.argmax = b_leads ? b.argmax : a.argmax;
-  r.second = b_leads ? std::max(a.top, b.second) : std::max(a.second, b.top);
-  if (b.score > a.score) {
-    r.score = b.score;
-    r.token = b.token;
-    r.token_logit = b.token_logit;
-  }
-  return r;
-}
-
 // Groups of a row copied, transformed and cut, for what the plain loops can't read directly.
 template <class T>
 const float* copy_transformed(const T* p, int64_t count, int64_t first, const RowSoftmax& row, Cut* cut,
