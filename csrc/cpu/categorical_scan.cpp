@@ -240,6 +240,12 @@ class Segment {
   }
 
   void draw(Summary& s) {
+    if (row_.greedy) {
+      // Without noise, so that the largest of all parts wins.
+      s.score = s.token_logit = s.top;
+      s.token = s.argmax;
+      return;
+    }
     float* scores = sums_;
     for (int64_t i = 0; i < groups_; i += kLanes) {
       const Floats total = load(sums_ + i);
@@ -249,11 +255,6 @@ class Segment {
     const Largest winner = first_largest(scores, padded_groups());
     s.score = s.top + (winner.value - relative_.excess * kLn2);
     if (!(s.score > beaten_)) return;
-    if (row_.greedy) {
-      s.token = s.argmax;
-      s.token_logit = s.top;
-      return;
-    }
     draw_in_group(winner.at, s);
   }
 

@@ -268,10 +268,11 @@ __device__ Summary summarize(const ScanArguments& a, const Part* parts, int64_t 
   s.argmax = a.first_token + top.leader.at * kGroup + best.at;
   s.second = fmaxf(second, top.second) * inverse;
   if (!a.keys) return s;
-  s.score = s.top + sums.score;
+  // At temperature 0 without noise, so that the largest of all tiles wins.
+  s.score = s.token_logit = s.top;
   s.token = s.argmax;
-  s.token_logit = s.top;
   if (row.greedy) return s;
+  s.score += sums.score;
   const Leader drawn =
       Group<T>(a, row, r, sums.winner).draw(a.keys[r], a.first_token, row.inverse_temperature);
   s.token = a.first_token + sums.winner * kGroup + drawn.at;

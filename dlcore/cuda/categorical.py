@@ -22,7 +22,7 @@ def _tiles(head: Head) -> Iterator[tuple[int, Tensor]]:
         return
     from dlcore.triton.linear_logits import tiles
 
-    for first, _, tile in _tiles(head):
+    for first, _, tile in tiles(head):
         yield first, tile.data
 
 
