@@ -210,7 +210,11 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.sample",
         "categorical.sample_mixture",
         "categorical.log_probs",
+        "categorical.log_probs_backward",
+        "categorical.kl",
+        "categorical.kl_backward",
     ),
+    "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 
 

@@ -26,6 +26,10 @@ __global__ void log_probs_kernel(const Summary* state, PerRow<int64_t> target, b
     finish_log_probs_row(state[r], target[r], with_index, rows, r, numbers);
 }
 
+__global__ void kl_kernel(const KLSummary* state, int64_t rows, double* numbers) {
+  for (int64_t r = global_thread(); r < rows; r += all_threads()) finish_kl_row(state[r], rows, r, numbers);
+}
+
 __global__ void plan_kernel(const __grid_constant__ MixtureArguments a, uint8_t* skip) {
   for (int64_t r = global_thread(); r < a.rows; r += all_threads()) skip[r] = mixture_skips(a, r);
 }
@@ -52,6 +56,10 @@ void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_in
                       double* numbers, cudaStream_t stream) {
   launch("categorical.log_probs", log_probs_kernel, blocks(rows), kThreads, stream, state, target, with_index,
          rows, numbers);
+}
+
+void finish_kl(const KLSummary* state, int64_t rows, double* numbers, cudaStream_t stream) {
+  launch("categorical.kl", kl_kernel, blocks(rows), kThreads, stream, state, rows, numbers);
 }
 
 void plan_mixture(const MixtureArguments& a, uint8_t* skip, cudaStream_t stream) {

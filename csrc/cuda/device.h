@@ -4,6 +4,10 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
+#include <limits>
+#include <type_traits>
+
 #include "../common/numbers.h"
 #include "../common/view.h"
 
@@ -14,6 +18,14 @@ constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
 constexpr double kLn2 = 0.6931471805599453;
+
+__device__ inline int64_t global_warp() {
+  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+}
+__device__ inline int64_t all_warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp; }
+__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
+__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 struct BFloat16 {
   uint16_t bits;
@@ -65,7 +77,33 @@ struct Packed {
   __device__ void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
 };
 
-__device__ inline float larger(float a, float b) { return fmaxf(a, b); }
+// The N entries from `at` on of a row that ends at `columns`, `past` beyond: at once, or the row's last few
+// one by one.
+template <int N, class T>
+__device__ void load_run(const T* row, int64_t at, int64_t columns, float past, float* x) {
+  if (at + N <= columns) {
+    const auto run = Packed<T, N>::load(row + at);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k) x[k] = at + k < columns ? widen(row[at + k]) : past;
+}
+
+template <int N, class T>
+__device__ void store_run(T* row, int64_t at, int64_t columns, const float* x) {
+  if (at + N <= columns) {
+    Packed<T, N> run;
+#pragma unroll
+    for (int k = 0; k < N; ++k) run.elements[k] = narrow_to<T>(x[k]);
+    run.store(row + at);
+    return;
+  }
+#pragma unroll
+  for (int k = 0; k < N; ++k)
+    if (at + k < columns) row[at + k] = narrow_to<T>(x[k]);
+}
 
 // Folds over lanes whose numbers differ in the bits of WIDTH - 1: over aligned runs of WIDTH lanes.
 template <int WIDTH = kWarp, class T, class F>
@@ -93,6 +131,20 @@ __device__ inline Leader find_leader(float value, int at) {
   return {best, __reduce_min_sync(kAllLanes, value == best ? at : 0x7FFFFFFF)};
 }
 
+// out = f(in, column) over the columns of a span, by a warp.
+template <int N, int64_t SPAN, class T, class U, class F>
+__device__ void map_span(const T* in, U* out, int64_t first, int64_t columns, F f) {
+#pragma unroll 2
+  for (int64_t at = first + lane_id() * N; at < first + SPAN; at += kWarp * N) {
+    float x[N];
+    if (at >= columns) break;
+    load_run<N>(in, at, columns, 0, x);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = f(x[k], at + k);
+    store_run<N>(out, at, columns, x);
+  }
+}
+
 // 2^d; the hardware's, whose relative error is 2^-22.
 __device__ inline float exp2_fast(float d) {
 #if defined(__CUDA_ARCH__)
@@ -103,14 +155,6 @@ __device__ inline float exp2_fast(float d) {
   return exp2f(d);
 #endif
 }
-
-__device__ inline int64_t global_warp() {
-  return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
-}
-__device__ inline int64_t all_warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp; }
-__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
-__device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
-__device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 
 template <class F>
 void with_dtype(DType dtype, F f) {
@@ -126,6 +170,26 @@ inline int most_abreast(const View& v, int64_t element) {
   for (int d = 0; d < v.lead_dims; ++d) bits |= static_cast<uintptr_t>(v.lead_stride[d] * element);
   const uintptr_t bytes = bits & (~bits + 1);  // its largest power of two
   return static_cast<int>((bytes == 0 || bytes > 16 ? 16 : bytes) / static_cast<uintptr_t>(element));
+}
+
+inline int abreast_of(const View& v) { return most_abreast(v, v.dtype == DType::kFloat32 ? 4 : 2); }
+
+// Calls f(element of `in`, element of `out`, how many abreast). A gradient has its logits' dtype, or any if
+// they are a head's, in float32. `others` are views like `in` or `out`.
+template <class F, class... V>
+void with_gradient(const View& in, const View& out, F f, const V&... others) {
+  with_dtype(in.dtype, [&](auto x) {
+    with_dtype(out.dtype, [&](auto y) {
+      using T = decltype(x);
+      using U = decltype(y);
+      if constexpr (std::is_same_v<T, U> || std::is_same_v<T, float>) {
+        constexpr int kMost = 16 / sizeof(T);
+        const bool wide = std::min({abreast_of(in), abreast_of(out), abreast_of(others)...}) >= kMost;
+        if (wide) return f(x, y, std::integral_constant<int, kMost>{});
+        return f(x, y, std::integral_constant<int, 1>{});
+      }
+    });
+  });
 }
 
 }  // namespace dlcore::cuda

@@ -39,6 +39,46 @@ void bind_categorical(py::module_& m) {
     finish_mixture(mixture(arguments, rows), at<Summary>(state), at<const uint8_t>(skip),
                    at<int64_t>(tokens), stream_at(stream));
   });
+  m.def("log_probs_backward",
+        [](const py::tuple& logits, int64_t first_token, const py::tuple& parameters, Address target,
+           Address grad, Address numbers, const py::tuple& out, Address stream) {
+          LogProbsBackwardArguments a;
+          a.logits = view(logits);
+          a.first_token = first_token;
+          a.softmax = softmax(parameters);
+          a.target = {at<const int64_t>(target), 1};
+          a.grad = at<const double>(grad);
+          a.numbers = at<const double>(numbers);
+          a.out = view(out);
+          log_probs_backward(a, stream_at(stream));
+        });
+  m.attr("KL_SUMMARY_BYTES") = sizeof(KLSummary);
+  m.def("kl_bytes", kl_bytes);
+  m.def("kl", [](const py::tuple& p, const py::tuple& q, const py::object& temperature, bool start,
+                 Address state, Address workspace, Address stream) {
+    KLArguments a;
+    a.p = view(p);
+    a.q = view(q);
+    a.temperature = per_row<float>(temperature);
+    a.state = at<KLSummary>(state);
+    kl(a, start, at<void>(workspace), stream_at(stream));
+  });
+  m.def("finish_kl", [](Address state, int64_t rows, Address numbers, Address stream) {
+    finish_kl(at<KLSummary>(state), rows, at<double>(numbers), stream_at(stream));
+  });
+  m.def("kl_backward",
+        [](const py::tuple& p, const py::tuple& q, const py::object& temperature, Address grad,
+           Address numbers, const py::tuple& p_out, const py::tuple& q_out, Address stream) {
+          KLBackwardArguments a;
+          a.p = view(p);
+          a.q = view(q);
+          a.temperature = per_row<float>(temperature);
+          a.grad = at<const double>(grad);
+          a.numbers = at<const double>(numbers);
+          a.p_out = view(p_out);
+          a.q_out = view(q_out);
+          kl_backward(a, stream_at(stream));
+        });
 }
 
 }  // namespace dlcore::cuda

@@ -46,6 +46,16 @@ struct RowSoftmax {
   }
 };
 
+// exp(x·inverse_temperature - logsumexp), times a scale. The reference that x is held against is rounded to
+// float; the rest comes back as a factor, so that a common offset of the logits costs no digits.
+struct Probability {
+  float reference, factor;
+  __device__ explicit Probability(double logsumexp, double scale = 1)
+      : reference(static_cast<float>(logsumexp)),
+        factor(static_cast<float>(scale * exp(static_cast<double>(reference) - logsumexp))) {}
+  __device__ float operator()(float x) const { return exp2_fast((x - reference) * kLog2E) * factor; }
+};
+
 __device__ inline bool unread(const ScanArguments& a, int64_t r) {
   return (a.skip && a.skip[r]) || (a.target && a.target[r] < 0);
 }
