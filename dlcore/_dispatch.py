@@ -21,10 +21,10 @@ logger = logging.getLogger("dlcore")
 _variable = os.environ.get("DLCORE_BACKEND")
 
 #: Every backend, the preferred first.
-PRIORITY = ("cpu", "triton", "reference")
+PRIORITY = ("cpu", "triton", "cuda", "reference")
 
 #: The backends that are tried unasked for tensors of a device, the preferred first.
-AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 #: The op that serves each public function without one of its own name.
 SERVED_BY = {
@@ -160,7 +160,7 @@ def backends(op: str | None = None) -> dict[str, list[str]] | list[str]:
     Example:
         >>> import dlcore
         >>> dlcore.backends()
-        ['cpu', 'triton', 'reference']
+        ['cpu', 'triton', 'cuda', 'reference']
     """
     if op is None:
         return list(PRIORITY)
@@ -177,6 +177,7 @@ def explain(op: str, *args: Any, **kwargs: Any) -> str:
         categorical.stats(torch.float64 (2, 5) on cpu)
           cpu: takes float32, bfloat16, float16, got float64
           triton: takes ..., got float64
+          cuda: ...
           reference: can run
           chosen: reference
     """

@@ -203,17 +203,44 @@ TRITON: dict[str, tuple[str, ...]] = {
 }
 
 
+#: The ops of each module of dlcore.cuda.
+CUDA: dict[str, tuple[str, ...]] = {
+    "categorical": (
+        "categorical.stats",
+        "categorical.sample",
+        "categorical.sample_mixture",
+        "categorical.log_probs",
+        "categorical.log_probs_backward",
+        "categorical.kl",
+        "categorical.kl_backward",
+    ),
+    "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
+}
+
+
 def _on_first_use(module: str, name: str) -> Callable[..., Any]:
     @cache
     def function() -> Callable[..., Any]:
-        found: Callable[..., Any] = getattr(import_module(f"dlcore.triton.{module}"), name)
+        found: Callable[..., Any] = getattr(import_module(f"dlcore.{module}"), name)
         return found
 
     return lambda *args: function()(*args)
 
 
-for _module, _ops_of_module in TRITON.items():
-    for _op in _ops_of_module:
-        _saved = SAVED.get(_op.removesuffix("_backward"), 0) if _op.endswith("_backward") else 0
-        _triton_reasons = _of_logits(launch.reasons, _saved) if _saved else launch.reasons
-        implement(_op, "triton", _on_first_use(_module, _op.split(".")[1]), _triton_reasons)
+def _cuda_reasons(*args: Any) -> list[str]:
+    try:
+        from dlcore.cuda.tensors import reasons
+    except ImportError as error:
+        return [f"the compiled module dlcore._cuda can't be imported: {error}"]
+    return reasons(*args)
+
+
+for _backend, _modules, _backend_reasons in (
+    ("triton", TRITON, launch.reasons),
+    ("cuda", CUDA, _cuda_reasons),
+):
+    for _module, _ops_of_module in _modules.items():
+        for _op in _ops_of_module:
+            _saved = SAVED.get(_op.removesuffix("_backward"), 0) if _op.endswith("_backward") else 0
+            _taken = _of_logits(_backend_reasons, _saved) if _saved else _backend_reasons
+            implement(_op, _backend, _on_first_use(f"{_backend}.{_module}", _op.split(".")[1]), _taken)

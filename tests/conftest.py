@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import c_library
 import pytest
@@ -38,10 +39,41 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _poison(plain(*a, **k)))
 
 
+@pytest.fixture(scope="session")
+def cuda_kernels() -> None:
+    """dlcore._cuda as it was built, or, without a GPU, its sources compiled for the host."""
+    if DEVICE == "cpu":
+        import cuda_on_host
+
+        given = os.environ.get("DLCORE_CUDA_ON_HOST")
+        cuda_on_host.load(Path(given) if given else cuda_on_host.build())
+
+
+_MARGIN = 64
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fresh buffers hold poison and have margins that nothing may write."""
+    margins: list[torch.Tensor] = []
+    plain = torch.empty
+
+    def empty(*shape: Any, **options: Any) -> torch.Tensor:
+        wanted = plain(*shape, **options)
+        room = plain(wanted.numel() + 2 * _MARGIN, dtype=wanted.dtype, device=wanted.device)
+        room.view(torch.uint8).fill_(0xFF)  # NaN, or -1
+        margins.extend((room[:_MARGIN], room[room.numel() - _MARGIN :]))
+        return room[_MARGIN : room.numel() - _MARGIN].view(wanted.shape)
+
+    monkeypatch.setattr(torch, "empty", empty)
+    yield
+    assert all(bool((m.view(torch.uint8) == 0xFF).all()) for m in margins), "a kernel wrote past a buffer"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """On a GPU, -m gpu means all tests of Triton's kernels; without one, what needs it is skipped."""
+    """On a GPU, -m gpu means all tests of the kernels for GPUs; without one, what needs it is skipped."""
     for item in items:
-        if DEVICE == "cuda" and item.path.name.startswith("test_triton_"):
+        if DEVICE == "cuda" and item.path.name.startswith(("test_triton_", "test_cuda_")):
             item.add_marker(pytest.mark.gpu)
         elif DEVICE == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -346,6 +346,18 @@ def test_temperature_0_is_argmax_with_unsaturated_statistics(backend):
     torch.testing.assert_close(draw.logprob[cold], plain.argmax_logprob[cold])
 
 
+@pytest.mark.parametrize("linear", [False, True])
+def test_temperature_0_is_argmax_of_many_parts(backend, linear):
+    """Whatever a row is read in: segments, or a head's tiles."""
+    generator = torch.Generator().manual_seed(2)
+    hidden, weight = torch.randn(600, 8, generator=generator), torch.randn(200_000, 8, generator=generator)
+    head = dlcore.LinearLogits(hidden, weight[:5000]) if linear else hidden[:4] @ weight.T
+    logits = hidden @ weight[:5000].T if linear else head
+    for truncation in ({}, {"top_k": 3}):
+        tokens = categorical.sample(head, temperature=0.0, key=KEY, **truncation).tokens
+        assert torch.equal(tokens, logits.argmax(-1))
+
+
 def kept(logits: torch.Tensor, **truncation) -> torch.Tensor:
     """The law of a truncated draw, by sorting in float64."""
     pack = {

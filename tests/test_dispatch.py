@@ -50,7 +50,7 @@ def test_a_fallback_is_logged_once(caplog):
 
 
 def test_questions():
-    assert dlcore.backends() == ["cpu", "triton", "reference"]
+    assert dlcore.backends() == ["cpu", "triton", "cuda", "reference"]
     assert dlcore.backends("rng.fold_in") == {"cpu": [], "triton": [], "reference": []}
     assert "chosen: cpu" in dlcore.explain("categorical.kl", X, X)
     head = dlcore.LinearLogits(X.double(), X.double())
@@ -64,7 +64,7 @@ def test_questions():
 BAD = [
     (
         lambda: dlcore.use_backend("gpu").__enter__(),
-        r"dlcore.use_backend: backend must be one of cpu, triton, reference",
+        r"dlcore.use_backend: backend must be one of cpu, triton, cuda, reference",
     ),
     (
         lambda: dlcore.last_backend("stats"),
@@ -123,7 +123,7 @@ def test_without_triton_or_its_interpreter():
     ("value", "said"),
     [
         ("reference", "reference"),
-        ("tpu", "DLCORE_BACKEND: backend must be one of cpu, triton, reference, got 'tpu'"),
+        ("tpu", "DLCORE_BACKEND: backend must be one of cpu, triton, cuda, reference, got 'tpu'"),
     ],
 )
 def test_the_backend_variable(value, said):

@@ -30,7 +30,7 @@ def call(op: str, backend: str, *args: Any, wide: bool = False) -> tuple[Tensor,
     """What the op gives on a backend, on the CPU."""
     function = getattr(torch.ops.dlcore, op.replace(".", "_"))
     with dlcore.use_backend(backend):
-        result = function(*moved(args, DEVICE if backend == "triton" else "cpu", wide))
+        result = function(*moved(args, DEVICE if backend in ("triton", "cuda") else "cpu", wide))
     return tuple(x.cpu() for x in (result if isinstance(result, (tuple, list)) else (result,)))
 
 

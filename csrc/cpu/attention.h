@@ -1,7 +1,7 @@
 // What the attention kernels are told: tensors of heads, key intervals, pages.
 #pragma once
 
-#include "view.h"
+#include "../common/view.h"
 
 namespace dlcore {
 

@@ -1,5 +1,5 @@
 // Tokens to bits and back. Compiled once per ISA level.
-#include "bits.h"
+#include "../common/bits.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"

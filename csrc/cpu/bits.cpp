@@ -1,5 +1,5 @@
 // The posterior, the step and the losses of bits, each in one pass. Compiled once per ISA level.
-#include "bits.h"
+#include "../common/bits.h"
 
 #include <type_traits>
 

@@ -1,73 +1,26 @@
 // From scanned rows to statistics, tokens and cuts: a few numbers per row, in double.
+#include "../common/categorical_finish.h"
+
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 
 #include "categorical.h"
 
 namespace dlcore {
-namespace {
-
-// A row's numbers, column r of a (count, rows) array.
-template <class T>
-class Column {
- public:
-  Column(T* data, int64_t rows, int64_t r) : data_(data + r), rows_(rows) {}
-  void operator=(std::initializer_list<double> values) {
-    T* p = data_;
-    for (double v : values) {
-      *p = static_cast<T>(v);
-      p += rows_;
-    }
-  }
-
- private:
-  T* data_;
-  int64_t rows_;
-};
-
-struct RowStats {
-  double logsumexp, top, margin, entropy, index, second;
-};
-
-RowStats row_stats(const Summary& s) {
-  if (s.empty()) return {kNaN, kNaN, kNaN, kNaN, kNaN, kNaN};
-  const double log_sum = std::log(s.sum), second = s.second - s.top - log_sum;
-  const double margin = std::exp(-log_sum) - std::exp(second), entropy = log_sum - s.weighted / s.sum;
-  return {s.top + log_sum, -log_sum, margin, entropy, s.index_logit - s.top - log_sum, second};
-}
-
-}  // namespace
 
 void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* numbers) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const RowStats s = row_stats(state[r]);
-    argmax[r] = state[r].empty() ? -1 : state[r].argmax;
-    Column(numbers, rows, r) = {s.logsumexp, s.top, s.margin, s.entropy, s.index, s.second};
-  }
+  for (int64_t r = 0; r < rows; ++r) finish_stats_row(state[r], rows, r, argmax, numbers);
 }
 
 void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens,
                    float* numbers) {
-  finish_stats(state, rows, tokens + rows, numbers);
-  for (int64_t r = 0; r < rows; ++r) {
-    const bool empty = state[r].empty();
-    tokens[r] = empty ? -1 : drawn[r].token;
-    numbers[6 * rows + r] = static_cast<float>(state[r].log_prob(drawn[r].token_logit));
-  }
+  for (int64_t r = 0; r < rows; ++r) finish_sample_row(state[r], drawn[r], rows, r, tokens, numbers);
 }
 
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const Summary& s = state[r];
-    const double lse = s.logsumexp();
-    if (target[r] < 0)
-      Column(numbers, rows, r) = {0, 0, 0};
-    else
-      Column(numbers, rows, r) = {s.log_prob(s.target_logit),
-                                  with_index ? s.log_prob(s.index_logit) : 0 * lse, lse};
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    finish_log_probs_row(state[r], target[r], with_index, rows, r, numbers);
 }
 
 bool follow_largest(const Summary* state, int64_t rows, bool start, double* references, float* factor) {
@@ -87,70 +40,15 @@ void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp) {
 }
 
 void finish_kl(const KLSummary* state, int64_t rows, double* numbers) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const KLSummary& s = state[r];
-    const bool empty = s.invalid || !(s.p_top > -kInfinity) || !(s.q_top > -kInfinity);
-    const double p = std::log(s.p_sum), q = std::log(s.q_sum);
-    if (empty)
-      Column(numbers, rows, r) = {kNaN, kNaN, kNaN};
-    else
-      Column(numbers, rows, r) = {s.gap / s.p_sum - p + q, s.p_top + p, s.q_top + q};
-  }
+  for (int64_t r = 0; r < rows; ++r) finish_kl_row(state[r], rows, r, numbers);
 }
-
-namespace {
-
-struct Coefficients {
-  double d0, d1, k0, k1, p0, p1;
-  explicit Coefficients(const double* c) : d0(c[0]), d1(c[1]), k0(c[2]), k1(c[3]), p0(c[4]), p1(c[5]) {}
-  bool need_p() const { return d1 != 0 || k1 != 0 || p1 != 0; }
-};
-
-enum class Route { kKeep, kDraw, kPrior };
-
-Route route(const Coefficients& c, double p_z, double u) {
-  const double total = c.d0 + c.d1 * p_z, keep = c.k0 + c.k1 * p_z, take = c.p0 + c.p1 * p_z;
-  // A state without any mass (a clean position with p(z) = 0) stays what it is.
-  if (!(total > 0) || u * total < keep) return Route::kKeep;
-  return u * total < keep + take ? Route::kDraw : Route::kPrior;
-}
-
-}  // namespace
 
 void plan_mixture(const MixtureArguments& a, uint8_t* skip) {
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const Coefficients c(&a.coefficients[r]);
-    const double u = uniform(bits(block(a.keys[r], Domain::kRoute, 0), 0));
-    skip[r] = !c.need_p() && route(c, 0, u) != Route::kDraw;
-  }
+  for (int64_t r = 0; r < a.rows; ++r) skip[r] = mixture_skips(a, r);
 }
 
 void finish_mixture(const MixtureArguments& a, const Summary* state, const uint8_t* skip, int64_t* tokens) {
-  for (int64_t r = 0; r < a.rows; ++r) {
-    const Summary& s = state[r];
-    if (!skip[r] && s.empty()) {
-      tokens[r] = -1;
-      continue;
-    }
-    const Coefficients c(&a.coefficients[r]);
-    const Block noise = block(a.keys[r], Domain::kRoute, 0);
-    const bool greedy = a.temperature && a.temperature[r] == 0;
-    double p_z = 0;
-    if (c.need_p()) p_z = greedy ? (s.argmax == a.z[r]) : std::exp(s.log_prob(s.index_logit));
-    switch (route(c, p_z, uniform(bits(noise, 0)))) {
-      case Route::kKeep:
-        tokens[r] = a.z[r];
-        break;
-      case Route::kDraw:
-        tokens[r] = s.token;
-        break;
-      case Route::kPrior:
-        tokens[r] = a.prior;
-        if (a.prior >= 0) break;
-        tokens[r] = below(bits(noise, 1), a.vocab - (a.exclude >= 0));
-        if (a.exclude >= 0 && tokens[r] >= a.exclude) ++tokens[r];
-    }
-  }
+  for (int64_t r = 0; r < a.rows; ++r) tokens[r] = finish_mixture_row(a, state[r], skip[r] != 0, r);
 }
 
 // `within`: an earlier selection by count alone; max_mass is then a part of the mass that it keeps.

@@ -240,6 +240,12 @@ class Segment {
   }
 
   void draw(Summary& s) {
+    if (row_.greedy) {
+      // Without noise, so that the largest of all parts wins.
+      s.score = s.token_logit = s.top;
+      s.token = s.argmax;
+      return;
+    }
     float* scores = sums_;
     for (int64_t i = 0; i < groups_; i += kLanes) {
       const Floats total = load(sums_ + i);
@@ -249,11 +255,6 @@ class Segment {
     const Largest winner = first_largest(scores, padded_groups());
     s.score = s.top + (winner.value - relative_.excess * kLn2);
     if (!(s.score > beaten_)) return;
-    if (row_.greedy) {
-      s.token = s.argmax;
-      s.token_logit = s.top;
-      return;
-    }
     draw_in_group(winner.at, s);
   }
 
@@ -291,34 +292,6 @@ class Segment {
   alignas(64) float sums_[kSegmentGroups];
   alignas(64) float live_[kSegmentGroups];  // negative: the group can be skipped
 };
-
-bool set(double x) { return !std::isnan(x); }
-
-Summary merge(const Summary& a, const Summary& b) {
-  Summary r = a;
-  r.invalid = a.invalid || b.invalid;
-  if (set(b.index_logit)) r.index_logit = b.index_logit;
-  if (set(b.target_logit)) r.target_logit = b.target_logit;
-  if (r.invalid || b.empty()) return r;
-  r.top = std::max(a.top, b.top);
-  const auto add = [&r](const Summary& s) {
-    const double drop = s.empty() ? 0 : s.top - r.top, factor = s.empty() ? 0 : std::exp(drop);
-    r.sum += factor * s.sum;
-    r.weighted += factor * (s.weighted + drop * s.sum);
-  };
-  r.sum = r.weighted = 0;
-  add(a);
-  add(b);
-  const bool b_leads = b.top > a.top;
-  r.argmax = b_leads ? b.argmax : a.argmax;
-  r.second = b_leads ? std::max(a.top, b.second) : std::max(a.second, b.top);
-  if (b.score > a.score) {
-    r.score = b.score;
-    r.token = b.token;
-    r.token_logit = b.token_logit;
-  }
-  return r;
-}
 
 // Groups of a row copied, transformed and cut, for what the plain loops can't read directly.
 template <class T>

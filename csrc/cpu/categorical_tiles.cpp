@@ -234,24 +234,6 @@ KLSummary kl_segment(const KLArguments& a, int64_t r, int64_t begin, float scale
   return s;
 }
 
-KLSummary merge(const KLSummary& a, const KLSummary& b) {
-  KLSummary r;
-  r.invalid = a.invalid || b.invalid;
-  r.p_top = std::max(a.p_top, b.p_top);
-  r.q_top = std::max(a.q_top, b.q_top);
-  const auto add = [&r](const KLSummary& s) {
-    const double q_drop = s.q_top > -kInfinity ? s.q_top - r.q_top : 0;
-    if (s.q_top > -kInfinity) r.q_sum += std::exp(q_drop) * s.q_sum;
-    if (!(s.p_top > -kInfinity)) return;
-    const double p_drop = s.p_top - r.p_top, factor = std::exp(p_drop);
-    r.p_sum += factor * s.p_sum;
-    r.gap += factor * (s.gap + s.p_sum * (p_drop - q_drop));
-  };
-  add(a);
-  add(b);
-  return r;
-}
-
 }  // namespace
 
 void kl(const KLArguments& a) {

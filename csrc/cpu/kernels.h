@@ -4,11 +4,11 @@
 #include <functional>
 
 #include "attention.h"
-#include "bits.h"
+#include "../common/bits.h"
 #include "categorical.h"
 #include "linear_logits.h"
 #include "rng.h"
-#include "sphere.h"
+#include "../common/sphere.h"
 #include "sphere_dynamics.h"
 #include "sphere_velocity.h"
 #include "uniform.h"

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "view.h"
+#include "../common/view.h"
 
 namespace dlcore {
 

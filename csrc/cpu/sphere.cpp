@@ -1,7 +1,7 @@
 // Maps of the unit sphere and their gradients. Every result is a combination of the arguments whose
 // coefficients come from their inner products: one pass adds these up, a second one, from the cache,
 // combines. Compiled once per ISA level.
-#include "sphere.h"
+#include "../common/sphere.h"
 
 #include <cmath>
 

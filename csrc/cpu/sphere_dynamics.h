@@ -1,7 +1,7 @@
 // The Langevin corrector on the sphere.
 #pragma once
 
-#include "view.h"
+#include "../common/view.h"
 
 namespace dlcore {
 

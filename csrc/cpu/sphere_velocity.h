@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "view.h"
+#include "../common/view.h"
 
 namespace dlcore {
 

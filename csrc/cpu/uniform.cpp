@@ -15,15 +15,6 @@ struct Sums {
   double logs = 0, ratios = 0;
 };
 
-// Of several factors 1 + y: their product less 1, and Σ y / (1 + y) times the product. Nothing cancels.
-struct Product {
-  Floats excess, weighted;
-  explicit Product(const Floats& y) : excess(y), weighted(y) {}
-  Product(const Product& a, const Product& b)
-      : excess(fused(a.excess, b.excess, a.excess + b.excess)),
-        weighted(fused(a.weighted, b.excess + 1.0f, fused(b.weighted, a.excess, b.weighted))) {}
-};
-
 // Σ log1p(y) and Σ y / (1 + y) over a group; four or eight factors share one logarithm and one division.
 template <int together, class T>
 void add_group(const T* x, const Probability& scaled, Sums& sums) {
@@ -35,10 +26,10 @@ void add_group(const T* x, const Probability& scaled, Sums& sums) {
       for (int j = 0; j < kAbreast; ++j) y[k + j] = slice(abreast, j);
     }
     const auto four = [&](int k) {
-      return Product(Product(Product(y[k]), Product(y[k + 1])),
-                     Product(Product(y[k + 2]), Product(y[k + 3])));
+      using P = Product<Floats>;
+      return P(P(P(y[k]), P(y[k + 1])), P(P(y[k + 2]), P(y[k + 3])));
     };
-    const Product all = together == 8 ? Product(four(0), four(together - 4)) : four(0);
+    const Product<Floats> all = together == 8 ? Product<Floats>(four(0), four(together - 4)) : four(0);
     const Floats whole = all.excess + 1.0f, inverse = reciprocal(whole);
     // log1p: the rounding of 1 + excess is given back to first order.
     logs = logs + fused(all.excess - (whole - 1.0f), inverse, log(whole));
@@ -113,25 +104,12 @@ void nelbo(const NelboArguments& a) {
   });
 }
 
-// dL/da_k = p_k (G_k - Σ p G) with G_k = w·{-A c r_k + [k=z]·(c r_z (AV + c n) - V/(1-α) c r_z^2) - [k=x] n
-// c^2 r_x}, r = 1 / (1 + c p), A = 1/(1+c) and n = 0 where z = x, else 1 and 1.
 void nelbo_backward(const NelboBackwardArguments& a) {
   const int64_t rows = a.logits.rows;
-  const auto v = static_cast<double>(a.vocab);
   parallel_for(rows, a.threads, [&](int64_t r) {
     const RowSoftmax row(a.softmax, r);
-    const NelboRow state(a.alpha[r], a.dalpha[r], a.vocab);
-    const double c = state.c, w = state.w * static_cast<double>(a.grad[r]);
-    const bool same = a.z[r] == a.x[r];
-    const double spread = same ? 1 / (1 + c) : 1, miss = same ? 0 : 1;
-    const double p_z = std::exp(a.saved[rows + r]), p_x = std::exp(a.saved[2 * rows + r]);
-    const double r_z = 1 / (1 + c * p_z), r_x = 1 / (1 + c * p_x);
-    const double at_z = w * p_z * c * r_z * (spread * v + c * miss - v / (1 - state.alpha) * r_z);
-    const double at_x = -w * p_x * miss * c * c * r_x;
-    const double mean = -w * spread * a.saved[4 * rows + r] + at_z + at_x;
+    const NelboSlopes g(a.saved, rows, r, a.vocab, a.z[r] == a.x[r], a.alpha[r], a.dalpha[r], a.grad[r]);
     const Probability probability(a.saved[r]);
-    const auto slope = static_cast<float>(-w * spread * c), level = static_cast<float>(-mean);
-    const auto ratio = static_cast<float>(c);
     with_dtype(a.logits.dtype, [&](auto type) {
       using T = decltype(type);
       const T* data = a.logits.row<const T>(r);
@@ -143,13 +121,13 @@ void nelbo_backward(const NelboBackwardArguments& a) {
         const auto differentiate = [&](const float* from, float* to) {
           for (int64_t i = 0; i < kGroup; i += kAbreast * kLanes) {
             const WideFloats p = probability(load_wide(from + i));
-            store(to + i, p * fused(reciprocal(fused(p, ratio, 1.0f)), slope, level));
+            store(to + i, p * fused(reciprocal(fused(p, g.ratio, 1.0f)), g.slope, g.level));
           }
-          const auto add = [&](int64_t id, double g) {
-            if (id >= token && id < token + count) to[id - token] += static_cast<float>(g);
+          const auto add = [&](int64_t id, double own) {
+            if (id >= token && id < token + count) to[id - token] += static_cast<float>(own);
           };
-          add(a.z[r], at_z);
-          add(a.x[r], at_x);
+          add(a.z[r], g.at_z);
+          add(a.x[r], g.at_x);
         };
         if constexpr (std::is_same_v<T, float>)
           if (plain(row, count, token)) {

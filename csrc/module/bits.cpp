@@ -1,5 +1,5 @@
 // The bindings of bits.
-#include "../cpu/bits.h"
+#include "../common/bits.h"
 
 #include "module.h"
 

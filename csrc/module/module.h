@@ -73,6 +73,20 @@ inline Softmax softmax(const py::tuple& t) {
   return s;
 }
 
+// (vocab, z, coefficients, prior, exclude, temperature, key).
+inline MixtureArguments mixture(const py::tuple& t, int64_t rows) {
+  MixtureArguments a;
+  a.rows = rows;
+  a.vocab = t[0].cast<int64_t>();
+  a.z = at<const int64_t>(t[1].cast<Address>());
+  a.coefficients = per_row<double>(t[2]);
+  a.prior = t[3].cast<int64_t>();
+  a.exclude = t[4].is_none() ? -1 : t[4].cast<int64_t>();
+  a.temperature = per_row<float>(t[5]);
+  a.keys = keys(t[6]);
+  return a;
+}
+
 // Runs a kernel without the GIL.
 template <class Arguments>
 void run(void (*kernel)(const Arguments&), Arguments arguments, int threads) {

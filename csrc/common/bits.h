@@ -1,4 +1,4 @@
-// Bitstream diffusion on the CPU: x = bit + σ·noise, bits of two values `low` and `high`.
+// Bitstream diffusion: x = bit + σ·noise, bits of two values `low` and `high`.
 #pragma once
 
 #include "view.h"
@@ -8,7 +8,7 @@ namespace dlcore {
 // A row is worked on in spans of so many columns, so that few long rows keep many threads busy.
 constexpr int64_t kBitSpan = 4096;
 
-inline int64_t bit_spans(int64_t columns) { return (columns + kBitSpan - 1) / kBitSpan; }
+DLCORE_HD inline int64_t bit_spans(int64_t columns) { return (columns + kBitSpan - 1) / kBitSpan; }
 
 // Several float32 parameters `apart` from each other, each shared by all elements, by a row's, or one of its
 // own.

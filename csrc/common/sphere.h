@@ -1,4 +1,4 @@
-// The unit sphere on the CPU: maps of its points and tangent vectors, and draws of its laws.
+// The unit sphere: maps of its points and tangent vectors, and draws of its laws.
 #pragma once
 
 #include "view.h"

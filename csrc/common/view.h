@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../common/philox.h"
+#include "philox.h"
 
 namespace dlcore {
 
@@ -22,7 +22,7 @@ struct View {
   int64_t columns = 0;
 
   template <class T>
-  T* row(int64_t r) const {
+  DLCORE_HD T* row(int64_t r) const {
     int64_t at = 0;
     for (int d = lead_dims - 1; d > 0; --d) {
       at += r % lead_size[d] * lead_stride[d];
@@ -39,8 +39,8 @@ struct PerRow {
   const T* data = nullptr;
   int64_t stride = 0;
 
-  explicit operator bool() const { return data != nullptr; }
-  const T& operator[](int64_t r) const { return data[r * stride]; }
+  DLCORE_HD explicit operator bool() const { return data != nullptr; }
+  DLCORE_HD const T& operator[](int64_t r) const { return data[r * stride]; }
 };
 
 // A shared key is folded with the row, per-row keys are taken as they are.
@@ -48,8 +48,8 @@ struct Keys {
   const int64_t* data = nullptr;
   bool per_row = false;
 
-  explicit operator bool() const { return data != nullptr; }
-  Key operator[](int64_t r) const {
+  DLCORE_HD explicit operator bool() const { return data != nullptr; }
+  DLCORE_HD Key operator[](int64_t r) const {
     if (per_row) return {data[2 * r], data[2 * r + 1]};
     return fold_in({data[0], data[1]}, r);
   }

@@ -1,0 +1,15 @@
+// What the bindings of the CUDA families share.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "../module/module.h"
+
+namespace dlcore::cuda {
+
+inline cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
+
+void bind_categorical(py::module_& m);
+void bind_uniform(py::module_& m);
+
+}  // namespace dlcore::cuda

@@ -1,0 +1,121 @@
+"""The CUDA kernels' draws and statistics: the numbers of the reference, the tokens of the CPU kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from triton_calls import assert_same, call, quiet
+
+import dlcore
+from dlcore import categorical, rng
+
+pytestmark = [quiet, pytest.mark.usefixtures("cuda_kernels", "guarded")]
+
+KEY = rng.key(3)
+LEAD = (3, 2)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+#: Below a group, several chunks with a ragged end, and every width of a load: 5000 is a multiple of 8, 1028
+#: of 4 alone.
+VOCABS = [5, 1028, 5000, 5003]
+
+
+def logits(vocab: int, dtype: torch.dtype = torch.float32, scale: float = 4.0) -> torch.Tensor:
+    """Rows of which one has a NaN, one a +inf, one nothing but -inf."""
+    x = scale * torch.randn(*LEAD, vocab, generator=torch.Generator().manual_seed(vocab))
+    x[0, 1, 2], x[1, 0, 3], x[2, 0] = float("nan"), float("inf"), float("-inf")
+    return x.to(dtype)
+
+
+def row(vocab: int) -> tuple[torch.Tensor, ...]:
+    """index, shift, temperature (one row greedy)."""
+    index = torch.randint(vocab, LEAD, generator=torch.Generator().manual_seed(1))
+    temperature = torch.tensor([[0.7, 1.3], [1.0, 0.5], [2.0, 0.0]])
+    return index, torch.tensor(0.5), temperature
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_stats(vocab, dtype):
+    x, (index, shift, temperature) = logits(vocab, dtype), row(vocab)
+    positive = temperature.clamp(min=0.1)
+    for options in ((None,) * 5, (index, shift, positive, None, 2), (index, shift, positive, 5.0, 2)):
+        args = (x, None, None, *options)
+        expected = call("categorical.stats", "reference", *args, wide=True)
+        assert_same(call("categorical.stats", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", VOCABS)
+def test_sample_draws_the_tokens_of_the_cpu(vocab, dtype):
+    x, options = logits(vocab, dtype), row(vocab)
+    for args in (
+        (x, None, None, *(None,) * 8, KEY),
+        (x, None, None, *options, 5.0, 2, None, None, None, rng.split(KEY, LEAD)),
+    ):
+        expected = call("categorical.sample", "cpu", *args)
+        assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("prior", [-1, 4])
+@pytest.mark.parametrize("exclude", [None, 2])
+def test_sample_mixture(prior, exclude):
+    x, (z, shift, temperature) = logits(300), row(300)
+    for coefficients in ([1.0, 1, 0.2, 1, 0.5, 0], [1.0, 0, 0.5, 0, 0.3, 0], [0.0, 1, 0, 0, 0, 0.5]):
+        numbers = torch.tensor(coefficients, dtype=torch.float64)
+        for key in (KEY, rng.split(KEY, LEAD)):
+            args = (x, None, None, z, numbers, prior, shift, temperature, None, exclude, key)
+            expected = call("categorical.sample_mixture", "cpu", *args)
+            assert_same(call("categorical.sample_mixture", "cuda", *args), expected, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_log_probs(dtype):
+    x, (index, shift, _) = logits(1300, dtype), row(1300)
+    target = torch.tensor([[7, 5], [1299, -1], [3, 0]])
+    for options in ((None, None, None, None), (index, shift, 5.0, 2)):
+        args = (x, None, None, target, *options)
+        expected = call("categorical.log_probs", "cpu", *args)
+        assert_same(call("categorical.log_probs", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+def test_a_head_is_read_tile_by_tile(monkeypatch):
+    """States merge over tiles: a head's draws are those of its logits."""
+    from dlcore.triton import linear_logits
+
+    monkeypatch.setattr(linear_logits, "_TILE", 2048)
+    generator = torch.Generator().manual_seed(4)
+    hidden, weight = torch.randn(*LEAD, 8, generator=generator), torch.randn(1500, 8, generator=generator)
+    bias = torch.randn(1500, generator=generator)
+    options = (*row(1500), None, 2, None, None, None, KEY)
+    expected = call("categorical.sample", "cpu", hidden @ weight.mT + bias, None, None, *options)
+    found = call("categorical.sample", "cuda", hidden, weight, bias, *options)
+    assert_same(found, expected, 2e-5, 2e-5)
+
+
+@pytest.mark.parametrize("offset", [0, 1, 2, 4])
+def test_strided_rows(offset):
+    """Rows with gaps between them, at addresses that allow loads of every width."""
+    vocab = 2000
+    room = torch.full((2, 3, vocab + offset), float("inf"), dtype=torch.bfloat16)
+    x = room[:, 1:, offset:]
+    x.copy_(3 * torch.randn(2, 2, vocab, generator=torch.Generator().manual_seed(0)))
+    args = (None, None, *(None,) * 8, KEY)
+    expected = call("categorical.sample", "cpu", x.contiguous(), *args)
+    assert_same(call("categorical.sample", "cuda", x, *args), expected, 3e-6, 3e-6)
+
+
+def test_far_and_low_logits():
+    """All below -1e4: a lane past the end that were not masked would win."""
+    x = -1e4 - torch.rand(4, 259, generator=torch.Generator().manual_seed(0))
+    args = (x, None, None, *(None,) * 8, KEY)
+    expected = call("categorical.sample", "cpu", *args)
+    assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+def test_the_backend_can_be_asked_for():
+    x = torch.randn(2, 9)
+    with dlcore.use_backend("cuda"):
+        categorical.sample(x, key=KEY)
+    assert dlcore.last_backend("categorical.sample") == "cuda"
+    with dlcore.use_backend("cuda"), pytest.raises(NotImplementedError, match=r"cuda: takes .*float64"):
+        categorical.stats(x.double())
