@@ -40,8 +40,11 @@ def configure(source: Path, build: Path, **options: object) -> None:
 
 
 def install(prefix: Path) -> Path:
-    """The library's baseline level, built as the README says and installed under `prefix`."""
-    configure(ROOT, BUILD, DLCORE_PYTHON="OFF", DLCORE_ISA_LEVELS="baseline")
+    """The library's baseline level, built as the README says and installed under `prefix`.
+
+    The CUDA functions run on the host, as csrc/cuda's other tests do.
+    """
+    configure(ROOT, BUILD, DLCORE_PYTHON="OFF", DLCORE_ISA_LEVELS="baseline", DLCORE_CUDA="HOST")
     cmake("--install", BUILD, "--prefix", prefix)
     return prefix
 
@@ -49,10 +52,12 @@ def install(prefix: Path) -> Path:
 class Library:
     """Constants, structs and functions of the header; a function that fails raises CError."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cuda: bool = False) -> None:
         self.library = ctypes.CDLL(str(path))
         self.types: dict[str, Any] = dict(_NUMBERS)
         text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
+        if not cuda:
+            text = text.partition("#if defined(DLCORE_CUDA)")[0]
         self.constants = {n: int(v) for n, v in re.findall(r"(DLCORE_\w+) = (\d+)", text)}
         for body, name in re.findall(r"typedef struct \w+ \{(.*?)\} (\w+);", text, re.S):
             self.types[name] = type(name, (ctypes.Structure,), {"_fields_": self._fields(body)})

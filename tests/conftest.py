@@ -130,6 +130,13 @@ def c(c_prefix: Path) -> c_library.Library:
     return c_library.Library(path)
 
 
+@pytest.fixture(scope="session")
+def cuda_c(c_prefix: Path) -> c_library.Library:
+    """The C library with the CUDA functions, on the host."""
+    (path,) = c_prefix.glob("lib*/libdlcore_cuda.so")
+    return c_library.Library(path, cuda=True)
+
+
 @pytest.fixture
 def restored_level() -> Iterator[None]:
     """Puts the ISA level back after the test."""

@@ -102,21 +102,7 @@ void sample(const Rows& a, const dlcore_sampling& how, int64_t* tokens, int64_t*
 
 void sample_mixture(const Rows& a, const dlcore_mixture& how, int64_t* tokens) {
   const int64_t rows = a.rows();
-  needed("index", a.softmax.index.data, rows);
-  needed("coefficients", how.coefficients.data, rows);
-  MixtureArguments m;
-  m.rows = rows;
-  m.vocab = a.logits.vocab();
-  m.z = a.softmax.index.data;
-  m.coefficients = per_row("coefficients", how.coefficients);
-  if (m.coefficients.stride != 0 && m.coefficients.stride < 6)
-    refuse(DLCORE_INVALID_SHAPE, "coefficients.stride must be 0 or at least 6, got ", m.coefficients.stride);
-  for (int64_t r = 0; r < values(m.coefficients, rows); ++r)
-    for (int i = 0; i < 6; ++i) in_range("coefficients", (&m.coefficients[r])[i], -kMost, kMost);
-  m.prior = optional_id("prior", how.prior, m.vocab);
-  m.exclude = a.softmax.exclude;
-  m.temperature = a.softmax.temperature;
-  m.keys = keys(how.keys, rows);
+  const MixtureArguments m = mixture_of(how, a.softmax, rows, a.logits.vocab(), Memory::kHost);
   needed("tokens", tokens, rows);
   const auto skip = room<uint8_t>(rows);
   plan_mixture(m, skip.get());
@@ -166,22 +152,51 @@ void kl(const Logits& p, const Logits& q, const dlcore_floats& temperature, doub
 
 }  // namespace
 
+Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory) {
+  const bool readable = memory == Memory::kHost;
+  Softmax s;
+  if (readable) token_ids("index", a.index, rows, vocab);
+  s.index = {a.index, 1};
+  s.shift = per_row("shift", a.shift);
+  if (s.shift && !a.index)
+    refuse(DLCORE_INVALID_VALUE, "shift needs index, the token whose logit it is added to");
+  s.temperature =
+      readable ? temperature_of(a.temperature, rows, greedy) : per_row("temperature", a.temperature);
+  if (a.softcap != 0) in_range("softcap", a.softcap, kSmallest, kLargest);
+  s.softcap = a.softcap;
+  s.exclude = optional_id("exclude", a.exclude, vocab);
+  if (a.exclude && vocab == 1) refuse(DLCORE_INVALID_VALUE, "exclude leaves no token in a vocabulary of 1");
+  return s;
+}
+
+MixtureArguments mixture_of(const dlcore_mixture& how, const Softmax& softmax, int64_t rows, int64_t vocab,
+                            Memory memory) {
+  needed("index", softmax.index.data, rows);
+  needed("coefficients", how.coefficients.data, rows);
+  MixtureArguments m;
+  m.rows = rows;
+  m.vocab = vocab;
+  m.z = softmax.index.data;
+  m.coefficients = per_row("coefficients", how.coefficients);
+  if (m.coefficients.stride != 0 && m.coefficients.stride < 6)
+    refuse(DLCORE_INVALID_SHAPE, "coefficients.stride must be 0 or at least 6, got ", m.coefficients.stride);
+  if (memory == Memory::kHost)
+    for (int64_t r = 0; r < values(m.coefficients, rows); ++r)
+      for (int i = 0; i < 6; ++i) in_range("coefficients", (&m.coefficients[r])[i], -kMost, kMost);
+  m.prior = optional_id("prior", how.prior, vocab);
+  m.exclude = softmax.exclude;
+  m.temperature = softmax.temperature;
+  m.keys = keys(how.keys, rows);
+  return m;
+}
+
 Rows::Rows(const dlcore_categorical* a, bool greedy) : Rows(pointed("softmax", a), greedy) {}
 
 Rows::Rows(const dlcore_categorical& a, bool greedy)
-    : logits("logits", a.logits, a.threads), softcap(a.softcap) {
-  const int64_t vocab = logits.vocab();
-  token_ids("index", a.index, rows(), vocab);
-  softmax.index = {a.index, 1};
-  softmax.shift = per_row("shift", a.shift);
-  if (softmax.shift && !a.index)
-    refuse(DLCORE_INVALID_VALUE, "shift needs index, the token whose logit it is added to");
-  softmax.temperature = temperature_of(a.temperature, rows(), greedy);
-  if (softcap != 0) in_range("softcap", softcap, kSmallest, kLargest);
-  softmax.softcap = softcap;
-  softmax.exclude = optional_id("exclude", a.exclude, vocab);
-  if (a.exclude && vocab == 1) refuse(DLCORE_INVALID_VALUE, "exclude leaves no token in a vocabulary of 1");
-  softmax_tiles = softmax;
+    : logits("logits", a.logits, a.threads),
+      softmax(softmax_of(a, rows(), logits.vocab(), greedy, Memory::kHost)),
+      softmax_tiles(softmax),
+      softcap(a.softcap) {
   if (!logits.dense()) softmax_tiles.softcap = 0;
 }
 

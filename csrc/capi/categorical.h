@@ -5,6 +5,15 @@
 
 namespace dlcore::capi {
 
+// Where arguments lie: what a device has, the host cannot check by value.
+enum class Memory { kHost, kDevice };
+
+// Softmax's parameters, checked; `greedy`: temperature 0 is taken.
+Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory);
+
+MixtureArguments mixture_of(const dlcore_mixture& how, const Softmax& softmax, int64_t rows, int64_t vocab,
+                            Memory memory);
+
 // What every function takes of a dlcore_categorical, checked; `greedy`: temperature 0 is taken.
 struct Rows {
   Rows(const dlcore_categorical* a, bool greedy);

@@ -69,7 +69,8 @@ typedef enum dlcore_status {
   DLCORE_INVALID_DTYPE = 4, /* a dtype that is unknown, not taken here, or not that of another argument */
   DLCORE_OUT_OF_MEMORY = 5,
   DLCORE_UNSUPPORTED = 6, /* a CPU capability that was asked for and is not to be had */
-  DLCORE_INTERNAL_ERROR = 7
+  DLCORE_INTERNAL_ERROR = 7,
+  DLCORE_CUDA_ERROR = 8 /* CUDA refused a launch */
 } dlcore_status;
 
 /* "0.1.0", as in Python's dlcore.__version__. */
@@ -386,6 +387,46 @@ typedef struct dlcore_cache {
  * attended. `keys` of the attention is not used. */
 DLCORE_API dlcore_status dlcore_attention_decode(const dlcore_attention* attention, const dlcore_cache* cache,
                                                  void* out, float* lse);
+
+#if defined(DLCORE_CUDA)
+
+/* --- CUDA: dlcore::cuda, the library of all functions, with DLCORE_CUDA defined ---
+ *
+ * Structs are the host's, and so are the ids that `exclude` and `prior` point to; all else that they point
+ * to, and every result, is of the current device, on whose `stream`, a cudaStream_t, the work is queued.
+ * Nothing waits for it, so that it can be captured into a graph. Values are not checked, and nothing is read
+ * out of bounds whatever they are: an id out of range has log-probability NaN. Dense logits alone are taken,
+ * and no truncation: else DLCORE_UNSUPPORTED. `threads` does not count. The workspace is device memory,
+ * aligned to 256 bytes, which the next call on the same stream may use again. */
+
+/* How many bytes of workspace the functions below take for these logits. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categorical* softmax, int64_t* bytes);
+
+/* As dlcore_categorical_stats. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax,
+                                                       float* numbers, void* workspace, void* stream);
+
+/* As dlcore_categorical_sample, with tokens (2, rows), the draws and the argmaxes, and numbers needed. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_sample(const dlcore_categorical* softmax,
+                                                        const dlcore_sampling* how, int64_t* tokens,
+                                                        float* numbers, void* workspace, void* stream);
+
+/* As dlcore_categorical_sample_mixture. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_sample_mixture(const dlcore_categorical* softmax,
+                                                                const dlcore_mixture* how, int64_t* tokens,
+                                                                void* workspace, void* stream);
+
+/* As dlcore_categorical_log_probs. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_log_probs(const dlcore_categorical* softmax,
+                                                           const int64_t* target, double* numbers,
+                                                           void* workspace, void* stream);
+
+/* As dlcore_uniform_nelbo. */
+DLCORE_API dlcore_status dlcore_cuda_uniform_nelbo(const dlcore_categorical* softmax, const int64_t* x,
+                                                   dlcore_doubles alpha, dlcore_doubles dalpha, float* loss,
+                                                   void* workspace, void* stream);
+
+#endif /* DLCORE_CUDA */
 
 #ifdef __cplusplus
 }
