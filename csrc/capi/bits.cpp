@@ -71,13 +71,11 @@ class Parameters {
 };
 
 // Rows that share their parameters and lie back to back are one long row.
-void join(View& v) {
-  if (v.lead_stride[0] == v.columns) v = result(v.data, v.dtype, 1, v.rows * v.columns);
-}
 void join(View& x, View& residual) {
-  if (x.lead_stride[0] != x.columns || (residual.data && residual.lead_stride[0] != residual.columns)) return;
-  join(x);
-  if (residual.data) join(residual);
+  const auto has_gaps = [](const View& v) { return v.data && v.lead_stride[0] != v.columns; };
+  if (has_gaps(x) || has_gaps(residual)) return;
+  for (View* v : {&x, &residual})
+    if (v->data) *v = result(v->data, v->dtype, 1, v->rows * v->columns);
 }
 
 Parameters slopes(const State& s, PerRow<double> sigma) {
