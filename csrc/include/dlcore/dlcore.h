@@ -36,9 +36,16 @@
  * CPU code is chosen when the first function runs: the best of avx512, avx2 and baseline that was built and
  * runs here, or what the variable DLCORE_CPU_CAPABILITY names.
  *
- * Building: cmake -S . -B build -DDLCORE_PYTHON=OFF && cmake --build build && cmake --install build --prefix
- * P, and in an application's CMakeLists.txt find_package(dlcore) and target_link_libraries(app
- * dlcore::dlcore). -DDLCORE_ISA_LEVELS="baseline;avx2" builds only those levels.
+ * Building
+ *
+ *     cmake -S . -B build -DDLCORE_PYTHON=OFF && cmake --build build && cmake --install build --prefix P
+ *
+ * and, in an application's CMakeLists.txt with P in its CMAKE_PREFIX_PATH,
+ *
+ *     find_package(dlcore REQUIRED)
+ *     target_link_libraries(app dlcore::dlcore)
+ *
+ * -DDLCORE_ISA_LEVELS="baseline;avx2" builds those levels alone, -DDLCORE_CUDA=OFF no dlcore::cuda.
  */
 #ifndef DLCORE_DLCORE_H
 #define DLCORE_DLCORE_H
