@@ -104,6 +104,13 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
     ],
     "categorical_log_probs": lambda c: [_softmax(c), _ids(0, 1, -1), _out()],
     "categorical_kl": lambda c: [_logits(c), _logits(c), c.floats(), _out(), 0],
+    "categorical_expectation": lambda c: [_softmax(c), c.matrix_of(torch.zeros(VOCAB, 4)), _out()],
+    "categorical_sample_expectation": lambda c: [
+        _softmax(c),
+        c.matrix_of(torch.zeros(VOCAB, 4)),
+        _keys(c),
+        *(_out(), _out(), _out(), _out()),
+    ],
     "uniform_nelbo": lambda c: [
         c.categorical(logits=_logits(c), index=_ids(0, 1, 2)),
         _ids(0, 0, 0),
@@ -157,7 +164,12 @@ def test_what_is_taken(c: Library, name: str) -> None:
 
 
 #: Arguments that may be NULL: by function, and by place.
-OPTIONAL = {("categorical_sample", 3), ("categorical_sample", 4)}
+OPTIONAL = {
+    ("categorical_sample", 3),
+    ("categorical_sample", 4),
+    ("categorical_sample_expectation", 5),
+    ("categorical_sample_expectation", 6),
+}
 #: Numbers per row with a default.
 DEFAULTS = {("categorical_kl", 2)}
 
@@ -260,7 +272,7 @@ def _wide(*values: float) -> Callable[[Library], Any]:
 
 NAN, INF = float("nan"), float("inf")
 DRAWS = ("categorical_sample", "categorical_sample_mixture")
-SOFTMAXES = (*DRAWS, "categorical_stats", "categorical_log_probs")
+SOFTMAXES = (*DRAWS, "categorical_stats", "categorical_log_probs", "categorical_expectation")
 MAPS = ("sphere_slerp", "sphere_log_map", "sphere_rotate", "sphere_correct", "sphere_sample")
 _one = torch.tensor
 
@@ -307,6 +319,7 @@ CASES: list[tuple[str | tuple[str, ...], Change, str, str]] = [
     ("categorical_kl", _set(1, "values.columns", 5), "INVALID_SHAPE", "q must have the rows .* got 3 and 5"),
     ("categorical_kl", _set(1, "values.dtype", 1), "INVALID_DTYPE", "q.values.dtype must be that of p"),
     ("categorical_kl", _set(2, "", _numbers(1, 0, 1)), "INVALID_VALUE", "temperature .*got 0"),
+    ("categorical_expectation", _set(1, "rows", 5), "INVALID_SHAPE", "table->rows must be the .*, 6, got 5"),
     ("uniform_nelbo", _set(0, "index", None), "NULL_POINTER", "index must not be NULL"),
     ("uniform_nelbo", _set(0, "softcap", 1.0), "INVALID_VALUE", "temperature, softcap and exclude"),
     ("uniform_nelbo", _set(1, "", _ids(0, 0, 6)), "INVALID_VALUE", r"x must lie in \[0, 6\), got 6"),

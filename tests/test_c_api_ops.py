@@ -251,6 +251,27 @@ def test_kl(c: Library, vocab: int) -> None:
 
 
 @heads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_expectations(c: Library, head: Callable[[], Head], dtype: torch.dtype) -> None:
+    logits = head()
+    table = _strided(_normal(6, logits.shape[-1], 20, dtype=dtype))
+    given = {"temperature": torch.linspace(0.5, 2, ROWS), "softcap": 9.0}
+    softmax, mean = _softmax(c, logits, **given), _empty(ROWS, 20)
+    c.categorical_expectation(softmax, c.matrix_of(table), mean)
+    _same(mean, categorical.expectation(logits, table, **given))
+    again, tokens, argmax = _empty(ROWS, 20), _empty(ROWS, dtype=torch.int64), _empty(ROWS, dtype=torch.int64)
+    numbers = _empty(c.NUM_SAMPLE_STATS, ROWS)
+    c.categorical_sample_expectation(
+        softmax, c.matrix_of(table), c.keys_of(KEY), again, tokens, argmax, numbers
+    )
+    draw, soft = categorical.sample_expectation(logits, table, **given, key=KEY)
+    _same(again, soft)
+    _same(tokens, draw.tokens)
+    _same(argmax, draw.stats.argmax)
+    _same(numbers, draw._numbers)
+
+
+@heads
 def test_nelbo(c: Library, head: Callable[[], Head]) -> None:
     logits = head()
     z, x = _index(logits), _index(logits)

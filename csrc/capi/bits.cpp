@@ -174,7 +174,7 @@ void mean_loss(const dlcore_bits* state, const dlcore_matrix* bits, int32_t kind
   kernels().bit_loss(a);
   for (int64_t r = 0; r < rows; ++r) {
     double sum = 0;
-    for (int64_t i = 0; i < spans; ++i) sum += sums[static_cast<size_t>(r * spans + i)];
+    for (int64_t i = 0; i < spans; ++i) sum += sums[r * spans + i];
     loss[r] = static_cast<float>(sum / static_cast<double>(s.x.columns));
   }
 }

@@ -93,11 +93,7 @@ void sample(const Rows& a, const dlcore_sampling& how, int64_t* tokens, int64_t*
     draw.state = drawn.data();
   }
   a.scan(draw);
-  const Optional<float> stats(numbers, DLCORE_NUM_SAMPLE_STATS * rows);
-  const auto both = room<int64_t>(2 * rows);
-  finish_sample(state.data(), draw.state, rows, both.get(), stats.data());
-  std::copy_n(both.get(), rows, tokens);
-  if (argmax) std::copy_n(both.get() + rows, rows, argmax);
+  write_draw(state.data(), draw.state, rows, tokens, argmax, numbers);
 }
 
 void sample_mixture(const Rows& a, const dlcore_mixture& how, int64_t* tokens) {
@@ -201,13 +197,24 @@ Rows::Rows(const dlcore_categorical& a, bool greedy)
 }
 
 void Rows::scan(ScanArguments scan) const {
+  logits.tiles(softcap, [&](int64_t first, const View& tile) { this->scan(scan, first, tile); });
+}
+
+void Rows::scan(ScanArguments scan, int64_t first, const View& tile) const {
   scan.softmax = softmax_tiles;
-  logits.tiles(softcap, [&](int64_t first, const View& tile) {
-    scan.logits = tile;
-    scan.first_token = first;
-    scan.threads = logits.threads(rows() * tile.columns);
-    kernels().scan(scan);
-  });
+  scan.logits = tile;
+  scan.first_token = first;
+  scan.threads = logits.threads(rows() * tile.columns);
+  kernels().scan(scan);
+}
+
+void write_draw(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, int64_t* argmax,
+                float* numbers) {
+  const Optional<float> stats(numbers, DLCORE_NUM_SAMPLE_STATS * rows);
+  const auto both = room<int64_t>(2 * rows);
+  finish_sample(state, drawn, rows, both.get(), stats.data());
+  std::copy_n(both.get(), rows, tokens);
+  if (argmax) std::copy_n(both.get() + rows, rows, argmax);
 }
 
 }  // namespace dlcore::capi

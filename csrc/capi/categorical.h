@@ -22,6 +22,8 @@ struct Rows {
 
   // One read of the logits into summaries (rows); `scan` says what is wanted beside.
   void scan(ScanArguments scan) const;
+  // Of one tile.
+  void scan(ScanArguments scan, int64_t first, const View& tile) const;
 
   Logits logits;
   Softmax softmax;        // of logits as they are
@@ -31,6 +33,10 @@ struct Rows {
  private:
   Rows(const dlcore_categorical& a, bool greedy);
 };
+
+// A draw's results: argmax and numbers may not be wanted.
+void write_draw(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, int64_t* argmax,
+                float* numbers);
 
 // Kept summaries of rows that are scanned.
 using Summaries = std::vector<Summary>;

@@ -13,7 +13,7 @@ class Logits {
   int64_t vocab() const { return dense() ? values_.columns : weight_.rows; }
   bool dense() const { return !weight_.data; }
   DType dtype() const { return values_.dtype; }
-  // So many tokens a tile of a head has; dense logits may be cut alike.
+  // So many tokens a tile of a head has.
   int64_t tile_width() const;
 
   // The threads for a pass over so many elements.
@@ -22,19 +22,25 @@ class Logits {
   // Calls visit(first token, tile). A head's tile, softcapped, lasts until the next one.
   template <class Visit>
   void tiles(float softcap, Visit visit) const {
-    for_tiles(dense() ? vocab() : tile_width(), softcap, visit);
+    cut(dense() ? vocab() : tile_width(), softcap, visit);
+  }
+
+  // The same, with dense logits cut as a head's are.
+  template <class Visit>
+  void pieces(float softcap, Visit visit) const {
+    cut(tile_width(), softcap, visit);
   }
 
   // The same of two heads side by side.
   template <class Visit>
   static void pairs(const Logits& p, const Logits& q, Visit visit) {
     const int64_t width = p.dense() && q.dense() ? p.vocab() : p.tile_width();
-    p.for_tiles(width, 0, [&](int64_t first, const View& tile) { visit(tile, q.tile(first, width, 0)); });
+    p.cut(width, 0, [&](int64_t first, const View& tile) { visit(tile, q.tile(first, width, 0)); });
   }
 
  private:
   template <class Visit>
-  void for_tiles(int64_t width, float softcap, Visit visit) const {
+  void cut(int64_t width, float softcap, Visit visit) const {
     if (rows() == 0) return;
     for (int64_t first = 0; first < vocab(); first += width) visit(first, tile(first, width, softcap));
   }

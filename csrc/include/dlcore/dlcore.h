@@ -229,6 +229,17 @@ DLCORE_API dlcore_status dlcore_categorical_log_probs(const dlcore_categorical* 
 DLCORE_API dlcore_status dlcore_categorical_kl(const dlcore_logits* p, const dlcore_logits* q,
                                                dlcore_floats temperature, double* numbers, int32_t threads);
 
+/* mean (rows, E): the sum over tokens k of softmax_k · table[k], the soft embedding, without anything of size
+ * rows · V. table (V, E) is of any dtype. */
+DLCORE_API dlcore_status dlcore_categorical_expectation(const dlcore_categorical* softmax,
+                                                        const dlcore_matrix* table, float* mean);
+
+/* The same, and from the same sweep the draw of dlcore_categorical_sample, without truncation. */
+DLCORE_API dlcore_status dlcore_categorical_sample_expectation(const dlcore_categorical* softmax,
+                                                               const dlcore_matrix* table, dlcore_keys keys,
+                                                               float* mean, int64_t* tokens, int64_t* argmax,
+                                                               float* numbers);
+
 /* --- uniform: uniform-state diffusion --- */
 
 /* loss (rows): the continuous-time NELBO's integrand at level alpha in (0, 1), with dalpha = dα/dt <= 0, in
