@@ -73,8 +73,9 @@ def test_draws_and_statistics(cuda_c: Library, dtype: torch.dtype, given: dict[s
 def test_mixtures(cuda_c: Library, prior: int | None) -> None:
     c, logits = cuda_c, _logits()
     softmax = _softmax(c, logits, INDEX, **GIVEN)
-    coefficients = rng.uniform(rng.key(5), (ROWS, 6), dtype=torch.float64)
-    coefficients[1] = torch.tensor([1.0, 0, 1, 0, 0, 0])
+    # A draw, what is kept unread, the prior, and what depends on p(z).
+    routes = [[1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 1, 0, 0.3, 0, 0.4]]
+    coefficients = torch.tensor(routes, dtype=torch.float64)
     for key in (KEY, rng.split(KEY, ROWS)):
         how = c.mixture(
             keys=c.keys_of(key),

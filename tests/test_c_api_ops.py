@@ -198,9 +198,10 @@ def test_sample(c: Library, head: Callable[[], Head], cut: dict[str, Any], each:
 def test_sample_mixture(c: Library, head: Callable[[], Head], prior: Any) -> None:
     logits = head()
     z, exclude = _index(logits), None if logits.shape[-1] == 1 else 3
-    table = rng.uniform(rng.key(5), (ROWS, 6), dtype=torch.float64)
-    table[2] = torch.tensor([1.0, 0, 1, 0, 0, 0])
-    for coefficients in (table, table[0]):
+    # A draw, what is kept unread, the prior, and what depends on p(z).
+    routes = [[1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 1, 0, 0.3, 0, 0.4]]
+    table = torch.tensor([*routes, [1, 0.1, 0.3, 0, 0.4, 0]], dtype=torch.float64)
+    for coefficients in (table, table[0], table[3]):
         how = c.mixture(
             keys=c.keys_of(KEY),
             coefficients=c.doubles(data=coefficients, stride=6 if coefficients.dim() > 1 else 0),
