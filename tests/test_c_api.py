@@ -46,9 +46,10 @@ def test_an_application_is_told_what_is_wrong(application: Path) -> None:
     assert done.stderr == message
 
 
-def test_the_header_is_c99_and_its_example_draws(application: Path) -> None:
+@pytest.mark.parametrize("program", ["header", "header_cuda"])
+def test_the_header_is_c99_and_its_example_draws(application: Path, program: str) -> None:
     draw = dlcore.categorical.sample(torch.zeros(2, 1000), temperature=0.8, key=dlcore.rng.key(7))
-    assert _run(application / "header").split() == [dlcore.__version__, *map(str, draw.tokens.tolist())]
+    assert _run(application / program).split() == [dlcore.__version__, *map(str, draw.tokens.tolist())]
 
 
 def test_the_version_is_pythons(c: Library) -> None:
