@@ -1,5 +1,4 @@
-// The categorical family on CUDA devices: the arguments of the CPU's, with pointers that the host cannot
-// read.
+// The categorical family on CUDA devices, whose memory the host cannot read.
 #include "../cuda/categorical.h"
 #include "../cuda/launch.h"
 #include "../cuda/uniform.h"
@@ -56,6 +55,7 @@ struct DeviceRows {
       : logits(view("logits.values", a.logits.values)), workspace(static_cast<char*>(workspace)) {
     if (a.logits.weight.data || a.logits.bias)
       refuse(DLCORE_UNSUPPORTED, "logits.weight must be none on CUDA");
+    product("workspace", {rows(), static_cast<int64_t>(sizeof(Summary))});
     softmax = softmax_of(a, rows(), logits.columns, true, Memory::kDevice);
   }
 
