@@ -50,8 +50,8 @@ DLCORE_HD inline void start_nelbo(const Summary& s, int64_t r, int64_t rows, dou
 // The loss of a row, nats. With ℓ = log1p(c p), S = Σ ℓ, Λ = log1p(c), n = V / (1 - α):
 // z = x: w·{(V·ℓ_z - S - (V-1)·Λ) / (1+c) - n·(1 / (1+c) - e^-ℓ_z)}
 // z ≠ x: w·{(1+c)·Λ + c·(ℓ_z - ℓ_x) + V·ℓ_z - S - n·(1 - e^-ℓ_z)}
-DLCORE_HD inline float finish_nelbo_row(const double* saved, int64_t rows, int64_t r, int64_t vocab, bool same,
-                                        double alpha, double dalpha) {
+DLCORE_HD inline float finish_nelbo_row(const double* saved, int64_t rows, int64_t r, int64_t vocab,
+                                        bool same, double alpha, double dalpha) {
   const auto v = static_cast<double>(vocab);
   const NelboRow row(alpha, dalpha, vocab);
   const double c = row.c, n = v / (1 - row.alpha), lambda = std::log1p(c), s = saved[3 * rows + r];
@@ -60,13 +60,13 @@ DLCORE_HD inline float finish_nelbo_row(const double* saved, int64_t rows, int64
   if (same)
     return static_cast<float>(
         row.w * ((v * at_z - s - (v - 1) * lambda) / (1 + c) - n * (1 / (1 + c) - std::exp(-at_z))));
-  return static_cast<float>(
-      row.w * ((1 + c) * lambda + c * (at_z - at_x) + v * at_z - s + n * std::expm1(-at_z)));
+  return static_cast<float>(row.w *
+                            ((1 + c) * lambda + c * (at_z - at_x) + v * at_z - s + n * std::expm1(-at_z)));
 }
 
-// The gradient of a row's loss times `grad`. dL/da_k = p_k (G_k - Σ p G) with G_k = w·{-A c r_k + [k=z]·(c r_z
-// (AV + c n) - V/(1-α) c r_z^2) - [k=x] n c^2 r_x}, r = 1 / (1 + c p), A = 1/(1+c) and n = 0 where z = x, else
-// 1 and 1.
+// The gradient of a row's loss times `grad`. dL/da_k = p_k (G_k - Σ p G) with G_k = w·{-A c r_k + [k=z]·(c
+// r_z (AV + c n) - V/(1-α) c r_z^2) - [k=x] n c^2 r_x}, r = 1 / (1 + c p), A = 1/(1+c) and n = 0 where z = x,
+// else 1 and 1.
 struct NelboSlopes {
   float ratio, slope, level;  // p·(slope / (1 + ratio·p) + level)
   double at_z, at_x;          // terms of their own of these entries

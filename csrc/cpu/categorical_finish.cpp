@@ -19,8 +19,7 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
 
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers) {
-  for (int64_t r = 0; r < rows; ++r)
-    finish_log_probs_row(state[r], target[r], with_index, rows, r, numbers);
+  for (int64_t r = 0; r < rows; ++r) finish_log_probs_row(state[r], target[r], with_index, rows, r, numbers);
 }
 
 bool follow_largest(const Summary* state, int64_t rows, bool start, double* references, float* factor) {

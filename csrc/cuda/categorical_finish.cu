@@ -1,6 +1,5 @@
 // From scanned rows to statistics and tokens, a thread a row.
 #include "../common/categorical_finish.h"
-
 #include "categorical.h"
 #include "device.h"
 #include "launch.h"

@@ -7,11 +7,13 @@ namespace dlcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident =
+    2;  // blocks a multiprocessor at least: left alone, the assembler aims for more, and spills
 constexpr int64_t kSpan = 2048;
 
 int64_t blocks(int64_t rows, int64_t spans) { return ceil_div(rows * spans, kThreads / kWarp); }
 
-// The gradient of a row's logits, entry by entry.
+// The gradient of a row's logits, run by run.
 class LogProbsGradient {
  public:
   __device__ LogProbsGradient(const LogProbsBackwardArguments& a, int64_t r)
@@ -23,16 +25,26 @@ class LogProbsGradient {
     spread_ = static_cast<float>(a.grad[2 * rows + r]) - at_target_ - at_index_;
   }
 
-  __device__ float operator()(float entry, int64_t token) const {
-    if (target_ < 0 || token == row_.exclude) return 0;
-    const float x = row_.transform(entry, token);
-    float grad = probability_(x) * spread_;
-    if (token == target_) grad += at_target_;
-    if (token == row_.index) grad += at_index_;
-    if (!(row_.softcap > 0)) return grad;
-    // d softcap / dx = 1 - tanh^2, of the entry before its shift.
-    const float tanh = (token == row_.index ? x - row_.shift : x) / row_.softcap;
-    return x == kNone ? 0 : grad * (1.0f - tanh * tanh);
+  template <int N>
+  __device__ void operator()(float (&x)[N], int64_t token) const {
+    float slope[N];  // of the softcap: 1 - tanh^2
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      slope[k] = 1;
+      if (row_.softcap > 0) {
+        x[k] = softcapped(x[k], row_.softcap);
+        const float tanh = x[k] / row_.softcap;
+        slope[k] = 1.0f - tanh * tanh;
+      }
+    }
+    add_at<N>(x, token, row_.index, row_.shift);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = target_ < 0 ? 0 : probability_(x[k]) * spread_;
+    add_at<N>(x, token, target_, at_target_);
+    add_at<N>(x, token, row_.index, at_index_);
+    const int excluded = place_of<N>(row_.exclude, token);
+#pragma unroll
+    for (int k = 0; k < N; ++k) x[k] = k == excluded ? 0 : x[k] * slope[k];
   }
 
  private:
@@ -43,13 +55,13 @@ class LogProbsGradient {
 };
 
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     log_probs_backward_kernel(const __grid_constant__ LogProbsBackwardArguments a, int64_t spans) {
   for (int64_t i = global_warp(); i < a.logits.rows * spans; i += all_warps()) {
     const int64_t r = i / spans, first = i % spans * kSpan;
     const LogProbsGradient gradient(a, r);
     map_span<N, kSpan>(a.logits.row<const T>(r), a.out.row<U>(r), first, a.logits.columns,
-                       [&](float x, int64_t column) { return gradient(x, a.first_token + column); });
+                       [&](float (&x)[N], int64_t column) { gradient(x, a.first_token + column); });
   }
 }
 
@@ -94,7 +106,8 @@ struct KLSums {
 
  private:
   __device__ void refer(float p, float q, float scale) {
-    const float p_drop = p_top > kNone ? (p_top - p) * scale : 0, q_drop = q_top > kNone ? (q_top - q) * scale : 0;
+    const float p_drop = p_top > kNone ? (p_top - p) * scale : 0,
+                q_drop = q_top > kNone ? (q_top - q) * scale : 0;
     gap = exp2_fast(fmaxf(p_drop, -125.0f)) * (gap + p_sum * (p_drop - q_drop));
     p_sum *= exp2_fast(p_drop);
     q_sum *= exp2_fast(q_drop);
@@ -108,7 +121,7 @@ __device__ float inverse(const PerRow<float>& temperature, int64_t r) {
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     kl_kernel(const __grid_constant__ KLArguments a, KLSummary* parts, int64_t spans) {
   constexpr int kEntries = KLSums::kEntries;
   for (int64_t i = global_warp(); i < a.p.rows * spans; i += all_warps()) {
@@ -153,7 +166,7 @@ struct LogProbability {
 };
 
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     kl_backward_kernel(const __grid_constant__ KLBackwardArguments a, int64_t spans) {
   const int64_t rows = a.p.rows;
   for (int64_t i = global_warp(); i < rows * spans; i += all_warps()) {
@@ -199,8 +212,8 @@ void kl(const KLArguments& a, bool start, void* workspace, cudaStream_t stream) 
   const int64_t spans = ceil_div(a.p.columns, kSpan);
   auto* parts = static_cast<KLSummary*>(workspace);
   with_gradient(a.p, a.q, [&](auto p, auto, auto abreast) {
-    launch("categorical.kl", kl_kernel<decltype(p), decltype(abreast)::value>, blocks(a.p.rows, spans), kThreads,
-           stream, a, parts, spans);
+    launch("categorical.kl", kl_kernel<decltype(p), decltype(abreast)::value>, blocks(a.p.rows, spans),
+           kThreads, stream, a, parts, spans);
   });
   launch("categorical.kl's parts", kl_reduce_kernel, ceil_div(a.p.rows, kThreads), kThreads, stream, parts,
          a.p.rows, spans, start, a.state);

@@ -1,8 +1,8 @@
 // One read of the logits: statistics and an exact draw.
 //
-// A warp reads a chunk of a row, four groups of 256 tokens at a time, eight lanes a group, and leaves one Part
-// of it; chunks know nothing of each other, so a row may have one or many. A second kernel, a warp a row,
-// merges the parts, and reads the two groups that matter again: the largest entry's and the draw's.
+// A warp reads a chunk of a row, four groups of 256 tokens at a time, eight lanes a group, and leaves one
+// Part of it; chunks know nothing of each other, so a row may have one or many. A second kernel, a warp a
+// row, merges the parts, and reads the two groups that matter again: the largest entry's and the draw's.
 #include "../common/noise.h"
 #include "categorical.h"
 #include "launch.h"
@@ -24,7 +24,7 @@ constexpr int64_t kEnoughChunks = 4096;
 struct alignas(16) Part {
   float top, second;  // the largest logit, and the largest of other groups
   float sum, weighted;
-  float score;  // the draw's, relative to the largest logit
+  float score;       // the draw's, relative to the largest logit
   int best, winner;  // groups of the row
   int unused;
 };
@@ -123,8 +123,8 @@ __global__ void __launch_bounds__(kThreads)
       const GroupSums s = sum_group(x, row.inverse_temperature * kLog2E);
       if (place == step) kept = s;
     }
-    const Part part = merge_groups(kept, kAbreastGroups * place + octet, row, a.keys, r, first,
-                                   a.first_token / kGroup);
+    const Part part =
+        merge_groups(kept, kAbreastGroups * place + octet, row, a.keys, r, first, a.first_token / kGroup);
     if (lane == 0) parts[i] = part;
   }
 }
@@ -320,9 +320,8 @@ int64_t scan_bytes(int64_t rows, int64_t columns) {
 
 void scan(const ScanArguments& a, void* workspace, cudaStream_t stream) {
   const Plan plan(a.logits.rows, a.logits.columns);
-  with_dtype(a.logits.dtype, [&](auto type) {
-    launch_both<decltype(type)>(a, static_cast<Part*>(workspace), plan, stream);
-  });
+  with_dtype(a.logits.dtype,
+             [&](auto type) { launch_both<decltype(type)>(a, static_cast<Part*>(workspace), plan, stream); });
 }
 
 }  // namespace dlcore::cuda

@@ -23,7 +23,9 @@ __device__ inline int64_t global_warp() {
   return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
 }
 __device__ inline int64_t all_warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp; }
-__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t global_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
 __device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 
@@ -131,16 +133,29 @@ __device__ inline Leader find_leader(float value, int at) {
   return {best, __reduce_min_sync(kAllLanes, value == best ? at : 0x7FFFFFFF)};
 }
 
-// out = f(in, column) over the columns of a span, by a warp.
+// Which of N entries from `first` on is `id`, -1 if none is. A comparison of each with it stays in registers.
+template <int N>
+__device__ int place_of(int64_t id, int64_t first) {
+  return id >= first && id < first + N ? static_cast<int>(id - first) : -1;
+}
+
+// Adds to the entry of a run at token `first` that is `token`.
+template <int N>
+__device__ void add_at(float* run, int64_t first, int64_t token, float value) {
+  const int place = place_of<N>(token, first);
+#pragma unroll
+  for (int k = 0; k < N; ++k) run[k] += k == place ? value : 0.0f;
+}
+
+// Reads the columns of a span N at a time, by a warp; what f(x, column) makes of a run x goes to out.
 template <int N, int64_t SPAN, class T, class U, class F>
 __device__ void map_span(const T* in, U* out, int64_t first, int64_t columns, F f) {
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t at = first + lane_id() * N; at < first + SPAN; at += kWarp * N) {
     float x[N];
     if (at >= columns) break;
     load_run<N>(in, at, columns, 0, x);
-#pragma unroll
-    for (int k = 0; k < N; ++k) x[k] = f(x[k], at + k);
+    f(x, at);
     store_run<N>(out, at, columns, x);
   }
 }

@@ -1,6 +1,5 @@
 // The bindings of categorical.
 #include "categorical.h"
-
 #include "module.h"
 
 namespace dlcore::cuda {
@@ -36,8 +35,8 @@ void bind_categorical(py::module_& m) {
   });
   m.def("finish_mixture", [](const py::tuple& arguments, int64_t rows, Address state, Address skip,
                              Address tokens, Address stream) {
-    finish_mixture(mixture(arguments, rows), at<Summary>(state), at<const uint8_t>(skip),
-                   at<int64_t>(tokens), stream_at(stream));
+    finish_mixture(mixture(arguments, rows), at<Summary>(state), at<const uint8_t>(skip), at<int64_t>(tokens),
+                   stream_at(stream));
   });
   m.def("log_probs_backward",
         [](const py::tuple& logits, int64_t first_token, const py::tuple& parameters, Address target,
@@ -66,19 +65,18 @@ void bind_categorical(py::module_& m) {
   m.def("finish_kl", [](Address state, int64_t rows, Address numbers, Address stream) {
     finish_kl(at<KLSummary>(state), rows, at<double>(numbers), stream_at(stream));
   });
-  m.def("kl_backward",
-        [](const py::tuple& p, const py::tuple& q, const py::object& temperature, Address grad,
-           Address numbers, const py::tuple& p_out, const py::tuple& q_out, Address stream) {
-          KLBackwardArguments a;
-          a.p = view(p);
-          a.q = view(q);
-          a.temperature = per_row<float>(temperature);
-          a.grad = at<const double>(grad);
-          a.numbers = at<const double>(numbers);
-          a.p_out = view(p_out);
-          a.q_out = view(q_out);
-          kl_backward(a, stream_at(stream));
-        });
+  m.def("kl_backward", [](const py::tuple& p, const py::tuple& q, const py::object& temperature, Address grad,
+                          Address numbers, const py::tuple& p_out, const py::tuple& q_out, Address stream) {
+    KLBackwardArguments a;
+    a.p = view(p);
+    a.q = view(q);
+    a.temperature = per_row<float>(temperature);
+    a.grad = at<const double>(grad);
+    a.numbers = at<const double>(numbers);
+    a.p_out = view(p_out);
+    a.q_out = view(q_out);
+    kl_backward(a, stream_at(stream));
+  });
 }
 
 }  // namespace dlcore::cuda

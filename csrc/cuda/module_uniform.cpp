@@ -26,9 +26,9 @@ void bind_uniform(py::module_& m) {
                  per_row<double>(dalpha), at<float>(loss), stream_at(stream));
   });
   m.def("nelbo_backward",
-        [](const py::tuple& logits, int64_t first_token, int64_t vocab, const py::tuple& parameters, Address z,
-           Address x, const py::object& alpha, const py::object& dalpha, Address grad, Address saved,
-           const py::tuple& out, Address stream) {
+        [](const py::tuple& logits, int64_t first_token, int64_t vocab, const py::tuple& parameters,
+           Address z, Address x, const py::object& alpha, const py::object& dalpha, Address grad,
+           Address saved, const py::tuple& out, Address stream) {
           NelboBackwardArguments a;
           a.logits = view(logits);
           a.first_token = first_token;

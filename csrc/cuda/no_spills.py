@@ -1,4 +1,4 @@
-"""A launcher of nvcc: prints what the assembler says of each kernel's registers, and fails on spills or stack.
+"""A launcher of nvcc that fails where the assembler says of a kernel that it spills or keeps a stack.
 
     python no_spills.py nvcc -Xptxas -v ...
 """
@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 KERNEL = re.compile(r"Compiling entry function '(\w+)' for '(\w+)'")
+ASSEMBLER = re.compile(r"^ptxas info|bytes stack frame")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -27,8 +28,9 @@ def complaints(log: str) -> list[str]:
 def main(command: list[str]) -> int:
     """Run the command; its exit status, or 1 if a kernel spills."""
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
-    sys.stderr.write(done.stderr)
     found = complaints(done.stderr)
+    said = (line for line in done.stderr.splitlines() if not ASSEMBLER.search(line))
+    print(*said, sep="\n", end="", file=sys.stderr)
     for line in found:
         print(f"local memory: {line}", file=sys.stderr)
     return done.returncode or bool(found)

@@ -1,14 +1,15 @@
 // The V-long sums of the uniform-state NELBO, and its gradient. A warp works on a span of a row.
-#include "uniform.h"
-
 #include "../common/noise.h"
 #include "launch.h"
 #include "softmax.h"
+#include "uniform.h"
 
 namespace dlcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident =
+    2;  // blocks a multiprocessor at least: left alone, the assembler aims for more, and spills
 constexpr int64_t kSpan = 2048;
 
 int64_t blocks(int64_t rows, int64_t spans) { return ceil_div(rows * spans, kThreads / kWarp); }
@@ -58,7 +59,7 @@ __global__ void start_kernel(const Summary* state, int64_t rows, double* saved) 
 }
 
 template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     nelbo_kernel(const __grid_constant__ NelboArguments a, Part* parts, int64_t spans) {
   for (int64_t i = global_warp(); i < a.logits.rows * spans; i += all_warps()) {
     const int64_t r = i / spans, first = i % spans * kSpan;
@@ -74,8 +75,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int k = 0; k < kEntries; k += N) {
         const int64_t column = at + (k / N * kWarp + lane_id()) * N;
         load_run<N>(p, column, end, kNone, y + k);
+        add_at<N>(y + k, a.first_token + column, row.index, row.shift);
 #pragma unroll
-        for (int j = 0; j < N; ++j) y[k + j] = scaled(row.transform(y[k + j], a.first_token + column + j));
+        for (int j = 0; j < N; ++j) y[k + j] = scaled(y[k + j]);
       }
       add_entries(y, c, sums);
     }
@@ -99,7 +101,7 @@ __global__ void finish_kernel(const double* saved, int64_t rows, int64_t vocab, 
 }
 
 template <class T, class U, int N>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kResident)
     backward_kernel(const __grid_constant__ NelboBackwardArguments a, int64_t spans) {
   const int64_t rows = a.logits.rows;
   for (int64_t i = global_warp(); i < rows * spans; i += all_warps()) {
@@ -108,15 +110,18 @@ __global__ void __launch_bounds__(kThreads)
     const NelboSlopes g(a.saved, rows, r, a.vocab, z == x, a.alpha[r], a.dalpha[r], a.grad[r]);
     const Probability probability(a.saved[r]);
     const auto at_z = static_cast<float>(g.at_z), at_x = static_cast<float>(g.at_x);
-    map_span<N, kSpan>(a.logits.row<const T>(r), a.out.row<U>(r), first, a.logits.columns,
-                       [&](float entry, int64_t column) {
-                         const int64_t token = a.first_token + column;
-                         const float p = probability(row.transform(entry, token));
-                         float grad = p * (g.slope / fmaf(p, g.ratio, 1.0f) + g.level);
-                         if (token == z) grad += at_z;
-                         if (token == x) grad += at_x;
-                         return grad;
-                       });
+    const auto differentiate = [&](float (&run)[N], int64_t column) {
+      const int64_t token = a.first_token + column;
+      add_at<N>(run, token, row.index, row.shift);
+#pragma unroll
+      for (int k = 0; k < N; ++k) {
+        const float p = probability(run[k]);
+        run[k] = p * (g.slope / fmaf(p, g.ratio, 1.0f) + g.level);
+      }
+      add_at<N>(run, token, z, at_z);
+      add_at<N>(run, token, x, at_x);
+    };
+    map_span<N, kSpan>(a.logits.row<const T>(r), a.out.row<U>(r), first, a.logits.columns, differentiate);
   }
 }
 
@@ -134,11 +139,11 @@ void nelbo(const NelboArguments& a, void* workspace, cudaStream_t stream) {
   const int64_t rows = a.logits.rows, spans = ceil_div(a.logits.columns, kSpan);
   auto* parts = static_cast<Part*>(workspace);
   with_gradient(a.logits, a.logits, [&](auto in, auto, auto abreast) {
-    launch("uniform.nelbo", nelbo_kernel<decltype(in), decltype(abreast)::value>, blocks(rows, spans), kThreads,
-           stream, a, parts, spans);
+    launch("uniform.nelbo", nelbo_kernel<decltype(in), decltype(abreast)::value>, blocks(rows, spans),
+           kThreads, stream, a, parts, spans);
   });
-  launch("uniform.nelbo's parts", reduce_kernel, ceil_div(rows, kThreads), kThreads, stream, parts, rows, spans,
-         a.saved);
+  launch("uniform.nelbo's parts", reduce_kernel, ceil_div(rows, kThreads), kThreads, stream, parts, rows,
+         spans, a.saved);
 }
 
 void finish_nelbo(const double* saved, int64_t rows, int64_t vocab, const int64_t* z, const int64_t* x,

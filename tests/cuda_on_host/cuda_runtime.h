@@ -2,8 +2,8 @@
 // block by block with every thread a fiber. A test of logic and indexing, not of speed.
 //
 // Threads give way at barriers and warp operations alone, and the next to run is drawn at random, so a thread
-// may be far ahead of its neighbours wherever no barrier holds it back. What a GPU would leave undefined is an
-// error here: barriers that not all threads of a block reach, lanes that a mask names and that never come,
+// may be far ahead of its neighbours wherever no barrier holds it back. What a GPU would leave undefined is
+// an error here: barriers that not all threads of a block reach, lanes that a mask names and that never come,
 // loads and stores at addresses that are not multiples of their size.
 #pragma once
 
@@ -64,8 +64,8 @@ struct Fiber {
   ucontext_t context;
   std::unique_ptr<char[]> stack{new char[kStack]};
   Waits waits = Waits::kNothing;
-  unsigned mask = 0;     // of the warp operation that it waits for
-  uint64_t posted = 0;   // what it gives to the others of its warp
+  unsigned mask = 0;    // of the warp operation that it waits for
+  uint64_t posted = 0;  // what it gives to the others of its warp
   void* sanitizer = nullptr;
 };
 
@@ -282,7 +282,6 @@ void aligned(const T* p) {
 }
 
 }  // namespace cuda_on_host
-
 
 inline void __syncthreads() { cuda_on_host::machine().block_barrier(); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_on_host::exchange(mask, 0, 0); }
