@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <locale>
 #include <memory>
 #include <sstream>
 #include <string>
@@ -23,6 +24,7 @@ struct Refusal {
 template <class... Parts>
 [[noreturn]] void refuse(dlcore_status status, const Parts&... parts) {
   std::ostringstream message;
+  message.imbue(std::locale::classic());
   message.precision(9);
   (message << ... << parts);
   throw Refusal{status, message.str()};
