@@ -489,7 +489,8 @@ def test_no_rows_need_no_arrays(c: Library, name: str) -> None:
     arguments = CALLS[name](c)
     for place, argument in enumerate(arguments):
         for matrix in _matrices(argument):
-            matrix.rows, matrix.data = 0, None
+            if matrix.rows == ROWS:
+                matrix.rows, matrix.data = 0, None
         if isinstance(argument, Tensor):
             arguments[place] = None
         elif type(argument).__name__ == "dlcore_attention":
