@@ -43,7 +43,7 @@ struct DeviceRows {
     a.logits = logits;
     a.softmax = softmax;
     a.state = state();
-    cuda::scan(a, scratch(), stream_of(stream));
+    cuda::scan(a, nullptr, scratch(), stream_of(stream));
   }
 
   View logits;
@@ -105,7 +105,7 @@ dlcore_status dlcore_cuda_categorical_sample(const dlcore_categorical* softmax, 
     needed("tokens", tokens, a.rows());
     needed("numbers", numbers, a.rows());
     a.scan(draw, stream);
-    cuda::finish_sample(a.state(), a.rows(), tokens, numbers, stream_of(stream));
+    cuda::finish_sample(a.state(), a.state(), a.rows(), tokens, numbers, stream_of(stream));
   });
 }
 
