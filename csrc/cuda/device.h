@@ -62,7 +62,8 @@ struct Packed {
     x.word = __ldcs(reinterpret_cast<const Word*>(p));
     return x;
   }
-  __device__ void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
+  // (The compiler would take an assignment apart.)
+  __device__ void store(T* p) const { __stwb(reinterpret_cast<Word*>(p), word); }
 };
 
 __device__ inline float larger(float a, float b) { return fmaxf(a, b); }
@@ -108,7 +109,9 @@ __device__ inline int64_t global_warp() {
   return (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
 }
 __device__ inline int64_t all_warps() { return static_cast<int64_t>(gridDim.x) * blockDim.x / kWarp; }
-__device__ inline int64_t global_thread() { return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; }
+__device__ inline int64_t global_thread() {
+  return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
 __device__ inline int64_t all_threads() { return static_cast<int64_t>(gridDim.x) * blockDim.x; }
 __device__ inline int lane_id() { return static_cast<int>(threadIdx.x) % kWarp; }
 
