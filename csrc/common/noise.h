@@ -32,15 +32,45 @@ DLCORE_HD inline float unit(uint32_t high, uint32_t low) {
   return fmaf(static_cast<float>(high), 0x1p-32f, fmaf(static_cast<float>(low), 0x1p-64f, 0x1p-65f));
 }
 
+// The lesser of u and 1 - u for 64 bits u: the latter from the complemented bits.
+struct Lesser {
+  bool large;  // whether u is the greater
+  float value;
+  DLCORE_HD explicit Lesser(uint64_t bits) {
+    const auto flip = static_cast<uint32_t>(static_cast<int32_t>(high_word(bits)) >> 31);
+    large = flip != 0;
+    value = unit(high_word(bits) ^ flip, low_word(bits) ^ flip);
+  }
+};
+
 // -log1p(-u) for 64 bits u, without loss at either end.
 DLCORE_HD inline float exponential(uint64_t bits) {
-  // The lesser of u and 1 - u: the latter from the complemented bits.
-  const auto flip = static_cast<uint32_t>(static_cast<int32_t>(high_word(bits)) >> 31);
-  const bool large = flip != 0;
-  const float lesser = unit(high_word(bits) ^ flip, low_word(bits) ^ flip);
+  const Lesser lesser(bits);
   // 1 - u, where it is the greater rounded, with its rounding given back below.
-  const float w = large ? lesser : 1.0f - lesser, residual = large ? 0.0f : (1.0f - w) - lesser;
+  const float w = lesser.large ? lesser.value : 1.0f - lesser.value;
+  const float residual = lesser.large ? 0.0f : (1.0f - w) - lesser.value;
   return -fmaf(residual, 2.0f - w, log_near(w));
+}
+
+// log2(x) for normal x; the hardware's on a device, whose error is 2^-22: relative, between ½ and 2 absolute.
+DLCORE_HD inline float log2_fast(float x) {
+#if defined(__CUDA_ARCH__)
+  float r;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+#else
+  return log2f(x);
+#endif
+}
+
+// The same as exponential in half as many operations, good enough for a radius: to 2^-22 where it is below 1,
+// relative above, and below 2^-4 relative, too, where its series stands for the logarithm.
+DLCORE_HD inline float exponential_fast(uint64_t bits) {
+  const Lesser lesser(bits);
+  const float u = lesser.value;
+  const float series = fmaf(u * u, fmaf(fmaf(fmaf(u, 0.2f, 0.25f), u, 1.0f / 3), u, 0.5f), u);
+  const float far = log2_fast(lesser.large ? u : 1.0f - u) * -0.693147181f;
+  return !lesser.large && u < 0x1p-4f ? series : far;
 }
 
 // -log(-log1p(-u)) for 64 bits u; u -> 0 is the winning tail, up to 45.
@@ -92,7 +122,7 @@ struct NormalPair {
 
 DLCORE_HD inline NormalPair normals(Key key, Domain domain, int64_t pair) {
   const Block b = block(key, domain, pair);
-  const float radius = root(exponential(bits(b, 0)) * 2.0f);
+  const float radius = root(exponential_fast(bits(b, 0)) * 2.0f);
   const SineCosine1 angle = sine_cosine(high_word(bits(b, 1)));
   return {radius * angle.cosine, radius * angle.sine};
 }

@@ -1,6 +1,7 @@
 // Numbers as bits.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -19,5 +20,7 @@ DLCORE_HD inline float float_of(uint32_t bits) {
   memcpy(&x, &bits, sizeof x);
   return x;
 }
+
+DLCORE_HD inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 
 }  // namespace dlcore

@@ -8,7 +8,6 @@ namespace dlcore {
 
 DLCORE_HD inline bool less(float a, float b) { return a < b; }
 DLCORE_HD inline float select(bool mask, float yes, float no) { return mask ? yes : no; }
-DLCORE_HD inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 DLCORE_HD inline float magnitude(float x) { return fabsf(x); }
 
 // NaN, where x is.
