@@ -205,6 +205,7 @@ TRITON: dict[str, tuple[str, ...]] = {
 
 #: The ops of each module of dlcore.cuda.
 CUDA: dict[str, tuple[str, ...]] = {
+    "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
     "categorical": (
         "categorical.stats",
         "categorical.sample",

@@ -1,5 +1,5 @@
 // Tokens to bits and back. Compiled once per ISA level.
-#include "../common/bits.h"
+#include "../common/bits_functions.h"
 #include "kernels.h"
 #include "parallel.h"
 #include "rows.h"
@@ -10,13 +10,6 @@ namespace {
 // Rows that one task takes: a row is short.
 constexpr int64_t kRowsAtOnce = 256;
 constexpr int kMostBits = 64;
-
-uint64_t to_gray(uint64_t code) { return code ^ code >> 1; }
-
-uint64_t from_gray(uint64_t code) {
-  for (int shift = 1; shift < 64; shift *= 2) code ^= code >> shift;
-  return code;
-}
 
 // The lowest `width` bits the other way round.
 uint64_t reversed(uint64_t x, int width) {
@@ -67,11 +60,7 @@ int64_t decode_row(const BitDecodeArguments& a, const T* row, int width) {
   if (broken) return -1;
   if (a.msb) code = reversed(code, width);
   if (a.gray) code = from_gray(code);
-  auto token = static_cast<int64_t>(code);
-  if (a.vocab == 0) return token;
-  // Seldom more than once around: a subtraction takes less than a division.
-  token -= token >= a.vocab ? a.vocab : 0;
-  return token >= a.vocab ? token % a.vocab : token;
+  return wrapped(static_cast<int64_t>(code), a.vocab);
 }
 
 }  // namespace

@@ -1,8 +1,7 @@
 // The posterior, the step and the losses of bits, each in one pass. Compiled once per ISA level.
-#include "../common/bits.h"
-
 #include <type_traits>
 
+#include "../common/bits_functions.h"
 #include "kernels.h"
 #include "normal.h"
 #include "parallel.h"
@@ -155,59 +154,7 @@ void for_groups(int64_t row, int64_t first, int64_t count, Body body) {
     body(Place{row, at, std::min(kPass, first + count - at)});
 }
 
-template <int N>
-[[gnu::always_inline]] inline Lanes<FloatPart, N> clamped(const Lanes<FloatPart, N>& x, float limit) {
-  return max(-limit, min(limit, x));
-}
-
-template <int N>
-[[gnu::always_inline]] inline Lanes<FloatPart, N> magnitude(const Lanes<FloatPart, N>& x) {
-  return floats_of(words_of(x) & 0x7FFFFFFFu);
-}
-
-// e^-x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
-template <int N>
-[[gnu::always_inline]] inline Lanes<FloatPart, N> exp_minus(const Lanes<FloatPart, N>& x) {
-  const auto y = clamped(x, 86.0f);
-  const auto n = each([](FloatPart v) { return Exponent(v); }, y * -kLog2E);
-  // -y·log2(e) less n, with the digits of log2(e) that a float lacks.
-  auto f = fused(y, -kLog2E, each([](Exponent e) { return -e.value(); }, n));
-  f = fused(y, -0x1.4ae0cp-26f, f);
-  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
-}
-
-template <int N>
-[[gnu::always_inline]] inline Lanes<FloatPart, N> sigmoid(const Lanes<FloatPart, N>& l) {
-  return 1.0f / (exp_minus(l) + 1.0f);
-}
-
-// sigmoid(l) and 1 - sigmoid(l), both with small relative errors.
-template <class L>
-struct Sigmoid {
-  L set, clear;
-  [[gnu::always_inline]] explicit Sigmoid(const L& l) {
-    const L tail = exp_minus(magnitude(l)), large = 1.0f / (tail + 1.0f), small = tail * large;
-    const auto negative = less(l, 0.0f);
-    set = select(negative, small, large);
-    clear = select(negative, large, small);
-  }
-};
-
-// What a coding makes of x.
-struct Filter {
-  float centre, clip;
-  explicit Filter(const BitCoding& c) : centre((c.low + c.high) / 2), clip(c.clip) {}
-  // (x - centre)·slope: a centre of ½ or 0 times slope is exact, so one rounding where the machine fuses.
-  template <class L>
-  L raw(const L& x, const L& slope) const {
-    if constexpr (kFused) return fused(x, slope, slope * -centre);
-    return (x - centre) * slope;
-  }
-  template <class L>
-  L operator()(const L& x, const L& slope) const {
-    return clamped(raw(x, slope), clip);
-  }
-};
+using Filter = BitFilter<kFused>;
 
 }  // namespace
 
@@ -255,10 +202,9 @@ void step_span(const BitStepArguments& a, int64_t row, int64_t first, int64_t co
     if (churned) fill_normal(key, Domain::kElement, place.first, place.count, noise.at);
     float *p_to = probs.lanes(), *to = next.lanes();
     for_lanes(place.count, [&](int64_t i, auto as) {
-      const auto here = Each{x}.at(i, as), keep = ratio.at(i, as), rest = 1.0f - keep;
+      const auto here = Each{x}.at(i, as);
       const auto p = sigmoid(residual.at(i, as) + filter(here, slope.at(i, as)));
-      // keep·x + (1 - keep)·mean: where σ stays, so does x, to the bit.
-      auto moved = fused(rest * width, p, fused(keep, here, rest * low));
+      auto moved = stepped(here, p, ratio.at(i, as), low, width);
       if constexpr (churned) moved = fused(spread.at(i, as), Each{noise.at}.at(i, as), moved);
       store(p_to + i, p);
       store(to + i, moved);
@@ -346,27 +292,6 @@ class LossRow {
   Group x_, residual_, bits_;
 };
 
-// (high - low)², the square of the units.
-float weight(const BitCoding& c) { return (c.high - c.low) * (c.high - c.low); }
-
-// p - b without cancellation at either end.
-template <class L>
-[[gnu::always_inline]] inline L error(const Sigmoid<L>& s, const L& bit) {
-  return fused(s.set, 1.0f - bit, 0.0f - s.clear * bit);
-}
-
-template <class Kind, class L>
-L squared(const LossGroup<Kind>& g, int64_t i, L as) {
-  const L d = error(Sigmoid<L>(g.logit(i, as)), g.bit(i, as));
-  return d * d;
-}
-
-template <class Kind, class L>
-L cross_entropy(const LossGroup<Kind>& g, int64_t i, L as) {
-  const L l = g.logit(i, as);
-  return max(0.0f, l) - g.bit(i, as) * l + log1p(exp_minus(magnitude(l)));
-}
-
 // The first `count` lanes, and zeros.
 Floats first_lanes(const Floats& x, int64_t count) {
   float lanes[kLanes];
@@ -400,9 +325,12 @@ void bit_loss(const BitLossArguments& a) {
       double total = 0;
       for_groups(row, first, count, [&](const Place& place) {
         const auto group = groups.along(place);
-        total += a.squared
-                     ? sum_over(place.count, [&](int64_t i, auto as) { return squared(group, i, as); })
-                     : sum_over(place.count, [&](int64_t i, auto as) { return cross_entropy(group, i, as); });
+        const auto sum_of = [&](auto loss) {
+          return sum_over(place.count,
+                          [&](int64_t i, auto as) { return loss(group.logit(i, as), group.bit(i, as)); });
+        };
+        total += a.squared ? sum_of([](const auto& l, const auto& b) { return squared_error(l, b); })
+                           : sum_of([](const auto& l, const auto& b) { return cross_entropy(l, b); });
       });
       a.sums[row * spans + first / kBitSpan] = scale * total;
     });
@@ -424,17 +352,13 @@ void bit_loss_backward(const BitLossBackwardArguments& b) {
       for_groups(row, first, count, [&](const Place& place) {
         const auto group = groups.along(place);
         for_lanes(place.count, [&](int64_t i, auto as) {
-          const Sigmoid<decltype(as)> s(group.logit(i, as));
-          auto grad = error(s, group.bit(i, as)) * scale;
-          if (a.squared) grad = grad * (s.set * s.clear);
-          store(in_logit.at + i, grad);
+          store(in_logit.at + i, logit_gradient(group.logit(i, as), group.bit(i, as), scale, a.squared));
         });
         write(b.residual_grad, place, in_logit);
         if (!b.x_grad.data) return;
         for_lanes(place.count, [&](int64_t i, auto as) {
-          const auto limit = Same{group.filter.clip}.at(i, as);
-          const auto clipped = less(limit, magnitude(group.raw(i, as)));
-          store(in_x.at + i, select(clipped, 0.0f, Each{in_logit.at}.at(i, as) * group.slope.at(i, as)));
+          store(in_x.at + i, through_filter(Each{in_logit.at}.at(i, as), group.raw(i, as),
+                                            group.slope.at(i, as), Same{group.filter.clip}.at(i, as)));
         });
         write(b.x_grad, place, in_x);
       });

@@ -296,6 +296,23 @@ inline Lanes<FloatPart, N> min(float a, const Lanes<FloatPart, N>& b) {
   return each([a](FloatPart y) { return min(spread(a), y); }, b);
 }
 
+// Within ±limit; NaN stays NaN.
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> clamped(const Lanes<FloatPart, N>& x, float limit) {
+  return max(-limit, min(limit, x));
+}
+
+// 0, where x is less; NaN stays NaN.
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> positive_part(const Lanes<FloatPart, N>& x) {
+  return max(0.0f, x);
+}
+
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> magnitude(const Lanes<FloatPart, N>& x) {
+  return floats_of(words_of(x) & 0x7FFFFFFFu);
+}
+
 // Whether `fused` rounds once.
 #if defined(__AVX512F__) || defined(__FMA__) || defined(__aarch64__)
 constexpr bool kFused = true;

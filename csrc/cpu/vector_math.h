@@ -41,6 +41,23 @@ inline Lanes<FloatPart, N> reciprocal(const Lanes<FloatPart, N>& x) {
   return r;
 }
 
+// 1 / x, correctly rounded.
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> inverse(const Lanes<FloatPart, N>& x) {
+  return 1.0f / x;
+}
+
+// e^-x for |x| <= 86, relative error 2^-22, and as of the nearer end elsewhere.
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> exp_minus(const Lanes<FloatPart, N>& x) {
+  const auto y = clamped(x, 86.0f);
+  const auto n = each([](FloatPart v) { return Exponent(v); }, y * -kLog2E);
+  // -y·log2(e) less n, with the digits of log2(e) that a float lacks.
+  auto f = fused(y, -kLog2E, each([](Exponent e) { return -e.value(); }, n));
+  f = fused(y, -0x1.4ae0cp-26f, f);
+  return each([](Exponent e, FloatPart v) { return e.scale(v); }, n, exp2_fraction(f));
+}
+
 // log(x) for positive normal x, relative error 2^-22 also next to 1.
 template <int N>
 inline Lanes<FloatPart, N> log(const Lanes<FloatPart, N>& x) {

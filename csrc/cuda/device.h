@@ -76,7 +76,8 @@ struct Packed {
     x.word = __ldcs(reinterpret_cast<const Word*>(p));
     return x;
   }
-  __device__ void store(T* p) const { *reinterpret_cast<Word*>(p) = word; }
+  // (The compiler would take an assignment apart.)
+  __device__ void store(T* p) const { __stwb(reinterpret_cast<Word*>(p), word); }
 };
 
 // The N entries from `at` on of a row that ends at `columns`, `past` beyond: at once, or the row's last few

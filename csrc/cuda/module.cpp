@@ -12,6 +12,7 @@ PYBIND11_MODULE(_cuda, m) {
   // What kind of torch device the pointers are of: tests build this module for the host.
   m.attr("DEVICE") = DLCORE_CUDA_DEVICE;
   dlcore::py::register_exception<dlcore::cuda::Error>(m, "Error", PyExc_RuntimeError);
+  dlcore::cuda::bind_bits(m);
   dlcore::cuda::bind_categorical(m);
   dlcore::cuda::bind_uniform(m);
 }

@@ -9,6 +9,7 @@ namespace dlcore::cuda {
 
 inline cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
 
+void bind_bits(py::module_& m);
 void bind_categorical(py::module_& m);
 void bind_uniform(py::module_& m);
 

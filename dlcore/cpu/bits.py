@@ -14,7 +14,7 @@ from dlcore.cpu.tensors import DTYPES, keyed, rows_contiguous, threads, view
 _NOISE = 8
 
 
-class _Rows:
+class Rows:
     """Tensors like x and parameters (n, ...) that broadcast to it, as kernels take them; keeps memory alive.
 
     With `join`, rows that share their parameters and lie back to back are one long row.
@@ -67,7 +67,7 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
-    rows, out = _Rows(slope.unsqueeze(0), x, residual, join=True), _result(x)
+    rows, out = Rows(slope.unsqueeze(0), x, residual, join=True), _result(x)
     used = threads(x.numel())
     seen, own = rows.views
     _C.bit_logits(seen, own, rows.parameters, (center, center, clip), sigmoid, out.data_ptr(), used)
@@ -92,7 +92,7 @@ def step(
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     key = None if key is None else key.contiguous()
-    rows, moved, probs = _Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
+    rows, moved, probs = Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
     seen, own = rows.views
     _C.bit_step(
         seen,
@@ -108,7 +108,7 @@ def step(
 
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
-    key, rows, out = key.contiguous(), _Rows(spread.unsqueeze(0), x), _result(x)
+    key, rows, out = key.contiguous(), Rows(spread.unsqueeze(0), x), _result(x)
     _C.bit_perturb(rows.views[0], rows.parameters, keyed(key), out.data_ptr(), threads(x.numel() * _NOISE))
     return out
 
@@ -123,7 +123,7 @@ def loss(
     clip: float,
     squared: bool,
 ) -> Tensor:
-    rows = _Rows(slope.unsqueeze(0), residual, x, bits)
+    rows = Rows(slope.unsqueeze(0), residual, x, bits)
     sums = torch.empty((*x.shape[:-1], _C.bit_spans(x.shape[-1])), dtype=torch.float64)
     _C.bit_loss(
         (rows.views, rows.parameters, (low, high, clip), squared), sums.data_ptr(), threads(x.numel())
@@ -143,7 +143,7 @@ def loss_backward(
     squared: bool,
     with_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    rows = _Rows(slope.unsqueeze(0), residual, x, bits)
+    rows = Rows(slope.unsqueeze(0), residual, x, bits)
     grad = (grad / x.shape[-1]).contiguous()
     residual_grad = torch.empty(x.shape, dtype=residual.dtype)
     x_grad = torch.empty(x.shape if with_x else (0,), dtype=x.dtype)

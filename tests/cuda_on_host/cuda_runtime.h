@@ -332,6 +332,10 @@ void __stcs(T* p, T value) {
   cuda_on_host::aligned(p);
   *p = value;
 }
+template <class T>
+void __stwb(T* p, T value) {
+  __stcs(p, value);
+}
 inline unsigned __float_as_uint(float x) {
   unsigned bits;
   std::memcpy(&bits, &x, sizeof bits);

@@ -1,0 +1,120 @@
+// Tokens to bits and back.
+#include "../common/bits_functions.h"
+#include "bits.h"
+#include "runs.h"
+
+namespace dlcore::cuda {
+namespace {
+
+constexpr int64_t kMostBits = 64;
+
+void check_width(const char* op, int64_t width) {
+  if (width < 1 || width > kMostBits)
+    throw std::invalid_argument(std::string(op) + ": width must lie in [1, 64], got " +
+                                std::to_string(width));
+}
+
+// n / d by way of a product, for d <= 64 and n < 64·kTileThreads.
+class Divisor {
+ public:
+  explicit Divisor(int d) : d_(d), inverse_((1u << kShift) / static_cast<unsigned>(d) + 1) {}
+  __device__ int quotient(int n) const {
+    return static_cast<int>(product(static_cast<uint32_t>(n), inverse_) >> kShift);
+  }
+  __device__ int d() const { return d_; }
+
+ private:
+  // The product exceeds 2^kShift·n / d by less than n, which is less than 2^kShift / d.
+  static constexpr int kShift = 20;
+  static_assert(kTileThreads * kMostBits * kMostBits <= 1 << kShift);
+  int d_;
+  uint32_t inverse_;
+};
+
+// A block takes as many tokens at once as it has threads.
+template <int WIDTH>
+__global__ void __launch_bounds__(kTileThreads)
+    encode_kernel(const __grid_constant__ BitEncodeArguments a, const __grid_constant__ Divisor width) {
+  __shared__ uint64_t codes[kTileThreads];
+  const int thread = static_cast<int>(threadIdx.x);
+  for (int64_t first = int64_t{blockIdx.x} * kTileThreads; first < a.count;
+       first += int64_t{gridDim.x} * kTileThreads) {
+    const int64_t rest = a.count - first;
+    const int tokens = static_cast<int>(rest < kTileThreads ? rest : kTileThreads);
+    __syncthreads();  // the codes before have been read
+    if (thread < tokens) {
+      const auto token = static_cast<uint64_t>(a.tokens[first + thread]);
+      codes[thread] = a.gray ? to_gray(token) : token;
+    }
+    __syncthreads();
+    float* out = a.out + first * width.d();
+    for (int at = thread * kRun; at < tokens * width.d(); at += kTileThreads * kRun) {
+      const int count = tokens * width.d() - at;
+      float x[kRun];
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        const int token = width.quotient(at + i), column = at + i - token * width.d();
+        const uint64_t code = i < count ? codes[token] : 0;
+        x[i] = code >> (a.msb ? width.d() - 1 - column : column) & 1 ? a.high : a.low;
+      }
+      store_run<WIDTH>(out + at, count, x);
+    }
+  }
+}
+
+template <int WIDTH>
+__global__ void __launch_bounds__(kTileThreads)
+    decode_kernel(const __grid_constant__ BitDecodeArguments a, const __grid_constant__ Tiling t) {
+  Row row;
+  const auto enter = [&](int64_t r) { row = Row(a.x, r); };
+  for_tiles(t, enter, [&](const Place& place) {
+    Run<WIDTH> runs[kRuns];
+    uint64_t code = 0;
+    int broken = 0;
+    if (place.live) {
+#pragma unroll
+      for (int k = 0; k < kRuns; ++k) row.load(place.column(k), place.count(k), runs[k]);
+#pragma unroll
+      for (int k = 0; k < kRuns; ++k) {
+        float x[kRun];
+        row.widened(runs[k], x);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (i >= place.count(k)) continue;
+          const int column = place.column(k) + i, shift = a.msb ? place.left - 1 - column : column;
+          code |= static_cast<uint64_t>(x[i] > a.threshold) << shift;
+          broken |= x[i] != x[i];
+        }
+      }
+    }
+    for (int other = t.lanes / 2; other > 0; other /= 2) {
+      code |= __shfl_xor_sync(kAllLanes, code, other);
+      broken |= __shfl_xor_sync(kAllLanes, broken, other);
+    }
+    if (!place.live || place.own != 0) return;
+    if (a.gray) code = from_gray(code);
+    a.tokens[place.row] = broken ? -1 : wrapped(static_cast<int64_t>(code), a.vocab);
+  });
+}
+
+}  // namespace
+
+void bit_encode(const BitEncodeArguments& a, cudaStream_t stream) {
+  check_width("bits.encode", a.width);
+  const auto run = [&](auto abreast) {
+    launch("bits.encode", encode_kernel<abreast>, ceil_div(a.count, kTileThreads), kTileThreads, stream, a,
+           Divisor(a.width));
+  };
+  with_width(narrowest(kRun, floats(a.out, 1, a.count * a.width)), run);
+}
+
+void bit_decode(const BitDecodeArguments& a, cudaStream_t stream) {
+  check_width("bits.decode", a.x.columns);
+  const Tiling t(a.x.rows, a.x.columns);
+  const auto run = [&](auto abreast) {
+    launch("bits.decode", decode_kernel<abreast>, t.tiles, kTileThreads, stream, a, t);
+  };
+  with_width(narrowest(kRun, a.x), run);
+}
+
+}  // namespace dlcore::cuda
