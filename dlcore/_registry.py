@@ -211,6 +211,7 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.sample_mixture",
         "categorical.log_probs",
     ),
+    "sphere": (*TRITON["sphere"], "sphere.sample"),
 }
 
 

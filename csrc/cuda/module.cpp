@@ -13,4 +13,5 @@ PYBIND11_MODULE(_cuda, m) {
   m.attr("DEVICE") = DLCORE_CUDA_DEVICE;
   dlcore::py::register_exception<dlcore::cuda::Error>(m, "Error", PyExc_RuntimeError);
   dlcore::cuda::bind_categorical(m);
+  dlcore::cuda::bind_sphere(m);
 }

@@ -10,5 +10,6 @@ namespace dlcore::cuda {
 inline cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
 
 void bind_categorical(py::module_& m);
+void bind_sphere(py::module_& m);
 
 }  // namespace dlcore::cuda
