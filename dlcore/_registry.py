@@ -215,6 +215,7 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.kl",
         "categorical.kl_backward",
     ),
+    "sphere": (*TRITON["sphere"], "sphere.sample"),
     "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 

@@ -127,4 +127,9 @@ DLCORE_HD inline NormalPair normals(Key key, Domain domain, int64_t pair) {
   return {radius * angle.cosine, radius * angle.sine};
 }
 
+// Entries 2i and 2i + 1 of a random direction, before it has length 1.
+DLCORE_HD inline NormalPair direction(Key key, int64_t pair) {
+  return normals(key, Domain::kDirection, pair);
+}
+
 }  // namespace dlcore

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <vector>
 
+#include "../common/sphere_rows.h"
 #include "kernels.h"
 #include "normal.h"
 #include "parallel.h"
@@ -39,8 +40,8 @@ void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
     store(moved + i, y);
     square = fused(y, y, square);
   });
-  const Sized sized(sum(square), moved, columns);
-  const auto scale = static_cast<float>(over(1, std::sqrt(sized.square)));
+  const sphere::Sized sized(sum(square), Entries<float, 1>{{moved}, columns}, 0);
+  const auto scale = static_cast<float>(sphere::over(1, std::sqrt(sized.square)));
   T* out = a.out.row<T>(r);
   each_sixteen<T>(columns,
                   [&](int64_t i, auto, auto place) { place(out, load(moved + i) * sized.factor * scale); });

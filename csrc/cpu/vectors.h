@@ -30,53 +30,34 @@ inline void each_sixteen(int64_t columns, F f) {
       });
 }
 
-// a / b, and 0 where b is 0.
-inline double over(double a, double b) { return b == 0 ? 0 : a / b; }
+// Vectors of a row, entry by entry, as csrc/common/sphere_rows.h asks for them.
+template <class T, int N>
+struct Entries {
+  const T* vector[N];
+  int64_t columns;
 
-// Whether a float's sum of squares has its digits: nothing overflowed, and nothing that counts underflowed.
-inline bool holds(double square) { return square > 1e-30 && square < 1e30; }
-
-// A factor for x and the square of the length that x then has, for x of any length: 1, unless its `square` in
-// float is no good, else a power of two that brings the largest entry next to 1. Zero has square 0.
-struct Sized {
-  float factor = 1;
-  double square;
-
-  template <class T>
-  Sized(double square_in_float, const T* x, int64_t columns) : square(square_in_float) {
-    if (holds(square)) return;
-    float largest = 0;
-    for (int64_t i = 0; i < columns; ++i) largest = std::max(largest, std::fabs(scalar(x[i])));
-    // 2^±126 are normal floats; the smallest entry times that is one, too.
-    if (largest > 0 && std::isfinite(largest))
-      factor = std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
-    square = 0;
-    for (int64_t i = 0; i < columns; ++i) {
-      const double entry = static_cast<double>(scalar(x[i])) * factor;
-      square += entry * entry;
-    }
+  float entry(int k, int64_t i) const { return scalar(vector[k][i]); }
+  float largest(int k) const {
+    float found = 0;
+    for (int64_t i = 0; i < columns; ++i) found = std::max(found, std::fabs(entry(k, i)));
+    return found;
   }
-};
-
-// A unit vector at right angles to x, as `along` x plus `spike` at entry `at`: from the axis that x is
-// farthest from. Where x is zero, that axis.
-struct Perpendicular {
-  int64_t at = 0;
-  double along = 0, spike = 1;
-
-  template <class T>
-  Perpendicular(const T* x, int64_t columns, double square) {
-    float smallest = std::fabs(scalar(x[0]));
+  int64_t smallest(int k) const {
+    int64_t at = 0;
+    float least = std::fabs(entry(k, 0));
     for (int64_t i = 1; i < columns; ++i) {
-      const float size = std::fabs(scalar(x[i]));
-      if (!(size < smallest)) continue;
-      smallest = size;
+      const float size = std::fabs(entry(k, i));
+      if (!(size < least)) continue;
+      least = size;
       at = i;
     }
-    if (!(square > 0)) return;
-    const double entry = scalar(x[at]);
-    spike = 1 / std::sqrt(1 - entry * entry / square);
-    along = -entry / square * spike;
+    return at;
+  }
+  template <class F>
+  double sum(F f) const {
+    double total = 0;
+    for (int64_t i = 0; i < columns; ++i) total += f(i);
+    return total;
   }
 };
 

@@ -1,11 +1,11 @@
 // Draws of the von Mises-Fisher and the spherical Cauchy law. Compiled once per ISA level.
 //
-// A point is W·μ + √(1 - W²)·v with v uniform across the mean direction μ, a projected normal vector. The
-// cosine W is (m + y)/(1 + my), y the cosine of a uniform point: as it is for the Cauchy law, after Wood's
-// rejection for von Mises-Fisher, in a form without κ's large differences.
+// A point is W·μ + √(1 - W²)·v with v uniform across the mean direction μ, a projected normal vector; for the
+// cosine W see csrc/common/sphere_draw.h.
 #include <cmath>
 #include <vector>
 
+#include "../common/sphere_draw.h"
 #include "kernels.h"
 #include "normal.h"
 #include "parallel.h"
@@ -14,37 +14,13 @@
 namespace dlcore::DLCORE_ISA {
 namespace {
 
-// Each is taken with probability 0.65 or more, so that a row has none with probability 1e-14; it keeps its
-// last.
-constexpr int kCandidates = 32;
-
-struct Cosine {
-  double cosine, sine;
-};
-
-// -log1p(-u) and u for 64 bits.
-double exponential(uint64_t bits) {
-  const auto unit = [](uint64_t b) { return high_word(b) * 0x1p-32 + (low_word(b) + 0.5) * 0x1p-64; };
-  return bits >> 63 ? -std::log(unit(~bits)) : -std::log1p(-unit(bits));
-}
-
-// Candidate k: y = t/√(q + t²) for Student's t with q = d - 1 degrees of freedom (Bailey 1994), from draws 4k
-// and 4k + 1; it is taken where the exponential number of draw 4k + 2 exceeds q·(log(1 + s) - s/(1 + s)), s =
-// my.
-Cosine draw_cosine(Key key, double kappa, int64_t d, bool reject) {
-  const auto q = static_cast<double>(d - 1);
-  const double b = q / (2 * kappa + std::sqrt(4 * kappa * kappa + q * q));
-  const double m = (1 - b) / (1 + b), width = 2 * std::sqrt(b) / (1 + b);  // width² = 1 - m²
-  Cosine found{};
-  for (int k = 0; k < kCandidates; ++k) {
-    const Block first = block(key, Domain::kCosine, 2 * k);
-    const double turn = std::cos(6.283185307179586 * uniform(bits(first, 1)));
-    const double square = turn * turn * std::expm1(2 / q * exponential(bits(first, 0)));  // t²/q
-    const double y = std::copysign(std::sqrt(square / (1 + square)), turn), s = m * y;
-    found = {(m + y) / (1 + s), width / (std::sqrt(1 + square) * (1 + s))};
-    if (!reject) break;
-    const Block second = block(key, Domain::kCosine, 2 * k + 1);
-    if (exponential(bits(second, 0)) >= q * (std::log1p(s) - s / (1 + s))) break;
+// The first candidate that is taken, the last one if none is.
+sphere::Candidate draw_cosine(Key key, double kappa, int64_t d, bool reject) {
+  const sphere::CosineLaw law(kappa, d, reject);
+  sphere::Candidate found;
+  for (int k = 0; k < sphere::kCandidates; ++k) {
+    found = law.candidate(key, k);
+    if (found.taken) break;
   }
   return found;
 }
@@ -93,7 +69,7 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
   T* out = a.out.row<T>(r);
   draw_direction(key, columns, g);
   Products p = multiply(1.0f, mean, columns, g);
-  const float factor = Sized(p.mean, mean, columns).factor;
+  const float factor = sphere::Sized(p.mean, Entries<T, 1>{{mean}, columns}, 0).factor;
   if (factor != 1) p = multiply(factor, mean, columns, g);
   double share = 0;
   // What is left across the mean: formed anew, and once more, where little of g is.
@@ -107,7 +83,8 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
     square = left();
   }
   // A mean that is zero gives the uniform law.
-  const Cosine c = p.mean > 0 ? draw_cosine(key, a.kappa[r], columns, a.reject) : Cosine{0, 1};
+  const sphere::Candidate c =
+      p.mean > 0 ? draw_cosine(key, a.kappa[r], columns, a.reject) : sphere::Candidate{};
   const double across = c.sine / std::sqrt(square);
   const double along = (p.mean > 0 ? c.cosine / std::sqrt(p.mean) : 0) - across * share;
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto place) {

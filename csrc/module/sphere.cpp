@@ -1,36 +1,17 @@
 // The bindings of sphere.
-#include <vector>
-
-#include "module.h"
+#include "sphere.h"
 
 namespace dlcore {
 namespace {
 
-View view_or_none(const py::object& o) { return o.is_none() ? View{} : view(o.cast<py::tuple>()); }
-
 void map_sphere(int map, const std::vector<py::tuple>& inputs, const py::object& t, const py::object& grad,
                 Address grad_angle, const std::vector<py::object>& outputs, Address number, int threads) {
-  SphereMapArguments a;
-  a.map = static_cast<SphereMap>(map);
-  a.backward = !grad.is_none() || grad_angle != 0;
-  for (size_t i = 0; i < inputs.size(); ++i) a.inputs[i] = view(inputs[i]);
-  a.t = per_row<float>(t);
-  a.grad = view_or_none(grad);
-  a.grad_angle = at<const float>(grad_angle);
-  for (size_t i = 0; i < outputs.size(); ++i) a.outputs[i] = view_or_none(outputs[i]);
-  a.number = at<float>(number);
-  run(kernels().sphere_map, a, threads);
+  run(kernels().sphere_map, sphere_map(map, inputs, t, grad, grad_angle, outputs, number), threads);
 }
 
 void sample_sphere(const py::tuple& mean, const py::object& kappa, const py::object& key, bool reject,
                    const py::tuple& out, int threads) {
-  SphereSampleArguments a;
-  a.mean = view(mean);
-  a.kappa = per_row<double>(kappa);
-  a.keys = keys(key);
-  a.reject = reject;
-  a.out = view(out);
-  run(kernels().sphere_sample, a, threads);
+  run(kernels().sphere_sample, sphere_sample(mean, kappa, key, reject, out), threads);
 }
 
 }  // namespace

@@ -1,0 +1,91 @@
+"""The sphere's maps and draws on the CUDA kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dlcore import _cuda
+from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, view
+from dlcore.cuda.tensors import call
+
+_NORMALIZE, _PROJECT, _ANGLE, _SLERP, _LOG, _EXP, _ROTATE, _STEP, _RETRACT = range(9)
+
+
+def _map(code: int, *vectors: Tensor, t: Tensor | None = None) -> Tensor:
+    """A result of the first vector's shape, or for the angle a number per row."""
+    x, t = vectors[0], per_row(t, vectors[0].shape[:-1])
+    vectors = tuple(map(rows_contiguous, vectors))
+    inputs = [view(v) for v in vectors]
+    if code == _ANGLE:
+        angle = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        call(_cuda.sphere_map, x, code, inputs, None, None, 0, [], angle.data_ptr())
+        return angle
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call(_cuda.sphere_map, x, code, inputs, strided(t), None, 0, [view(out)], 0)
+    return out
+
+
+def _map_backward(
+    code: int, grad: Tensor, needed: Sequence[bool], *vectors: Tensor, t: Tensor | None = None
+) -> tuple[Tensor, ...]:
+    """A gradient per input, empty where not needed; that of t, if there is one, last."""
+    x, lead = vectors[0], vectors[0].shape[:-1]
+    vectors, t = tuple(map(rows_contiguous, vectors)), per_row(t, lead)
+    grads = [
+        torch.empty(v.shape if n else 0, dtype=v.dtype, device=v.device)
+        for v, n in zip(vectors, needed, strict=False)
+    ]
+    number = torch.empty(lead if t is not None and needed[-1] else 0, dtype=torch.float32, device=x.device)
+    of_angle = code == _ANGLE
+    grad = grad.float().contiguous() if of_angle else rows_contiguous(grad)
+    call(
+        _cuda.sphere_map,
+        x,
+        code,
+        [view(v) for v in vectors],
+        strided(t),
+        None if of_angle else view(grad),
+        grad.data_ptr() if of_angle else 0,
+        [view(g) if n else None for g, n in zip(grads, needed, strict=False)],
+        number.data_ptr() if number.numel() else 0,
+    )
+    return tuple(grads) if t is None else (*grads, number)
+
+
+def _only(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Tensor]:
+    return lambda *args: backward(*args)[0]
+
+
+normalize, normalize_backward = partial(_map, _NORMALIZE), _only(partial(_map_backward, _NORMALIZE))
+project, project_backward = partial(_map, _PROJECT), partial(_map_backward, _PROJECT)
+angle, angle_backward = partial(_map, _ANGLE), partial(_map_backward, _ANGLE)
+log_map, log_map_backward = partial(_map, _LOG), partial(_map_backward, _LOG)
+exp_map, exp_map_backward = partial(_map, _EXP), partial(_map_backward, _EXP)
+rotate, rotate_backward = partial(_map, _ROTATE), partial(_map_backward, _ROTATE)
+
+
+def slerp(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    return _map(_SLERP, x, y, t=t)
+
+
+def slerp_backward(
+    grad: Tensor, needed: Sequence[bool], x: Tensor, y: Tensor, t: Tensor
+) -> tuple[Tensor, ...]:
+    return _map_backward(_SLERP, grad, needed, x, y, t=t)
+
+
+def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    return _map(_STEP if exponential else _RETRACT, x, v, t=t)
+
+
+def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
+    """Points of mean's shape and dtype."""
+    mean, key = rows_contiguous(mean), key.contiguous()
+    out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+    concentrations = strided(per_row(kappa, mean.shape[:-1]))
+    call(_cuda.sphere_sample, mean, view(mean), concentrations, keyed(key), reject, view(out))
+    return out
