@@ -10,7 +10,7 @@ from triton_calls import assert_same, call, quiet
 import dlcore
 from dlcore import _checks as checks
 from dlcore import categorical, rng
-from dlcore.triton import categorical_scan, linear_logits
+from dlcore.triton import categorical_scan, linear_logits, linear_logits_scan
 from dlcore.triton.launch import kernels, launched
 
 pytestmark = quiet
@@ -176,6 +176,7 @@ def test_no_rows_and_one(shape):
 def test_a_head_is_read_tile_by_tile(cut, monkeypatch):
     """The state carries over from tile to tile: the tokens of whole rows."""
     monkeypatch.setattr(linear_logits, "_TILE", 6 * 512)
+    monkeypatch.setattr(linear_logits_scan, "FEW_ROWS", 0)
     generator = torch.Generator().manual_seed(4)
     head = [torch.randn(s, generator=generator) for s in ((*LEAD, 8), (1800, 8), (1800,))]
     limits = tuple(
