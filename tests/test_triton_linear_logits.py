@@ -73,7 +73,7 @@ def test_sample_mixture(prior):
     h, (z, shift, temperature) = head(35, 600, 20), row(35, 600)
     h[0][2], h[0][33] = float("nan"), float("nan")
     numbers = torch.tensor([1.0, 1, 0.2, 1, 0.5, 0]).double().expand(35, 6).clone()
-    numbers[[*range(32), 34]] = torch.tensor([1.0, 0, 1, 0, 0, 0])
+    numbers[[*range(32), 34]] = torch.tensor([1.0, 0, 1, 0, 0, 0]).double()
     for coefficients in (numbers, numbers[32]):
         args = (*h, z, coefficients, prior, shift, temperature, None, 3, KEY)
         tokens = call("categorical.sample_mixture", "triton", *args)
