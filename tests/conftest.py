@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import dlcore
-from dlcore import _C
+from dlcore import _C, _dispatch
 from dlcore.cpu import CAPABILITIES, choose_capability, tensors
 
 #: Where Triton's kernels run: on a GPU, else in its interpreter, chosen before Triton is imported.
@@ -44,10 +47,69 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
-@pytest.fixture(params=["cpu", "reference"])
+#: Files whose every test runs once more with the ops on the GPU, where there is one; so do, of all files, the
+#: tests that take each backend in turn. ISA levels are the CPU's.
+ON_GPU = (
+    *("absorbing_uniform", "attention", "attention_decode", "bits", "bits_codes", "categorical"),
+    *("categorical_losses", "end_to_end", "flow", "linear_logits", "masked", "sphere", "sphere_dynamics"),
+    *("sphere_laws", "sphere_velocity", "uniform", "uniform_losses", "uniform_nelbo", "unmask", "vmf"),
+    "vmf_sample",
+)
+GPU = [pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE == "cuda" else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    listed = metafunc.definition.path.stem.removeprefix("test_") in ON_GPU
+    if GPU and listed and not {"backend", "level"} & set(metafunc.fixturenames):
+        metafunc.fixturenames.append("at_home")
+        metafunc.parametrize("at_home", ["cpu", *GPU], indirect=True)
+
+
+@contextmanager
+def triton_takes_cpu_tensors() -> Iterator[None]:
+    """What goes to Triton's kernels goes to the GPU, and what they give or write comes back."""
+
+    def moving(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = getattr(torch.ops.dlcore, op.replace(".", "_")).default._schema
+        written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+
+        def run(*args: Any) -> Any:
+            moved = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args)
+            result = tree_map_only(torch.Tensor, lambda x: x.to(args[0].device), function(*moved))
+            for x, y, out in zip(args, moved, written, strict=True):
+                if out and x is not None:
+                    x.copy_(y)
+            return result
+
+        return run
+
+    def elsewhere(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        return lambda *args: [r for r in reasons(*args) if not r.startswith("takes CUDA tensors")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for op, table in _dispatch._implementations.items():
+            if "triton" in table:
+                function, reasons = table["triton"]
+                patch.setitem(table, "triton", (moving(op, function), elsewhere(reasons)))
+        yield
+
+
+@pytest.fixture
+def at_home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The backend that runs CPU tensors unasked."""
+    if request.param == "cpu":
+        yield
+        return
+    monkeypatch.setitem(_dispatch.AT_HOME, "cpu", (request.param, *_dispatch.AT_HOME["cpu"]))
+    with triton_takes_cpu_tensors():
+        yield
+
+
+@pytest.fixture(params=["cpu", "reference", *GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn."""
-    with dlcore.use_backend(request.param):
+    moves = triton_takes_cpu_tensors() if request.param == "triton" else nullcontext()
+    with moves, dlcore.use_backend(request.param):
         yield request.param
 
 
