@@ -38,6 +38,13 @@ def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch, name, lambda *a, plain=plain, **k: _poison(plain(*a, **k)))
 
 
+#: Families whose tests of Triton's kernels take the interpreter more than half a minute.
+SLOW_IN_THE_INTERPRETER = (
+    *("attention", "bits", "categorical", "categorical_losses"),
+    *("sphere", "sphere_dynamics", "sphere_velocity"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU, -m gpu means all tests of Triton's kernels; without one, what needs it is skipped."""
     for item in items:
@@ -45,6 +52,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif DEVICE == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif item.path.stem in [f"test_triton_{name}" for name in SLOW_IN_THE_INTERPRETER]:
+            item.add_marker(pytest.mark.slow)
 
 
 #: Files whose every test runs once more with the ops on the GPU, where there is one; so do, of all files, the
@@ -61,7 +70,6 @@ GPU = [pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE == "cuda" else [
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     listed = metafunc.definition.path.stem.removeprefix("test_") in ON_GPU
     if GPU and listed and not {"backend", "level"} & set(metafunc.fixturenames):
-        metafunc.fixturenames.append("at_home")
         metafunc.parametrize("at_home", ["cpu", *GPU], indirect=True)
 
 
@@ -94,14 +102,14 @@ def triton_takes_cpu_tensors() -> Iterator[None]:
         yield
 
 
-@pytest.fixture
-def at_home(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def at_home(request: pytest.FixtureRequest) -> Iterator[None]:
     """The backend that runs CPU tensors unasked."""
-    if request.param == "cpu":
+    if getattr(request, "param", "cpu") == "cpu":
         yield
         return
-    monkeypatch.setitem(_dispatch.AT_HOME, "cpu", (request.param, *_dispatch.AT_HOME["cpu"]))
-    with triton_takes_cpu_tensors():
+    with triton_takes_cpu_tensors(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_dispatch.AT_HOME, "cpu", (request.param, *_dispatch.AT_HOME["cpu"]))
         yield
 
 
