@@ -1,5 +1,6 @@
 """`make bench-gpu`: every family on a GPU beside torch, by CUDA events with a flushed cache; one JSON.
 
+dlcore's own calls are also captured in a CUDA graph and timed by its replays, without their host's part.
 Ceilings (reading, copying, bfloat16 products) are measured in the same run, and every time is given as a
 share of the one that binds it.
 """
@@ -12,6 +13,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import dlcore
-from bench import peers, peers_attention, peers_bits, peers_sphere
+from bench import peers, peers_attention, peers_bits, peers_sphere, peers_sphere_velocity
 from dlcore import attention, bits, categorical, rng, sphere
 from dlcore.process import uniform
 
@@ -28,11 +30,15 @@ Call = Callable[[], Any]
 
 
 class Work(NamedTuple):
-    """Calls by provider, and the least that any of them must move and multiply."""
+    """Calls by provider, and the least that any of them must move and multiply.
+
+    A provider in `parts` takes one of so many parts of the rows, lest it run out of memory.
+    """
 
     calls: dict[str, Call]
     bytes: int = 0
     flops: int = 0
+    parts: dict[str, int] | None = None
 
 
 class Case(NamedTuple):
@@ -51,9 +57,15 @@ def _size(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _logits(device: str, tiny: bool) -> Tensor:
-    shape = (4, 600) if tiny else (8192, 126_464)
+def _logits(device: str, tiny: bool, rows: int = 8192) -> Tensor:
+    shape = (4, 600) if tiny else (rows, 126_464)
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def _trained(function: Callable[..., Any], *inputs: Tensor) -> Call:
+    """The call and the gradients of what it gives."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    return lambda: torch.autograd.grad(function(*leaves).sum(), leaves)
 
 
 def _sample(device: str, tiny: bool) -> Work:
@@ -87,27 +99,81 @@ def _step(device: str, tiny: bool) -> Work:
     x, key = _logits(device, tiny), rng.key(1, device=device)
     z = torch.zeros(x.shape[:-1], dtype=torch.int64, device=device)
     alpha, then = torch.full((), 0.5, device=device), torch.full((), 0.6, device=device)
+    parts = 1 if tiny else 8
+    some = x.shape[0] // parts
     calls = {
         "dlcore": lambda: uniform.step(x, z, alpha, then, key=key),
-        "eager": lambda: peers.loo_step(x[: max(1, x.shape[0] // 8)], z[: max(1, x.shape[0] // 8)], 0.5, 0.6),
+        "eager": lambda: peers.loo_step(x[:some], z[:some], 0.5, 0.6),
     }
-    return Work(calls, _size(x))
+    return Work(calls, _size(x), parts={"eager": parts})
+
+
+def _nelbo(device: str, tiny: bool) -> Work:
+    x = _logits(device, tiny, 2048)
+    z, clean = (torch.zeros(x.shape[:-1], dtype=torch.int64, device=device) for _ in range(2))
+    level, slope = torch.full((), 0.5, device=device), torch.full((), -1.0, device=device)
+
+    def torchs(x: Tensor) -> Tensor:
+        return peers.duo_nelbo(x.float(), z, clean, 0.5, -1.0)
+
+    calls = {
+        "dlcore": _trained(lambda x: uniform.nelbo(x, z, clean, level, slope), x),
+        "eager": _trained(torchs, x),
+        "compile": _trained(torch.compile(torchs, dynamic=False), x),
+    }
+    return Work(calls, 4 * _size(x))
+
+
+def _kl(device: str, tiny: bool) -> Work:
+    p, q = _logits(device, tiny, 2048), _logits(device, tiny, 2048)
+
+    def torchs(p: Tensor, q: Tensor) -> Tensor:
+        return peers.kl(p.float(), q.float())
+
+    calls = {
+        "dlcore": _trained(categorical.kl, p, q),
+        "eager": _trained(torchs, p, q),
+        "compile": _trained(torch.compile(torchs, dynamic=False), p, q),
+    }
+    return Work(calls, 3 * _size(p, q))
+
+
+def _expectation(device: str, tiny: bool) -> Work:
+    x, width = _logits(device, tiny, 2048), 16 if tiny else 1024
+    table = torch.randn(x.shape[-1], width, device=device, dtype=torch.bfloat16)
+    calls = {
+        "dlcore": lambda: categorical.expectation(x, table),
+        "eager": lambda: peers.expectation(x, table),
+        "compile": _compiled(peers.expectation, x, table),
+    }
+    return Work(calls, _size(x, table), 2 * x.shape[0] * table.numel())
+
+
+def _velocity(device: str, tiny: bool) -> Work:
+    count, vocab, width = (4, 600, 16) if tiny else (2048, 50_257, 768)
+    logits = torch.randn(count, vocab, device=device, dtype=torch.bfloat16)
+    x = F.normalize(torch.randn(count, width, device=device), dim=-1)
+    table = F.normalize(torch.randn(vocab, width, device=device), dim=-1).bfloat16()
+    narrow = x.bfloat16()
+    calls = {
+        "dlcore": lambda: sphere.velocity(x, logits, table),
+        "eager": lambda: peers_sphere_velocity.slerp(logits, narrow, table),
+        "compile": _compiled(peers_sphere_velocity.slerp, logits, narrow, table),
+    }
+    return Work(calls, _size(logits, table), 4 * count * table.numel())
 
 
 def _cross_entropy(device: str, tiny: bool) -> Work:
-    x = _logits(device, tiny).requires_grad_()
+    x = _logits(device, tiny)
     target = torch.zeros(x.shape[:-1], dtype=torch.int64, device=device)
 
-    def trained(loss: Callable[[Tensor, Tensor], Tensor]) -> Call:
-        return lambda: torch.autograd.grad(loss(x, target).sum(), x)
-
-    def torchs(x: Tensor, target: Tensor) -> Tensor:
+    def torchs(x: Tensor) -> Tensor:
         return F.cross_entropy(x.float(), target, reduction="none")
 
     calls = {
-        "dlcore": trained(categorical.cross_entropy),
-        "eager": trained(torchs),
-        "compile": trained(torch.compile(torchs, dynamic=False)),
+        "dlcore": _trained(lambda x: categorical.cross_entropy(x, target), x),
+        "eager": _trained(torchs, x),
+        "compile": _trained(torch.compile(torchs, dynamic=False), x),
     }
     return Work(calls, 3 * _size(x))
 
@@ -128,26 +194,25 @@ def _head(rows: int) -> Callable[[str, bool], Work]:
     return build
 
 
-def _block_diffusion(device: str, tiny: bool) -> Work:
+def _block_diffusion(device: str, tiny: bool, backward: bool = False) -> Work:
     batch, length, block, heads, width = (1, 32, 8, 2, 16) if tiny else (2, 4096, 32, 16, 128)
+    made = _trained if backward else lambda function, *inputs: lambda: function(*inputs)
     q, k, v = (
         torch.randn(batch, 2 * length, heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)
     )
     t = [x.transpose(1, 2) for x in (q, k, v)]
 
-    def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v)
-
     calls = {
-        "dlcore": lambda: attention.block_diffusion(q, k, v, block_size=block),
-        "SDPA, unmasked": lambda: dense(*t),
+        "dlcore": made(partial(attention.block_diffusion, block_size=block), q, k, v),
+        "SDPA, unmasked": made(peers_attention.unmasked, *t),
     }
     if not tiny:
-        flex = peers_attention.flex(peers_attention.training_rule(length, block), 2 * length, 2 * length)
-        calls["flex_attention"] = lambda: flex(*t)
-    # A clean row sees half of the clean ones, a noisy row half of those and its block.
-    pairs = length * (length + 2 * block)
-    return Work(calls, 4 * _size(q), 4 * batch * heads * width * pairs)
+        rule = peers_attention.training_rule(length, block)
+        calls["flex_attention"] = made(peers_attention.flex(rule, 2 * length, 2 * length, device), *t)
+    # A row of block i, noisy or clean, sees i + 1 blocks.
+    pairs = length * (length + block)
+    products = 14 if backward else 4
+    return Work(calls, (8 if backward else 4) * _size(q), products * batch * heads * width * pairs)
 
 
 def _decode(device: str, tiny: bool) -> Work:
@@ -163,6 +228,9 @@ def _decode(device: str, tiny: bool) -> Work:
         "dlcore": lambda: attention.decode(q, k, v, cache, 0),
         "SDPA": lambda: F.scaled_dot_product_attention(q.transpose(1, 2), keys, keys),
     }
+    if not tiny:
+        room = keys.transpose(1, 2).contiguous()
+        calls |= peers_attention.serving(q, k, v, room, room.clone(), cache.lengths)
     return Work(calls, 2 * _size(keys))
 
 
@@ -209,12 +277,17 @@ CASES = (
     Case("categorical.sample, truncated, 1024 rows", _top_p),
     Case("uniform.step", _step),
     Case("categorical.cross_entropy, backward", _cross_entropy),
+    Case("categorical.kl, backward", _kl),
+    Case("categorical.expectation", _expectation),
+    Case("uniform.nelbo, backward", _nelbo),
     Case("LinearLogits sample, 8192 rows", _head(8192)),
     Case("LinearLogits sample, 8 rows", _head(8)),
     Case("attention.block_diffusion", _block_diffusion),
+    Case("attention.block_diffusion, backward", partial(_block_diffusion, backward=True)),
     Case("attention.decode", _decode),
     Case("bits.step", _bits),
     Case("sphere.slerp", _slerp),
+    Case("sphere.velocity", _velocity),
     Case("vmf.sample", _vmf),
 )
 
@@ -234,6 +307,19 @@ def seconds(call: Call, repeats: int = 20) -> float:
         torch.cuda.synchronize()
         times.append(start.elapsed_time(stop) / 1000)
     return float(statistics.median(times))
+
+
+def graph_of(call: Call) -> Call:
+    """The replay of a CUDA graph of the call, which has been made before."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def ceilings() -> dict[str, float]:
@@ -266,10 +352,12 @@ def measured(ceiling: dict[str, float], names: list[str]) -> Iterator[dict[str, 
         work = case.build("cuda", False)
         bound = max(work.bytes / bandwidth, work.flops / ceiling["bfloat16"])
         for provider, call in work.calls.items():
-            time = seconds(call)
-            row = {"case": case.name, "provider": provider, "seconds": time, "share": bound / time}
-            print(f"{case.name:<42} {provider:<16} {time * 1e6:>10.1f} µs {bound / time:>6.0%}", flush=True)
-            yield row
+            times = {provider: seconds(call) * (work.parts or {}).get(provider, 1)}
+            if provider.startswith("dlcore"):
+                times[f"{provider}, graph"] = seconds(graph_of(call))
+            for name, time in times.items():
+                print(f"{case.name:<42} {name:<21} {time * 1e6:>10.1f} µs {bound / time:>6.0%}", flush=True)
+                yield {"case": case.name, "provider": name, "seconds": time, "share": bound / time}
         del work
         torch.cuda.empty_cache()
 

@@ -7,6 +7,9 @@ so that the dense mask, the block mask and the check of the results come from on
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,9 +61,9 @@ def unmasked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
-def flex(rule: Rule, rows: int, keys: int) -> Attention:
+def flex(rule: Rule, rows: int, keys: int, device: str = "cpu") -> Attention:
     """flex_attention compiled for this shape; the block mask is made here once. No backward on the CPU."""
-    block_mask = create_block_mask(rule, None, None, rows, keys, device="cpu")
+    block_mask = create_block_mask(rule, None, None, rows, keys, device=device)
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=block_mask)
@@ -88,3 +91,26 @@ def static_decode(keys: Tensor, values: Tensor, q: Tensor, k: Tensor, v: Tensor)
     keys[:, :, new].copy_(k)
     values[:, :, new].copy_(v)
     return F.scaled_dot_product_attention(q, keys, values, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def serving(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, lengths: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """A denoising step by the libraries of serving engines that are there; all tensors (B, S, H, D).
+
+    keys and values hold `lengths` rows a sequence and have room for those of k and v.
+    """
+    found: dict[str, Callable[[], Any]] = {}
+    if find_spec("flash_attn") is not None:
+        flash = import_module("flash_attn").flash_attn_with_kvcache
+        found["flash-attn"] = lambda: flash(q, keys, values, k, v, cache_seqlens=lengths, causal=False)
+    if find_spec("flashinfer") is not None:
+        batch, rows, heads, width = q.shape
+        space = torch.empty(128 << 20, dtype=torch.uint8, device=q.device)
+        ragged = import_module("flashinfer").BatchPrefillWithRaggedKVCacheWrapper(space, "NHD")
+        number = torch.arange(batch + 1, dtype=torch.int32, device=q.device)
+        bounds, shape = (number * rows, number * keys.shape[1]), (heads, keys.shape[2], width)
+        ragged.plan(*bounds, *shape, causal=False, q_data_type=q.dtype)
+        flat = [x.flatten(0, 1) for x in (q, keys, values)]
+        found["flashinfer"] = lambda: ragged.run(*flat)
+    return found

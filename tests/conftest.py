@@ -6,16 +6,18 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import c_library
 import pytest
 import torch
+from torch.utils._pytree import tree_map_only
 
 import dlcore
-from dlcore import _C
+from dlcore import _C, _dispatch
 from dlcore.cpu import CAPABILITIES, choose_capability, tensors
 
 #: Where Triton's kernels run: on a GPU, else in its interpreter, chosen before Triton is imported.
@@ -70,6 +72,13 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     assert all(bool((m.view(torch.uint8) == 0xFF).all()) for m in margins), "a kernel wrote past a buffer"
 
 
+#: Families whose tests of Triton's kernels take the interpreter more than half a minute.
+SLOW_IN_THE_INTERPRETER = (
+    *("attention", "bits", "categorical", "categorical_losses"),
+    *("sphere", "sphere_dynamics", "sphere_velocity"),
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """On a GPU, -m gpu means all tests of the kernels for GPUs; without one, what needs it is skipped."""
     for item in items:
@@ -77,12 +86,72 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         elif DEVICE == "cpu" and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif item.path.stem in [f"test_triton_{name}" for name in SLOW_IN_THE_INTERPRETER]:
+            item.add_marker(pytest.mark.slow)
 
 
-@pytest.fixture(params=["cpu", "reference"])
+#: Files whose every test runs once more with the ops on the GPU, where there is one; so do, of all files, the
+#: tests that take each backend in turn. ISA levels are the CPU's.
+ON_GPU = (
+    *("absorbing_uniform", "attention", "attention_decode", "bits", "bits_codes", "categorical"),
+    *("categorical_losses", "end_to_end", "flow", "linear_logits", "masked", "sphere", "sphere_dynamics"),
+    *("sphere_laws", "sphere_velocity", "uniform", "uniform_losses", "uniform_nelbo", "unmask", "vmf"),
+    "vmf_sample",
+)
+GPU = [pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE == "cuda" else []
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    listed = metafunc.definition.path.stem.removeprefix("test_") in ON_GPU
+    if GPU and listed and not {"backend", "level"} & set(metafunc.fixturenames):
+        metafunc.parametrize("at_home", ["cpu", *GPU], indirect=True)
+
+
+@contextmanager
+def triton_takes_cpu_tensors() -> Iterator[None]:
+    """What goes to Triton's kernels goes to the GPU, and what they give or write comes back."""
+
+    def moving(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        schema = getattr(torch.ops.dlcore, op.replace(".", "_")).default._schema
+        written = [a.alias_info is not None and a.alias_info.is_write for a in schema.arguments]
+
+        def run(*args: Any) -> Any:
+            moved = tree_map_only(torch.Tensor, lambda x: x.to(DEVICE), args)
+            result = tree_map_only(torch.Tensor, lambda x: x.to(args[0].device), function(*moved))
+            for x, y, out in zip(args, moved, written, strict=True):
+                if out and x is not None:
+                    x.copy_(y)
+            return result
+
+        return run
+
+    def elsewhere(reasons: Callable[..., list[str]]) -> Callable[..., list[str]]:
+        return lambda *args: [r for r in reasons(*args) if not r.startswith("takes CUDA tensors")]
+
+    with pytest.MonkeyPatch.context() as patch:
+        for op, table in _dispatch._implementations.items():
+            if "triton" in table:
+                function, reasons = table["triton"]
+                patch.setitem(table, "triton", (moving(op, function), elsewhere(reasons)))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def at_home(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The backend that runs CPU tensors unasked."""
+    if getattr(request, "param", "cpu") == "cpu":
+        yield
+        return
+    with triton_takes_cpu_tensors(), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(_dispatch.AT_HOME, "cpu", (request.param, *_dispatch.AT_HOME["cpu"]))
+        yield
+
+
+@pytest.fixture(params=["cpu", "reference", *GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn."""
-    with dlcore.use_backend(request.param):
+    moves = triton_takes_cpu_tensors() if request.param == "triton" else nullcontext()
+    with moves, dlcore.use_backend(request.param):
         yield request.param
 
 

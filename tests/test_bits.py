@@ -51,7 +51,7 @@ def test_posterior_and_step_match_float64(level, poisoned, dtype, shape, coding)
     x, residual, _ = inputs(shape, dtype)
     sigma = levels_of(shape, "row")
     probs = bits.posterior(x, sigma, residual, coding=coding)
-    assert dlcore.last_backend("bits.posterior") == "cpu"
+    assert dlcore.last_backend("bits.posterior") != "reference"
     exact = bits.posterior(*double(x, sigma, residual), coding=coding)
     assert probs.dtype == torch.float32
     near = exact > 1e-4
@@ -258,7 +258,7 @@ def test_loss_matches_float64(level, poisoned, kind, coding, shape):
     # A clip that binds for some bits, which then hand no gradient to x.
     options = {"kind": kind, "coding": coding, "clip": 3.0}
     mean = bits.loss(residual, x, clean, 0.4, **options)
-    assert dlcore.last_backend("bits.loss") == "cpu"
+    assert dlcore.last_backend("bits.loss") != "reference"
     exact = bits.loss(residual.double(), x, clean, 0.4, **options)
     assert mean.shape == shape[:-1]
     torch.testing.assert_close(mean.double(), exact, rtol=2e-6, atol=1e-9)

@@ -162,6 +162,7 @@ def sampled(model: Codes, n: int, levels: list[float], *, gamma: float = 0.0, he
     return bits.decode(model.probs(x, levels[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coarse", [{}, {"heun": True}, {"gamma": 0.05}])
 def test_sampler_reproduces_the_prior(coarse):
     """Flow, Heun and churn with the exact denoiser from σ = 80: the histogram of tokens is the prior."""
@@ -180,6 +181,7 @@ def mixture_cdf(model: Codes, sigma: float, bit: int):
     return lambda x: (1 - ones) * stats.norm.cdf(x, 0, sigma) + ones * stats.norm.cdf(x, 1, sigma)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("noise_scale", "stays"), [(1.0, True), (1.4, False)])
 def test_churn_with_the_exact_score_leaves_the_law_alone(noise_scale, stays):
     """Up by γ and down again, many times over; with too much noise it does not stay."""
@@ -194,6 +196,7 @@ def test_churn_with_the_exact_score_leaves_the_law_alone(noise_scale, stays):
     assert (min(pvalues) > 1e-4) == stays
 
 
+@pytest.mark.slow
 def test_gated_churn_runs_end_to_end():
     """Schedule from measured errors, its grid and window, churn and decoding: the whole of a sampler."""
     model = Codes(4, 11)

@@ -58,7 +58,7 @@ def test_parity(vocab, dtype, case, poisoned):
         pytest.skip("nothing left to draw")
     logits, index = rows(vocab, dtype), ids(vocab) if indexed else None
     draw = categorical.sample(logits, index, key=KEY, **kw)
-    assert dlcore.last_backend("categorical.sample") == "cpu"
+    assert dlcore.last_backend("categorical.sample") != "reference"
     stats = categorical.stats(logits, index, **kw)
     with dlcore.use_backend("reference"):
         same = categorical.sample(logits, index, key=KEY, **kw)
@@ -381,6 +381,7 @@ TRUNCATIONS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("truncation", TRUNCATIONS)
 @pytest.mark.parametrize("ties", [False, True])
 def test_truncation_law(truncation, ties):
@@ -389,7 +390,7 @@ def test_truncation_law(truncation, ties):
         logits = (logits / 2).round() * 2
     p = kept(logits, **truncation)
     draw = categorical.sample(logits.expand(100_000, -1), key=KEY, **truncation)
-    assert dlcore.last_backend("categorical.sample") == "cpu"
+    assert dlcore.last_backend("categorical.sample") != "reference"
     assert p[draw.tokens].min() > 0
     assert chi_square(draw.tokens, p) > 1e-4
     whole = torch.log_softmax(logits.double(), -1)
@@ -466,7 +467,7 @@ def test_mixture_parity(dtype, vocab):
         shift=torch.randn(50, generator=torch.Generator().manual_seed(1)), temperature=temperature, key=KEY
     )
     tokens = categorical.sample_mixture(logits, z, coefficients, **kw)
-    assert dlcore.last_backend("categorical.sample_mixture") == "cpu"
+    assert dlcore.last_backend("categorical.sample_mixture") != "reference"
     with dlcore.use_backend("reference"):
         assert torch.equal(tokens, categorical.sample_mixture(logits.double(), z, coefficients, **kw))
 

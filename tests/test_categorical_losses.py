@@ -88,7 +88,7 @@ def test_parity(vocab, dtype, case, poisoned):
     loss, shapes = cases(vocab)[case]
     inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     mine = with_gradients(loss, *inputs)
-    assert dlcore.last_backend(f"categorical.{OPS[case[0]]}") == "cpu"
+    assert dlcore.last_backend(f"categorical.{OPS[case[0]]}") != "reference"
     with dlcore.use_backend("reference"):
         torch_own = with_gradients(loss, *inputs)
         truth = with_gradients(loss, *(x.double() for x in inputs))

@@ -103,6 +103,7 @@ def test_absorbing_emission_is_the_law_of_z_and_u() -> None:
     torch.testing.assert_close(emission / emission.sum(-1, keepdim=True), law / law.sum(-1, keepdim=True))
 
 
+@pytest.mark.slow
 def test_default_text_is_prose_and_stable() -> None:
     raw, alphabet = text.load(None)
     assert len(raw) > 100_000

@@ -74,6 +74,7 @@ def test_names_are_told_apart() -> None:
     assert not set(SAMPLERS) & set(FLOWS)
 
 
+@pytest.mark.slow
 def test_chapter_is_reproducible_and_independent_of_the_selection(tale: Path, tmp_path: Path) -> None:
     def run(name: str, *options: str) -> dict[str, list[object]]:
         arguments = ["demo", *TINY, "--text", str(tale), "--out", str(tmp_path / name), *options]
@@ -86,6 +87,7 @@ def test_chapter_is_reproducible_and_independent_of_the_selection(tale: Path, tm
     assert run("other", "--samplers", "vmf", "--seed", "1")["vmf"] != two["vmf"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("steps", [1, 2, 7])
 @pytest.mark.parametrize("name", FLOWS)
 def test_sampler_ends_clean_after_its_network_calls(name: str, steps: int, chain: MarkovChain) -> None:

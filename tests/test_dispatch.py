@@ -51,7 +51,12 @@ def test_a_fallback_is_logged_once(caplog):
 
 def test_questions():
     assert dlcore.backends() == ["cpu", "triton", "cuda", "reference"]
-    assert dlcore.backends("rng.fold_in") == {"cpu": [], "triton": [], "reference": []}
+    assert dlcore.backends("rng.fold_in") == {
+        "cpu": [],
+        "triton": [],
+        "cuda": ["not written for this op"],
+        "reference": [],
+    }
     assert "chosen: cpu" in dlcore.explain("categorical.kl", X, X)
     head = dlcore.LinearLogits(X.double(), X.double())
     assert "chosen: reference" in dlcore.explain("categorical.sample", head, temperature=0.5)

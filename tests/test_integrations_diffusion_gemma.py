@@ -42,6 +42,7 @@ LEFT_PADDED = {"attention_mask": torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1],
 STATIC = {"cache_implementation": "static", "disable_compile": True}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [5.0, 1e6])
 @pytest.mark.parametrize("cache", [{}, STATIC], ids=["dynamic", "static"])
 @pytest.mark.parametrize("inputs", [{}, LEFT_PADDED], ids=["whole", "padded"])
@@ -60,6 +61,7 @@ def test_without_heat_the_sequences_are_stocks(fixed_canvases, steps, softcap, c
     assert len(steps) >= 8
 
 
+@pytest.mark.slow
 def test_conditioning_and_cache_of_the_user(fixed_canvases, steps):
     reference, model = pair()
     ids = prompt()
@@ -132,6 +134,7 @@ def first_canvas(batch=2):
 HEATS = [((), 14.0, 3.3), (((0.05, 0.5),), 2.0, 0.8), (((0.2, 0.9), (0.5, 1.0)), 4.0, 1.3)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stability", [0, 1, 2, None])
 @pytest.mark.parametrize(("schedules", "bound", "confidence"), HEATS)
 def test_decisions_are_stocks(fixed_canvases, schedules, bound, confidence, stability):
@@ -208,6 +211,7 @@ def test_stopping_equals_the_criterions_for_equal_logits(stability):
         assert torch.equal(ours.argmax_canvas_history, theirs.argmax_canvas_history)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "apart"), [(torch.float32, 1e-4), (torch.bfloat16, 0.1)])
 def test_draws_follow_the_law(dtype, apart):
     """Equal rows, so that each position draws many times, in a second step, which the first conditions."""

@@ -67,7 +67,7 @@ def test_a_draw_with_a_soft_embedding_is_both(dtype, linear):
     logits = head if linear else head.materialize()
     row: dict[str, Any] = {"temperature": torch.linspace(0.5, 2, 75), "softcap": 9.0, "exclude": 3}
     draw, mean = categorical.sample_expectation(logits, table, Z, key=KEY, **row)
-    assert dlcore.last_backend("categorical.sample_expectation") == "cpu"
+    assert dlcore.last_backend("categorical.sample_expectation") != "reference"
     alone = categorical.sample(logits, Z, key=KEY, **row)
     assert torch.equal(draw.tokens, alone.tokens)
     assert torch.equal(draw.stats.argmax, alone.stats.argmax)

@@ -51,6 +51,7 @@ def test_opcheck_sample(dtype: torch.dtype, reject: bool) -> None:
     torch.library.opcheck(op, (unit(2, 3, 5).to(dtype), torch.tensor(3.0).double(), KEY, reject))
 
 
+@pytest.mark.slow
 def test_fullgraph_without_recompiling() -> None:
     x, y = unit(3, 7, seed=1), unit(3, 7, seed=2)
 
@@ -92,6 +93,7 @@ def test_numbers_compile_twice_at_most() -> None:
     assert counter.frame_count <= 2
 
 
+@pytest.mark.slow
 def test_gradients_compile() -> None:
     kappa, t = torch.rand(3, generator=torch.Generator().manual_seed(3)), torch.tensor(0.3)
     leaves = [normal(3, 7, seed=1), normal(3, 7, seed=2), kappa, t]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEVICE
+from conftest import DEVICE, triton_takes_cpu_tensors
 from test_compile import arguments
 from triton_calls import moved, quiet
 
 import dlcore
-from dlcore import categorical, rng
+from dlcore import attention, categorical, rng
 from dlcore.process import uniform
 
 pytestmark = quiet
@@ -34,6 +34,20 @@ def test_results_are_as_the_fake_says(op, linear):
     args = moved(arguments(op, torch.bfloat16, linear, grad=False), DEVICE)
     with dlcore.use_backend("triton"):
         torch.library.opcheck(function, tuple(args), test_utils=("test_schema", "test_faketensor"))
+
+
+def test_case_tables_that_walk_on_a_gpu():
+    """What is on the CPU goes to Triton's kernels and comes back, and so does what they write."""
+    x, rows = torch.randn(2, 300), torch.randn(3, 1, 2, 2, 16).unbind(0)
+    caches = [attention.KVCache(1, 1, 8, 2, 16) for _ in range(2)]
+    expected = categorical.sample(x, key=rng.key(1)).tokens, attention.decode(*rows, caches[0], 0)
+    with triton_takes_cpu_tensors(), dlcore.use_backend("triton"):
+        found = categorical.sample(x, key=rng.key(1)).tokens, attention.decode(*rows, caches[1], 0)
+    assert dlcore.last_backend("categorical.sample") == dlcore.last_backend("attention.decode") == "triton"
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+    for a, b in zip(caches[0].view(0), caches[1].view(0), strict=True):
+        assert torch.equal(a[:, :2], b[:, :2])
 
 
 def _step(x: torch.Tensor, head: torch.Tensor, temperature: torch.Tensor) -> tuple[torch.Tensor, ...]:

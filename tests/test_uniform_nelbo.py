@@ -58,7 +58,7 @@ def test_parity(vocab, alpha, level, poisoned):
     """At most twice the error of the eager formula in float32, both against float64."""
     logits, z, x = case(vocab, torch.float32)
     loss, gradient = value_and_gradient(logits, z, x, alpha, "loo")
-    assert dlcore.last_backend("uniform.nelbo") == "cpu"
+    assert dlcore.last_backend("uniform.nelbo") != "reference"
     leaf = logits.clone().requires_grad_()
     own = eager(leaf, z, x, alpha)
     own.sum().backward()

@@ -32,13 +32,13 @@ from dlcore.triton.attention_tiles import (
     next_tile,
     packed_rows,
     places,
-    product,
     sees,
     store_rows,
     whole_tile,
     whole_tiles,
 )
 from dlcore.triton.launch import ceil_div, launch, power_of_two
+from dlcore.triton.products import product
 
 
 @triton.jit

@@ -12,11 +12,11 @@ from dlcore.triton.attention_tiles import (
     load_rows,
     lse_in_base_2,
     packed_rows,
-    product,
     sees,
     store_rows,
     weights_and_slopes,
 )
+from dlcore.triton.products import product
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "bounds_stride"])

@@ -16,13 +16,13 @@ from dlcore.triton.attention_tiles import (
     lse_in_base_2,
     next_tile,
     packed_rows,
-    product,
     sees,
     store_rows,
     weights_and_slopes,
     whole_tile,
     whole_tiles,
 )
+from dlcore.triton.products import product
 
 
 @triton.jit

@@ -11,8 +11,6 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-#: The interpreter multiplies bfloat16 by its bits.
-EMULATED = tl.constexpr(triton.knobs.runtime.interpret)
 #: Beyond all keys.
 NEVER = tl.constexpr(2**31 - 1)
 
@@ -136,14 +134,6 @@ def store_rows(base, place, tile, inside, COLUMNS: tl.constexpr, BLOCK: tl.const
     column = tl.arange(0, BLOCK)
     mask = inside[:, None] & (column[None, :] < COLUMNS)
     tl.store(base + place[:, None] + column[None, :], tile.to(base.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def product(a, b, total):
-    """total + a·b with float32 sums; float32 factors as they are, not rounded to TensorFloat-32."""
-    if EMULATED:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, total, input_precision="ieee")
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from dlcore.triton.categorical_scan import (
 )
 from dlcore.triton.launch import ceil_div, launch
 from dlcore.triton.linear_logits import GROUP, vocab_size
+from dlcore.triton.linear_logits_scan import scan_head
 from dlcore.triton.softmax import Softmax
 
 _BLOCK = 128
@@ -199,7 +200,7 @@ def stats(
     """argmax (...) and its row's numbers (6, ...), by one read."""
     lead = logits.shape[:-1]
     softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
-    state = scan((logits, weight, bias), softmax)
+    state = scan_head((logits, weight, bias), softmax)
     argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
     numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
     _finish(state, None, softmax, argmax, None, numbers)
@@ -224,7 +225,7 @@ def sample(
     head, key = (logits, weight, bias), key.contiguous()
     softmax = Softmax(logits.shape[:-1], index, shift, temperature, softcap, exclude)
     if top_k is None and top_p is None and min_p is None:
-        state = drawn = scan(head, softmax, key=key)
+        state = drawn = scan_head(head, softmax, key=key)
     else:
         shape = (logits.shape[:-1].numel(), ceil_div(vocab_size(head), GROUP))
         tops = torch.empty(shape, dtype=torch.float32, device=logits.device)
@@ -265,7 +266,7 @@ def sample_mixture(
     plan = (coefficients, 0 if shared else 6, key, rows, skip)
     options = {"KEY_PER_ROW": key.dim() > 1, "BLOCK": _BLOCK}
     launch(plan_mixture_kernel, ceil_div(rows, _BLOCK), tokens, *plan, **options)
-    state = scan(head, softmax, key=key, skip=skip)
+    state = scan_head(head, softmax, key=key, skip=skip)
     mixture = (*softmax.temperature, *plan, softmax.index, vocab_size(head), prior, exclude, tokens)
     launch(finish_mixture_kernel, ceil_div(rows, _BLOCK), tokens, *state, *mixture, **options)
     return tokens
@@ -273,8 +274,8 @@ def sample_mixture(
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that launch every variant of every kernel."""
-    # A tile of a head is as narrow as with thousands of rows.
-    lead, vocab, narrow = (4, 8), 126_464, 768
+    # A head of many rows, and a tile as narrow as with thousands of them.
+    lead, vocab, many, narrow = (4, 8), 126_464, 65, 768
     key = torch.empty(2, dtype=torch.int64, device=device)
     z = torch.empty(lead, dtype=torch.int64, device=device)
     number, row = torch.empty((), device=device), torch.empty(lead, device=device)
@@ -291,6 +292,6 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
         yield partial(sample, *head, *drawn)
         yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)
         weight = torch.empty(narrow, 64, dtype=dtype, device=device)
-        linear = (torch.empty(*lead, 64, dtype=dtype, device=device), weight, None)
+        linear = (torch.empty(many, 64, dtype=dtype, device=device), weight, None)
         yield partial(sample, *linear, *(None,) * 8, key)
         yield partial(sample_mixture, *head, *mixed)

@@ -17,7 +17,7 @@ from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, tiles
 from dlcore.triton.rows import Rows, row_offset
-from dlcore.triton.softmax import LN2, LOG2E, NONE, Softmax, entries, inverse_temperature, power, row_shift
+from dlcore.triton.softmax import LN2, LOG2E, NONE, Softmax, entries, inverse_temperature, row_shift, summary
 
 #: Groups that a program reads at once.
 _GROUPS = 16
@@ -109,21 +109,11 @@ def scan_kernel(
         column = group[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
         x = entries(data, column, columns, first, at, bonus, softcap, exclude)
         x = cut_off(x, first + column, row, thresholds, last)
-        top = tl.max(x, 1)
-        d = (x - tl.where(top > NONE, top, 0.0)[:, None]) * scale
-        e = power(d)
+        top, total, weighted = summary(x, scale)
         inside = group < groups
         tl.store(out + group, top, inside)
-        tl.store(out + size + group, tl.sum(e, 1), inside)
-        tl.store(out + 2 * size + group, tl.sum(e * tl.maximum(d, -126.0), 1), inside)
-
-
-@triton.jit
-def _gumbel(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
-    seed, offset = noise.row_key(keys, row, KEY_PER_ROW)
-    even_low, even_high, odd_low, odd_high = noise.block(seed, offset, DOMAIN, draw >> 1)
-    odd = (draw & 1) != 0
-    return noise.gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
+        tl.store(out + size + group, total, inside)
+        tl.store(out + 2 * size + group, weighted, inside)
 
 
 @triton.jit
@@ -160,18 +150,25 @@ def reduce_kernel(
     keys,
     numbers,
     tokens,
+    places,
     KEY_PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge a tile's groups into the state of a row; at token 0 it starts anew."""
+    """Merge a tile's groups into the state of a row; at token 0 it starts anew.
+
+    With `places` (2, rows, groups), where a group's largest entry and its draw are, no logit is read again:
+    `summaries` has two numbers more, the group's second entry and the draw's, and the state the logits at
+    `index`.
+    """
     row = tl.program_id(0).to(tl.int64)
     if unread(row, skip, target):
         return
     at, bonus = row_shift(row, index, shift, shift_step)
     inverse = inverse_temperature(row, temperature, temperature_step)
     scale = inverse.to(tl.float64)
-    data = logits + row_offset(row, inner, outer_stride, inner_stride)
-    summary = summaries + row * groups
+    if places is None:
+        data = logits + row_offset(row, inner, outer_stride, inner_stride)
+    groups_of_row = summaries + row * groups
     size = rows.to(tl.int64) * groups
     state = numbers + row
     rows = rows.to(tl.int64)
@@ -186,9 +183,9 @@ def reduce_kernel(
     for start in range(0, groups, BLOCK):
         group = start + tl.arange(0, BLOCK)
         inside = group < groups
-        m = tl.load(summary + group, inside, NONE)
-        s = tl.load(summary + size + group, inside, 0.0)
-        w = tl.load(summary + 2 * size + group, inside, 0.0)
+        m = tl.load(groups_of_row + group, inside, NONE)
+        s = tl.load(groups_of_row + size + group, inside, 0.0)
+        w = tl.load(groups_of_row + 2 * size + group, inside, 0.0)
         largest, leader = tl.max(m, 0, return_indices=True)
         reference = tl.where(largest > NONE, largest, 0.0)
         drop = tl.maximum((m - reference) * (inverse * LOG2E), -126.0)
@@ -199,7 +196,7 @@ def reduce_kernel(
         part_top = largest.to(tl.float64) * scale
         others = tl.max(tl.where(tl.arange(0, BLOCK) == leader, NONE, m), 0).to(tl.float64) * scale
         if keys is not None:
-            drawn = _gumbel(keys, row, KEY_PER_ROW, noise.GROUP, first // _SIZE + group.to(tl.int64))
+            drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.GROUP, first // _SIZE + group.to(tl.int64))
             logs = (m - reference) * inverse + noise.log(tl.maximum(s, 1.0)) + drawn
             value, place = tl.max(tl.where(s > 0.0, logs, NONE), 0, return_indices=True)
             part_score = part_top + value.to(tl.float64)
@@ -221,25 +218,34 @@ def reduce_kernel(
     # Set even if there is no law or nothing is kept: the state was not.
     token = tl.full((), -1, tl.int64)
     if best >= 0:
-        column = best * _SIZE + ids
-        x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-        x = cut_off(x, first + column, row, thresholds, last)
-        _, place = tl.max(x, 0, return_indices=True)
+        if places is None:
+            column = best * _SIZE + ids
+            x = entries(data, column, columns, first, at, bonus, softcap, exclude)
+            x = cut_off(x, first + column, row, thresholds, last)
+            _, place = tl.max(x, 0, return_indices=True)
+            others = tl.max(tl.where(ids == place, NONE, x), 0)
+        else:
+            place = tl.load(places + row * groups + best)
+            others = tl.load(groups_of_row + 3 * size + best)
         token = first + best * _SIZE + place
-        others = tl.max(tl.where(ids == place, NONE, x), 0).to(tl.float64) * scale
-        second = tl.maximum(second, others)
+        second = tl.maximum(second, others.to(tl.float64) * scale)
     tl.store(tokens + row, token, (best >= 0) | (first == 0))
     if keys is not None:
         token = tl.full((), -1, tl.int64)
         logit = tl.full((), NONE, tl.float64)
         if winner >= 0:
-            column = winner * _SIZE + ids
-            x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-            x = cut_off(x, first + column, row, thresholds, last)
-            drawn = _gumbel(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
-            _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
+            if places is None:
+                column = winner * _SIZE + ids
+                x = entries(data, column, columns, first, at, bonus, softcap, exclude)
+                x = cut_off(x, first + column, row, thresholds, last)
+                drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
+                _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
+                entry = tl.max(tl.where(ids == place, x, NONE), 0)
+            else:
+                place = tl.load(places + size + row * groups + winner)
+                entry = tl.load(groups_of_row + 4 * size + winner)
             token = first + winner * _SIZE + place
-            logit = tl.max(tl.where(ids == place, x, NONE), 0).to(tl.float64) * scale
+            logit = entry.to(tl.float64) * scale
         drew = (winner >= 0) | (first == 0)
         tl.store(tokens + rows + row, token, drew)
         tl.store(state + TOKEN_LOGIT * rows, logit, drew)
@@ -248,7 +254,7 @@ def reduce_kernel(
     tl.store(state + SECOND * rows, second)
     tl.store(state + SUM * rows, total)
     tl.store(state + WEIGHTED * rows, weighted)
-    if index is not None:
+    if index is not None and places is None:
         before = tl.load(state + INDEX_LOGIT * rows, old, 0.0)
         x = _logit(data, at, columns, first, at, bonus, softcap, exclude, scale, before)
         tl.store(state + INDEX_LOGIT * rows, x)
@@ -280,6 +286,27 @@ def new_state(head: Head) -> State:
     return State(numbers, torch.empty((2, rows), dtype=torch.int64, device=device))
 
 
+def reduce(
+    read: tuple[object, ...],
+    rows: int,
+    groups: int,
+    key: Tensor | None,
+    state: State,
+    places: Tensor | None = None,
+) -> None:
+    """Merge what a kernel that took `read` says of the groups into the state."""
+    launch(
+        reduce_kernel,
+        rows,
+        state.numbers,
+        *(*read, groups, key, *state, places),
+        KEY_PER_ROW=key is not None and key.dim() > 1,
+        BLOCK=power_of_two(groups, 16, 1024),
+        num_warps=4 if groups > _FEW_GROUPS else 1,
+        maxnreg=128,  # left alone, the assembler aims for more programs a unit, and spills
+    )
+
+
 def scan_tile(
     tile: tuple[int, int, Rows],
     rows: int,
@@ -303,19 +330,7 @@ def scan_tile(
     launch(
         scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=8
     )
-    launch(
-        reduce_kernel,
-        rows,
-        summaries,
-        *read,
-        groups,
-        key,
-        *state,
-        KEY_PER_ROW=key is not None and key.dim() > 1,
-        BLOCK=power_of_two(groups, 16, 1024),
-        num_warps=4 if groups > _FEW_GROUPS else 1,
-        maxnreg=128,  # left alone, the assembler aims for more programs a unit, and spills
-    )
+    reduce(read, rows, groups, key, state)
     if tops is not None:
         tops[:, first // GROUP :][:, :groups] = summaries[0]
 

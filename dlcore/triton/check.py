@@ -6,13 +6,17 @@ meta device), so a host function that waits for its numbers fails here, too.
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import re
 import sys
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
+from functools import lru_cache
 from importlib import import_module
 from io import StringIO
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 
 import torch
@@ -66,6 +70,7 @@ def modules() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(package.__path__))
 
 
+@lru_cache
 def launches(family: str) -> list[Launch]:
     """Every variant that the family's examples launch."""
     with recording() as found:
@@ -106,6 +111,12 @@ def _source(x: Launch) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, A
 
 def _integer(value: int) -> str:
     return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+
+def _usage(job: tuple[str, int, int]) -> Usage:
+    """Of a family's variant of that number; such a job goes to another process."""
+    family, variant, target = job
+    return usage(family, launches(family)[variant], target)
 
 
 def usage(family: str, x: Launch, target: int) -> Usage:
@@ -151,17 +162,17 @@ def main(names: list[str]) -> int:
     forgotten = [] if names else missed(x for group in found.values() for x in group)
     complaints = [f"{name}: no example launches it" for name in forgotten]
 
-    def rows() -> Iterator[Usage]:
-        for family, group in found.items():
-            for x in group:
-                for target in TARGETS:
-                    row = usage(family, x, target)
-                    if complaint := row.complaint():
-                        complaints.append(f"{family}.{row.kernel} sm_{target} [{row.constants}]: {complaint}")
-                    yield row
+    jobs = [(family, i, t) for family, group in found.items() for i in range(len(group)) for t in TARGETS]
 
-    for line in table(rows()):
-        print(line, flush=True)
+    def checked(rows: Iterable[Usage]) -> Iterator[Usage]:
+        for row in rows:
+            if complaint := row.complaint():
+                complaints.append(f"{row.family}.{row.kernel} sm_{row.target} [{row.constants}]: {complaint}")
+            yield row
+
+    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
+        for line in table(checked(pool.map(_usage, jobs))):
+            print(line, flush=True)
     print(*complaints or ["every kernel compiles; none spills that may not, none wants too much"], sep="\n")
     return 1 if complaints else 0
 

@@ -5,7 +5,7 @@ A tile is made by cuBLAS and read by the categorical kernels out of the second-l
 product's tiles on 132 units; smaller ones would cost more launches than they save traffic. With thousands of
 rows such a product runs at the rate of the matrix units, which one fused with the reduction would not; with
 few rows the weights, read once, are all that matters, and a tile holds most of the vocabulary, so that its
-logits are little beside them.
+logits are little beside them; where one read will do, linear_logits_scan makes no tile at all.
 """
 
 from __future__ import annotations

@@ -103,6 +103,15 @@ def gumbel(low, high):
 
 
 @triton.jit
+def gumbel_of(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
+    """The Gumbel number of some draws of a row."""
+    seed, offset = row_key(keys, row, KEY_PER_ROW)
+    even_low, even_high, odd_low, odd_high = block(seed, offset, DOMAIN, draw >> 1)
+    odd = (draw & 1) != 0
+    return gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
+
+
+@triton.jit
 def uniform(low, high):
     """53 bits -> float64 in (0, 1)."""
     bits = (high.to(tl.uint64) << 32 | low.to(tl.uint64)) >> 11

@@ -53,9 +53,9 @@ def capped(x, cap):
 
 @triton.jit
 def row_shift(row, index, shift, shift_step):
-    """(index, shift) of a row; -1 and 0 where there is none."""
-    at = tl.full((), -1, tl.int64)
-    bonus = tl.full((), 0.0, tl.float32)
+    """(index, shift) of rows; -1 and 0 where there is none."""
+    at = tl.full(row.shape, -1, tl.int64)
+    bonus = tl.full(row.shape, 0.0, tl.float32)
     if index is not None:
         at = tl.load(index + row)
         if shift is not None:
@@ -97,3 +97,12 @@ def entries(data, column, columns, first, at, bonus, softcap, exclude):
 def power(d):
     """2^d, 0 far below; NaN stays NaN."""
     return tl.where(d < FLOOR, 0.0, tl.exp2(d))
+
+
+@triton.jit
+def summary(x, scale):
+    """Each row's largest entry, and Σ 2^d and Σ 2^d·d, where d is an entry's distance to it times scale."""
+    top = tl.max(x, 1)
+    d = (x - tl.where(top > NONE, top, 0.0)[:, None]) * scale
+    e = power(d)
+    return top, tl.sum(e, 1), tl.sum(e * tl.maximum(d, FLOOR), 1)

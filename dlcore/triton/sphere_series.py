@@ -106,14 +106,17 @@ def solve(kappa: Tensor, dim: int) -> tuple[Tensor, int]:
     size = _degree(dim) + 2
     if size > _LARGEST:
         return _solve_large(kappa, dim), size - 1
-    padded = power_of_two(size, 16, _LARGEST)
-    out = torch.empty((kappa.shape[0], 2 * size + 1), dtype=torch.float32, device=kappa.device)
+    padded, device = power_of_two(size, 16, _LARGEST), kappa.device
+    # What is made while a graph is captured is the graph's, and must not be kept.
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    tables = _tables.__wrapped__ if capturing else _tables
+    out = torch.empty((kappa.shape[0], 2 * size + 1), dtype=torch.float32, device=device)
     launch(
         sphere_series_kernel,
         kappa.shape[0],
         kappa,
         kappa.contiguous(),
-        *_tables(size, padded, kappa.device),
+        *tables(size, padded, device),
         out,
         size,
         dim - 1,

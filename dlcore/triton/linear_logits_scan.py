@@ -1,0 +1,162 @@
+"""The one read of a head of few rows: logits are made in registers, and what a draw needs of them is kept.
+
+A program makes the logits of a group of 256 tokens, and says of it what the scan of dense logits says. As
+nothing can be read again, it draws a token inside of every group, too: to make the logits of the winner's
+group anew, of 2 MiB of weights a row at depth 4096, would take longer than so much noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dlcore.triton import noise
+from dlcore.triton.categorical_scan import INDEX_LOGIT, State, new_state, reduce, scan
+from dlcore.triton.launch import ceil_div, launch, power_of_two
+from dlcore.triton.linear_logits import GROUP, Head, vocab_size
+from dlcore.triton.products import product
+from dlcore.triton.rows import row_offset, rows_of
+from dlcore.triton.softmax import LOG2E, NONE, Softmax, inverse_temperature, row_shift, summary, transformed
+
+#: Up to so many rows; derived, not measured. A row makes one operation of each byte of 16-bit weights, and
+#: below 150 or so GPUs wait for memory: 64 leave room for a product that is not as good as cuBLAS's, whose
+#: weights pass the second-level cache twice, as a tile of more than 32 rows spills.
+FEW_ROWS = 64
+
+_SIZE = tl.constexpr(GROUP)
+
+
+@triton.jit(do_not_specialize=["vocab", "exclude", "rows", "groups"])
+def product_kernel(
+    hidden,
+    inner,
+    outer_stride,
+    inner_stride,
+    weight,
+    token_stride,
+    depth_stride,
+    bias,
+    depth,
+    vocab,
+    index,
+    shift,
+    shift_step,
+    softcap,
+    exclude,
+    temperature,
+    temperature_step,
+    skip,
+    summaries,
+    rows,
+    groups,
+    keys,
+    index_logits,
+    places,
+    KEY_PER_ROW: tl.constexpr,
+    ROWS: tl.constexpr,
+    DEPTH: tl.constexpr,
+):
+    """`summaries` and `places` of a group as `reduce_kernel` takes them, and the logits at `index`."""
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    group = tl.program_id(1)
+    inside = row < rows
+    last_row = rows.to(tl.int64) - 1
+    row = tl.minimum(row, last_row)
+    unread = tl.full((), 0, tl.int32)
+    if skip is not None:
+        unread = tl.min(tl.load(skip + row).to(tl.int32), 0)
+    if unread != 0:
+        return
+    ids = tl.arange(0, _SIZE)
+    token = group.to(tl.int64) * _SIZE + ids
+    known = (token < vocab)[None, :]
+    a_at = hidden + row_offset(row, inner, outer_stride, inner_stride)[:, None]
+    b_at = weight + (token * token_stride)[None, :]
+    x = tl.full((ROWS, _SIZE), 0.0, tl.float32)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH)
+        a = tl.load(a_at + k[None, :], (k < depth)[None, :], 0.0)
+        b = tl.load(b_at + k.to(tl.int64)[:, None] * depth_stride, (k < depth)[:, None] & known, 0.0)
+        x = product(a, b.to(a.dtype), x)
+    if bias is not None:
+        x += tl.load(bias + token, token < vocab, 0.0).to(tl.float32)[None, :]
+    at, bonus = row_shift(row, index, shift, shift_step)
+    x = transformed(x, token[None, :], at[:, None], bonus[:, None], softcap, exclude)
+    x = tl.where(known, x, NONE)
+    inverse = inverse_temperature(row, temperature, temperature_step)
+    top, total, weighted = summary(x, (inverse * LOG2E)[:, None])
+    _, place = tl.max(x, 1, return_indices=True)
+    size = rows.to(tl.int64) * groups
+    out = summaries + row * groups + group
+    to = places + row * groups + group
+    tl.store(out, top, inside)
+    tl.store(out + size, total, inside)
+    tl.store(out + 2 * size, weighted, inside)
+    tl.store(out + 3 * size, tl.max(tl.where(ids[None, :] == place[:, None], NONE, x), 1), inside)
+    tl.store(to, place.to(tl.uint8), inside)
+    if index is not None:
+        # Of an index outside of the vocabulary the first group says something, lest nothing be set.
+        lawful = (at >= 0) & (at < vocab)
+        mine = tl.where(lawful, at // _SIZE == group, group == 0)
+        entry = tl.max(tl.where(token[None, :] == at[:, None], x, NONE), 1)
+        tl.store(index_logits + row, entry.to(tl.float64) * inverse.to(tl.float64), inside & mine)
+    if keys is not None:
+        seed, offset = noise.row_key(keys, row[:, None], KEY_PER_ROW)
+        pair = group.to(tl.int64) * (_SIZE // 2) + tl.arange(0, _SIZE // 2)
+        even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
+        drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
+        _, place = tl.max(tl.fma(x - top[:, None], inverse[:, None], drawn), 1, return_indices=True)
+        tl.store(out + 4 * size, tl.max(tl.where(ids[None, :] == place[:, None], x, NONE), 1), inside)
+        tl.store(to + size, place.to(tl.uint8), inside)
+
+
+def scan_head(head: Head, softmax: Softmax, key: Tensor | None = None, skip: Tensor | None = None) -> State:
+    """As `scan`, and no logits of a head of few rows are written."""
+    hidden, weight, bias = head
+    rows = hidden.shape[:-1].numel()
+    if weight is None or rows > FEW_ROWS:
+        return scan(head, softmax, key=key, skip=skip)
+    hidden = hidden.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
+    single = hidden.dtype == torch.float32
+    depth, vocab = weight.shape[1], vocab_size(head)
+    state, groups = new_state(head), ceil_div(vocab, GROUP)
+    summaries = torch.empty((5, rows, groups), dtype=torch.float32, device=hidden.device)
+    places = torch.empty((2, rows, groups), dtype=torch.uint8, device=hidden.device)
+    block = power_of_two(rows, 16, 32)
+    operands = (*rows_of(hidden), weight.detach(), *weight.stride(), bias, depth, vocab)
+    results = (summaries, rows, groups, key, state.numbers[INDEX_LOGIT.value], places)
+    launch(
+        product_kernel,
+        (ceil_div(rows, block), groups),
+        summaries,
+        *(*operands, *softmax.args, skip, *results),
+        KEY_PER_ROW=key is not None and key.dim() > 1,
+        ROWS=block,
+        DEPTH=32 if single else 64,
+        num_warps=block // 2,
+        num_stages=3,
+        maxnreg=None if single else 128,  # two programs a unit: one waits for weights where the other draws
+    )
+    nothing = (None, 1, 0, 0)
+    read = (*nothing, 0, vocab, *softmax.args, skip, None, None, None, summaries, rows)
+    reduce(read, rows, groups, key, state, places)
+    return state
+
+
+def examples(device: str) -> Iterator[Callable[[], object]]:
+    """Calls that launch every variant of every kernel."""
+    key = torch.empty(2, dtype=torch.int64, device=device)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for rows in (8, 64):
+            hidden, weight = (torch.empty(n, 4096, dtype=dtype, device=device) for n in (rows, 126_464))
+            row, z = torch.empty(rows, device=device), torch.empty(rows, dtype=torch.int64, device=device)
+            skip, plain = z.to(torch.uint8), Softmax(row.shape)
+            full = Softmax(row.shape, z, row, row, 30.0, 5)
+            yield partial(scan_head, (hidden, weight, None), plain)
+            yield partial(scan_head, (hidden, weight, None), plain, key)
+            yield partial(scan_head, (hidden, weight, weight[:, 0]), full, key.expand(rows, 2), skip)
