@@ -84,8 +84,7 @@ def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
 
 def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     """Points of mean's shape and dtype."""
-    mean, key = rows_contiguous(mean), key.contiguous()
+    mean, key, concentration = rows_contiguous(mean), key.contiguous(), per_row(kappa, mean.shape[:-1])
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
-    concentrations = strided(per_row(kappa, mean.shape[:-1]))
-    call(_cuda.sphere_sample, mean, view(mean), concentrations, keyed(key), reject, view(out))
+    call(_cuda.sphere_sample, mean, view(mean), strided(concentration), keyed(key), reject, view(out))
     return out
