@@ -211,7 +211,7 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.sample_mixture",
         "categorical.log_probs",
     ),
-    "sphere": (*TRITON["sphere"], "sphere.sample"),
+    "sphere": (*TRITON["sphere"], *TRITON["sphere_dynamics"], "sphere.sample"),
 }
 
 

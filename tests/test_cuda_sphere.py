@@ -312,6 +312,76 @@ def test_points_follow_the_key() -> None:
     assert drawn("vmf", mean[:1].expand(4, 6, 20), kappa)[0].equal(whole[0])
 
 
+# --- corrections -------------------------------------------------------------------------------------------
+
+
+def corrected(x: Tensor, score: Tensor, steps: Tensor | float, key: Tensor = KEY) -> Tensor:
+    steps = steps.to(DEVICE) if isinstance(steps, Tensor) else steps
+    with dlcore.use_backend("cuda"):
+        return sphere.correct(x.to(DEVICE), score.to(DEVICE), steps, key=key.to(DEVICE)).cpu()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [2, 15, 33, 300, 800, 4500])
+def test_corrections_are_the_references(d: int, dtype: torch.dtype) -> None:
+    lead = (5, 3) if d < 1000 else (2, 1)
+    x, score = unit(*lead, d, dtype=dtype), (3 * normal(*lead, d, seed=1)).to(dtype)
+    rows = math.prod(lead)
+    steps = torch.linspace(0, 0.5, rows).view(lead)
+    got = corrected(x, score, steps)
+    assert dlcore.last_backend("sphere.correct") == "cuda"
+    with dlcore.use_backend("reference"):
+        want = sphere.correct(x.double(), score.double(), steps.double(), key=KEY)
+    assert got.dtype == dtype
+    assert (got - want).norm(dim=-1).max() < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    wide = torch.full((lead[1], lead[0], d + 2), torch.nan, dtype=dtype)
+    wide[..., 1:-1] = x.transpose(0, 1)
+    assert torch.equal(corrected(wide[..., 1:-1].transpose(0, 1), score, steps), got)
+    keys = rng.fold_in(KEY, torch.arange(rows)).view(*lead, 2)
+    assert torch.equal(corrected(x, score, steps, keys), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("d", [2, 15, 300, 1100, 4500])
+def test_gradients_of_corrections(d: int, dtype: torch.dtype) -> None:
+    rows = 5 if d < 1000 else 2
+    x, score = unit(rows, d, dtype=dtype), (3 * normal(rows, d, seed=1)).to(dtype)
+    steps = torch.linspace(0.02, 2, rows) / (d - 1)
+    grad = normal(rows, d, seed=9).to(dtype)
+
+    def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+        leaves = [t.clone().requires_grad_() for t in tensors[:3]]
+        return torch.autograd.grad(sphere.correct(*leaves, key=KEY.to(tensors[0].device)), leaves, tensors[3])
+
+    with dlcore.use_backend("cuda"):
+        got = gradients(*(t.to(DEVICE) for t in (x, score, steps, grad)))
+    assert dlcore.last_backend("sphere.correct_backward") == "cuda"
+    with dlcore.use_backend("reference"):
+        want = gradients(*(t.double() for t in (x, score, steps, grad)))
+    for a, b, like in zip(got, want, (x, score, steps), strict=True):
+        assert a.dtype == like.dtype
+        assert (a.cpu().double() - b).norm() <= max(4 * torch.finfo(dtype).eps, 2e-6) * b.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_corrections_of_any_length(dtype: torch.dtype) -> None:
+    """Zero with nothing to move it stays zero, gradients too; a huge score gives its direction."""
+    leaves = [torch.zeros(2, 8, dtype=dtype, device=DEVICE).requires_grad_() for _ in range(2)]
+    with dlcore.use_backend("cuda"):
+        still = sphere.correct(*leaves, 0.0, key=KEY.to(DEVICE))
+        assert bool((still == 0).all())
+        assert all(bool((g == 0).all()) for g in torch.autograd.grad(still.sum(), leaves))
+    x, v = unit(6, 8, dtype=dtype), normal(6, 8, seed=2).to(dtype)
+    for length in (1e21, 1e36):
+        torch.testing.assert_close(corrected(x, length * v, 0.05), sphere.normalize(v))
+    torch.testing.assert_close(corrected(1e-30 * x, 0 * v, 0.0), x)
+    v[2, 0] = torch.nan
+    there = corrected(x, v, torch.linspace(0, 1, 6))
+    assert there[2].isnan().all()
+    assert bool(there[[0, 1, 3, 4, 5]].isfinite().all())
+    assert corrected(x[:0], v[:0], 0.1).shape == (0, 8)
+
+
 # --- what these tests see ----------------------------------------------------------------------------------
 
 #: A sum over warps read before it is there; a bound one too large; noise of another domain.
