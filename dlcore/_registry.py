@@ -215,7 +215,7 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.kl",
         "categorical.kl_backward",
     ),
-    "sphere": (*TRITON["sphere"], "sphere.sample"),
+    "sphere": (*TRITON["sphere"], *TRITON["sphere_dynamics"], "sphere.sample"),
     "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),
 }
 

@@ -132,4 +132,9 @@ DLCORE_HD inline NormalPair direction(Key key, int64_t pair) {
   return normals(key, Domain::kDirection, pair);
 }
 
+// Entries 2i and 2i + 1 of noise for each element.
+DLCORE_HD inline NormalPair element_normals(Key key, int64_t pair) {
+  return normals(key, Domain::kElement, pair);
+}
+
 }  // namespace dlcore

@@ -35,6 +35,13 @@ DLCORE_HD inline double over(double a, double b) { return b == 0 ? 0 : a / b; }
 // Whether a float's sum of squares has its digits: nothing overflowed, and nothing that counts underflowed.
 DLCORE_HD inline bool holds(double square) { return square > 1e-30 && square < 1e30; }
 
+// A power of two that brings an entry of this size, the largest of a vector, next to 1.
+DLCORE_HD inline float power_below_inverse(float largest) {
+  if (!(largest > 0 && std::isfinite(largest))) return 1;
+  // 2^±126 are normal floats; the smallest entry times that is one, too.
+  return std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
+}
+
 // A factor for vector k and the square of the length that it then has, for any length: 1, unless its `square`
 // in float is no good, else a power of two that brings the largest entry next to 1. Zero has square 0.
 struct Sized {
@@ -44,10 +51,7 @@ struct Sized {
   template <class R>
   DLCORE_HD Sized(double square_in_float, const R& row, int k) : square(square_in_float) {
     if (holds(square)) return;
-    const float largest = row.largest(k);
-    // 2^±126 are normal floats; the smallest entry times that is one, too.
-    if (largest > 0 && std::isfinite(largest))
-      factor = std::ldexp(1.0f, std::clamp(-std::ilogb(largest), -126, 126));
+    factor = power_below_inverse(row.largest(k));
     square = row.sum([&](int64_t i) {
       const double entry = static_cast<double>(row.entry(k, i)) * factor;
       return entry * entry;

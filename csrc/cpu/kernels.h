@@ -9,7 +9,7 @@
 #include "linear_logits.h"
 #include "rng.h"
 #include "../common/sphere.h"
-#include "sphere_dynamics.h"
+#include "../common/sphere_correct.h"
 #include "sphere_velocity.h"
 #include "uniform.h"
 

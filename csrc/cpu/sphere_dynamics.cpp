@@ -1,9 +1,8 @@
 // The Langevin corrector on the sphere: noise, drift and projection in one pass. Compiled once per ISA level.
-#include "sphere_dynamics.h"
-
 #include <cmath>
 #include <vector>
 
+#include "../common/sphere_correct.h"
 #include "../common/sphere_rows.h"
 #include "kernels.h"
 #include "normal.h"
@@ -26,10 +25,9 @@ void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
   Floats product = broadcast(0.0f);
   each_sixteen<T>(
       columns, [&](int64_t i, auto sixteen, auto) { product = fused(sixteen(x), load(moved + i), product); });
-  const double q = static_cast<double>(columns - 1), length = q * a.step_size[r];
-  const double spread = std::sqrt(-std::expm1(-2 * length) / q);
-  const auto by_noise = static_cast<float>(spread), by_score = static_cast<float>(-std::expm1(-length) / q);
-  const auto by_x = static_cast<float>(std::exp(-length) - spread * sum(product));
+  const sphere::Correction c(static_cast<double>(columns - 1), a.step_size[r]);
+  const auto by_noise = static_cast<float>(c.spread), by_score = static_cast<float>(c.by_score);
+  const auto by_x = static_cast<float>(c.decay - c.spread * sum(product));
   Floats square = broadcast(0.0f);
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto) {
     const Floats noise = load(moved + i) * by_noise;

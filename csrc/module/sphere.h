@@ -35,4 +35,16 @@ inline SphereSampleArguments sphere_sample(const py::tuple& mean, const py::obje
   return a;
 }
 
+inline SphereCorrectArguments sphere_correct(const py::tuple& x, const py::tuple& score,
+                                             const py::object& step_size, const py::object& key,
+                                             const py::object& out) {
+  SphereCorrectArguments a;
+  a.x = view(x);
+  a.score = view(score);
+  a.step_size = per_row<double>(step_size);
+  a.keys = keys(key);
+  a.out = view_or_none(out);
+  return a;
+}
+
 }  // namespace dlcore

@@ -1,18 +1,12 @@
 // The binding of the Langevin corrector on the sphere.
-#include "module.h"
+#include "sphere.h"
 
 namespace dlcore {
 namespace {
 
 void correct(const py::tuple& x, const py::tuple& score, const py::object& step_size, const py::object& key,
              const py::tuple& out, int threads) {
-  SphereCorrectArguments a;
-  a.x = view(x);
-  a.score = view(score);
-  a.step_size = per_row<double>(step_size);
-  a.keys = keys(key);
-  a.out = view(out);
-  run(kernels().sphere_correct, a, threads);
+  run(kernels().sphere_correct, sphere_correct(x, score, step_size, key, out), threads);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-"""The sphere's maps and draws on the CUDA kernels."""
+"""The sphere's maps, draws and corrections on the CUDA kernels."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from dlcore import _cuda
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, view
 from dlcore.cuda.tensors import call
+from dlcore.reference import sphere_dynamics as reference
 
 _NORMALIZE, _PROJECT, _ANGLE, _SLERP, _LOG, _EXP, _ROTATE, _STEP, _RETRACT = range(9)
 
@@ -84,8 +85,42 @@ def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
 
 def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     """Points of mean's shape and dtype."""
-    mean, key = rows_contiguous(mean), key.contiguous()
+    mean, key, concentration = rows_contiguous(mean), key.contiguous(), per_row(kappa, mean.shape[:-1])
     out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
-    concentrations = strided(per_row(kappa, mean.shape[:-1]))
-    call(_cuda.sphere_sample, mean, view(mean), concentrations, keyed(key), reject, view(out))
+    call(_cuda.sphere_sample, mean, view(mean), strided(concentration), keyed(key), reject, view(out))
     return out
+
+
+def correct(x: Tensor, score: Tensor, step_size: Tensor, key: Tensor) -> Tensor:
+    """Points of x's shape and dtype."""
+    x, score, key = rows_contiguous(x), rows_contiguous(score), key.contiguous()
+    steps = per_row(step_size.double(), x.shape[:-1])
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call(_cuda.sphere_correct, x, view(x), view(score), strided(steps), keyed(key), view(out))
+    return out
+
+
+def correct_backward(
+    grad: Tensor, x: Tensor, score: Tensor, step_size: Tensor, key: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, score and step_size; the reference's for rows longer than a block keeps."""
+    lead = x.shape[:-1]
+    if x.shape[-1] > _cuda.MOST_CORRECTED:
+        return reference.correct_backward(grad, x, score, step_size, key)
+    grad, x, score, key = rows_contiguous(grad), rows_contiguous(x), rows_contiguous(score), key.contiguous()
+    steps = per_row(step_size.double(), lead)
+    x_grad, score_grad = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, score))
+    step_grad = torch.empty(lead, dtype=torch.float64, device=x.device)
+    call(
+        _cuda.sphere_correct_backward,
+        x,
+        view(grad),
+        view(x),
+        view(score),
+        strided(steps),
+        keyed(key),
+        view(x_grad),
+        view(score_grad),
+        step_grad.data_ptr(),
+    )
+    return x_grad, score_grad, step_grad.to(step_size.dtype)

@@ -146,6 +146,7 @@ class Machine {
       makecontext(&f.context, &Machine::enter, 0);
     }
     random_.seed(seed + blockIdx.x + 65537u * blockIdx.y);
+    choose_ahead(count);
     while (const size_t next = pick(count)) resume(next - 1);
   }
 
@@ -154,12 +155,18 @@ class Machine {
     if (!error.empty()) return 0;
     std::vector<size_t>& ready = ready_;
     ready.clear();
-    const auto collect = [&] {
-      for (size_t i = 0; i < count; ++i)
+    const auto collect = [&](size_t begin, size_t end) {
+      for (size_t i = begin; i < end; ++i)
         if (fibers_[i].waits == Waits::kNothing) ready.push_back(i + 1);
     };
-    collect();
-    if (ready.empty() && release(count)) collect();
+    // Most of the time one warp runs ahead, so that it meets what the others have not read yet.
+    if (random_() % 16 != 0) {
+      const size_t first = ahead_ * kWarp, end = first + kWarp < count ? first + kWarp : count;
+      collect(first, end);
+      if (ready.empty() && release_warp(first)) collect(first, end);
+    }
+    if (ready.empty()) collect(0, count);
+    if (ready.empty() && release(count)) collect(0, count);
     if (ready.empty()) {
       for (size_t i = 0; i < count; ++i)
         if (fibers_[i].waits != Waits::kDone) {
@@ -171,6 +178,8 @@ class Machine {
     return ready[random_() % ready.size()];
   }
 
+  void choose_ahead(size_t count) { ahead_ = random_() % ((count + kWarp - 1) / kWarp); }
+
   // Lets those go on whose barrier is complete; false if there are none.
   bool release(size_t count) {
     bool any = false, all = true;
@@ -181,20 +190,29 @@ class Machine {
         fibers_[i].waits = Waits::kNothing;
         any = true;
       }
-    if (any) return true;
-    for (size_t warp = 0; warp < count; warp += kWarp)
-      for (size_t i = warp; i < warp + kWarp; ++i) {
-        if (fibers_[i].waits != Waits::kWarp) continue;
-        const unsigned mask = fibers_[i].mask;
-        bool complete = true;
-        for (size_t j = 0; j < kWarp; ++j)
-          if (mask >> j & 1)
-            complete &= fibers_[warp + j].waits == Waits::kWarp && fibers_[warp + j].mask == mask;
-        if (!complete) continue;
-        for (size_t j = 0; j < kWarp; ++j)
-          if (mask >> j & 1) fibers_[warp + j].waits = Waits::kNothing;
-        any = true;
-      }
+    if (any) {
+      choose_ahead(count);
+      return true;
+    }
+    for (size_t warp = 0; warp < count; warp += kWarp) any |= release_warp(warp);
+    return any;
+  }
+
+  // The same for the operations of the warp that begins at thread `warp`.
+  bool release_warp(size_t warp) {
+    bool any = false;
+    for (size_t i = warp; i < warp + kWarp; ++i) {
+      if (fibers_[i].waits != Waits::kWarp) continue;
+      const unsigned mask = fibers_[i].mask;
+      bool complete = true;
+      for (size_t j = 0; j < kWarp; ++j)
+        if (mask >> j & 1)
+          complete &= fibers_[warp + j].waits == Waits::kWarp && fibers_[warp + j].mask == mask;
+      if (!complete) continue;
+      for (size_t j = 0; j < kWarp; ++j)
+        if (mask >> j & 1) fibers_[warp + j].waits = Waits::kNothing;
+      any = true;
+    }
     return any;
   }
 
@@ -243,7 +261,7 @@ class Machine {
 
   std::vector<Fiber> fibers_;
   std::vector<size_t> ready_;
-  size_t current_ = 0;
+  size_t current_ = 0, ahead_ = 0;
   ucontext_t main_;
   const void* main_stack_ = nullptr;
   size_t main_size_ = 0;
