@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_triton_categorical import CUTS
 from triton_calls import assert_same, call, quiet
 
 import dlcore
@@ -54,6 +55,35 @@ def test_sample_draws_the_tokens_of_the_cpu(vocab, dtype):
     ):
         expected = call("categorical.sample", "cpu", *args)
         assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("coarse", [False, True])
+def test_truncation(cut, coarse):
+    """With coarse logits, most entries have equals, of which the first are kept."""
+    x, (index, shift, temperature) = logits(2600), row(2600)
+    x = x.round() if coarse else x
+    limits = tuple(
+        None if c is None else torch.tensor(c, dtype=d)
+        for c, d in zip(cut, (torch.int64, torch.float32, torch.float32), strict=True)
+    )
+    args = (x, None, None, index, shift, temperature, None, 2, *limits, KEY)
+    expected = call("categorical.sample", "cpu", *args)
+    assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
+def test_truncation_of_a_head(monkeypatch):
+    """Digits, and equals of the threshold, are counted across tiles."""
+    from dlcore.triton import linear_logits
+
+    monkeypatch.setattr(linear_logits, "_TILE", 2048)
+    generator = torch.Generator().manual_seed(4)
+    hidden = torch.randint(-2, 3, (*LEAD, 4), generator=generator).float()
+    weight = torch.randint(-2, 3, (1500, 4), generator=generator).float()
+    limits = (torch.tensor(70), torch.tensor(0.8), None)
+    expected = call("categorical.sample", "cpu", hidden @ weight.mT, None, None, *(None,) * 5, *limits, KEY)
+    found = call("categorical.sample", "cuda", hidden, weight, None, *(None,) * 5, *limits, KEY)
+    assert_same(found, expected, 3e-6, 3e-6)
 
 
 @pytest.mark.parametrize("prior", [-1, 4])

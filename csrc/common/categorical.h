@@ -94,8 +94,8 @@ struct Bin {
   int64_t count;
 };
 constexpr int kLevels = 3;
-constexpr int kLevelShift[kLevels] = {21, 10, 0};
-constexpr int kLevelBits[kLevels] = {11, 11, 10};
+// Digits of 11, 11 and 10 bits.
+DLCORE_HD constexpr int level_shift(int level) { return level == 0 ? 21 : level == 1 ? 10 : 0; }
 constexpr int64_t kBins = 1 << 11;
 
 // The search for the last kept entry of one row, digit by digit, the largest first.

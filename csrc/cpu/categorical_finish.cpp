@@ -2,8 +2,8 @@
 #include "../common/categorical_finish.h"
 
 #include <algorithm>
-#include <cstring>
 
+#include "../common/categorical_cut.h"
 #include "categorical.h"
 
 namespace dlcore {
@@ -53,56 +53,19 @@ void finish_mixture(const MixtureArguments& a, const Summary* state, const uint8
 // `within`: an earlier selection by count alone; max_mass is then a part of the mass that it keeps.
 void start_selections(const Summary* state, int64_t rows, PerRow<int64_t> top_k, PerRow<float> top_p,
                       const Selection* within, Selection* selections) {
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t count = top_k ? top_k[r] : std::numeric_limits<int64_t>::max();
-    const double total = within && !within[r].everything ? within[r].mass : state[r].sum;
-    selections[r] = {count, top_p ? top_p[r] * total : kInfinity};
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    selections[r] = start_selection(state[r], top_k, top_p, within ? within + r : nullptr, r);
 }
 
 void narrow(const Bin* bins, int64_t rows, int level, Selection* selections) {
-  for (int64_t r = 0; r < rows; ++r) {
-    Selection& s = selections[r];
-    if (s.everything) continue;
-    const Bin* row = bins + r * kBins;
-    int64_t b = (int64_t{1} << kLevelBits[level]) - 1;
-    for (; b >= 0; --b) {
-      if (s.count + row[b].count >= s.max_count || s.mass + row[b].mass > s.max_mass) break;
-      s.count += row[b].count;
-      s.mass += row[b].mass;
-    }
-    s.everything = b < 0;
-    if (b >= 0) s.prefix |= static_cast<uint32_t>(b) << kLevelShift[level];
-    if (level < kLevels - 1 || b < 0 || row[b].count == 0) continue;
-    // All entries of the last bin are equal: keep as many of them as both limits allow.
-    const double each = row[b].mass / static_cast<double>(row[b].count);
-    const double by_mass = each > 0 ? std::floor((s.max_mass - s.mass) / each) + 1 : kInfinity;
-    int64_t ties = std::min(row[b].count, s.max_count - s.count);
-    if (by_mass < static_cast<double>(ties)) ties = static_cast<int64_t>(by_mass);
-    s.mass += static_cast<double>(ties) * each;
-    s.max_count = s.count + ties;
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    if (!selections[r].everything) narrow_row(bins + r * kBins, most_digit(level), level, selections[r]);
 }
 
 void finish_selections(const Summary* state, int64_t rows, PerRow<float> min_p, PerRow<float> temperature,
                        const Selection* selections, Cut* cuts) {
-  for (int64_t r = 0; r < rows; ++r) {
-    cuts[r] = {-std::numeric_limits<float>::infinity(), std::numeric_limits<int64_t>::max()};
-    if (selections && !selections[r].everything) {
-      const uint32_t ordered = selections[r].prefix;
-      const uint32_t raw = ordered & 0x80000000u ? ordered & 0x7FFFFFFFu : ~ordered;
-      std::memcpy(&cuts[r].threshold, &raw, sizeof raw);
-      cuts[r].ties = selections[r].max_count - selections[r].count;
-    }
-    if (!min_p || !(min_p[r] > 0)) continue;
-    // The summary is scaled by the rounded 1/temperature; undone with the same number, the largest entry is
-    // exact.
-    const double inverse = temperature && temperature[r] > 0 ? 1.0f / temperature[r] : 1.0f;
-    const auto bound = static_cast<float>((state[r].top + std::log(static_cast<double>(min_p[r]))) / inverse);
-    // Entries equal to the bound are kept, so the threshold lies just below it.
-    const float under = std::nextafter(bound, -std::numeric_limits<float>::infinity());
-    if (under > cuts[r].threshold || (under == cuts[r].threshold && cuts[r].ties > 0)) cuts[r] = {under, 0};
-  }
+  for (int64_t r = 0; r < rows; ++r)
+    cuts[r] = finish_selection(state[r], min_p, temperature, selections ? selections + r : nullptr, r);
 }
 
 }  // namespace dlcore

@@ -5,6 +5,7 @@
 #include <functional>
 #include <vector>
 
+#include "../common/categorical_cut.h"
 #include "categorical.h"
 #include "kernels.h"
 #include "parallel.h"
@@ -69,13 +70,6 @@ float floor_by_count(const View& logits, int64_t first_token, const RowSoftmax& 
   return largest[static_cast<size_t>(most - 1)];
 }
 
-// Entries of probability below 1/V-th of what may be dropped are dropped: together they fit.
-float floor_by_mass(const Summary& s, const Selection& selection, int64_t vocab, float inverse_temperature) {
-  const double rest = (s.sum - selection.max_mass) / static_cast<double>(vocab);
-  constexpr double slack = 1e-3;
-  return rest > 0 ? static_cast<float>((s.top + std::log(rest) - slack) / inverse_temperature) : kNone;
-}
-
 }  // namespace
 
 void softmax_tile(const SoftmaxTileArguments& a) {
@@ -90,10 +84,10 @@ void softmax_tile(const SoftmaxTileArguments& a) {
 }
 
 void histogram(const HistogramArguments& a) {
-  const int shift = kLevelShift[a.level];
-  const uint32_t digit = (1u << kLevelBits[a.level]) - 1;
+  const int shift = level_shift(a.level);
+  const auto digit = static_cast<uint32_t>(most_digit(a.level));
   // The digits above this level, as a mask.
-  const uint32_t above = a.level == 0 ? 0 : ~0u << kLevelShift[a.level - 1];
+  const uint32_t above = a.level == 0 ? 0 : ~0u << level_shift(a.level - 1);
   parallel_for(a.logits.rows, a.threads, [&](int64_t r) {
     const Selection& selection = a.selections[r];
     if (selection.everything || a.state[r].empty()) return;

@@ -14,9 +14,10 @@ __global__ void stats_kernel(const Summary* state, int64_t rows, int64_t* argmax
     finish_stats_row(state[r], rows, r, argmax, numbers);
 }
 
-__global__ void sample_kernel(const Summary* state, int64_t rows, int64_t* tokens, float* numbers) {
+__global__ void sample_kernel(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens,
+                              float* numbers) {
   for (int64_t r = global_thread(); r < rows; r += all_threads())
-    finish_sample_row(state[r], state[r], rows, r, tokens, numbers);
+    finish_sample_row(state[r], drawn[r], rows, r, tokens, numbers);
 }
 
 __global__ void log_probs_kernel(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
@@ -47,8 +48,10 @@ void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* nu
   launch("categorical.stats", stats_kernel, blocks(rows), kThreads, stream, state, rows, argmax, numbers);
 }
 
-void finish_sample(const Summary* state, int64_t rows, int64_t* tokens, float* numbers, cudaStream_t stream) {
-  launch("categorical.sample", sample_kernel, blocks(rows), kThreads, stream, state, rows, tokens, numbers);
+void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, float* numbers,
+                   cudaStream_t stream) {
+  launch("categorical.sample", sample_kernel, blocks(rows), kThreads, stream, state, drawn, rows, tokens,
+         numbers);
 }
 
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,

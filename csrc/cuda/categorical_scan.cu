@@ -12,6 +12,8 @@ namespace dlcore::cuda {
 namespace {
 
 constexpr int kThreads = 256;
+constexpr int kResident =
+    2;  // blocks a multiprocessor at least: left alone, the assembler aims for more, and spills
 constexpr int kAbreastGroups = 4;
 constexpr int kGroupLanes = kWarp / kAbreastGroups;
 constexpr int kLaneEntries = static_cast<int>(kGroup) / kGroupLanes;
@@ -39,12 +41,26 @@ struct Plan {
   }
 };
 
+// What a truncated draw keeps of a row: all above a threshold, and its equals before `end`.
+struct RowCut {
+  float threshold = kNone;
+  int64_t end = 0;
+  __device__ RowCut(const Cut* cuts, const int64_t* ends, int64_t r) {
+    if (!cuts) return;
+    threshold = cuts[r].threshold;
+    end = ends[r];
+  }
+  __device__ float operator()(float x, int64_t token) const {
+    return x < threshold || (x == threshold && token >= end) ? kNone : x;
+  }
+};
+
 // Reads entries [at, at + 256) of a row: of this lane's runs of N, the k-th begins at (k·8 + its place)·N.
-template <int N, class T>
+template <int N, bool CUT, class T>
 __device__ void read_group(const T* p, int64_t at, int64_t columns, int64_t first, const RowSoftmax& row,
-                           float (&x)[kLaneEntries]) {
+                           const RowCut& cut, float (&x)[kLaneEntries]) {
   const int place = lane_id() % kGroupLanes * N;
-  if (at + kGroup <= columns && !row.special(first + at, kGroup)) {
+  if (!CUT && at + kGroup <= columns && !row.special(first + at, kGroup)) {
 #pragma unroll
     for (int i = 0; i < kLaneEntries; i += N) {
       const auto run = Packed<T, N>::load(p + at + i * kGroupLanes + place);
@@ -57,6 +73,7 @@ __device__ void read_group(const T* p, int64_t at, int64_t columns, int64_t firs
   for (int i = 0; i < kLaneEntries; ++i) {
     const int64_t column = at + i / N * N * kGroupLanes + place + i % N;
     x[i] = column < columns ? row.transform(widen(p[column]), first + column) : kNone;
+    if (CUT) x[i] = cut(x[i], first + column);
   }
 }
 
@@ -106,20 +123,22 @@ __device__ Part merge_groups(const GroupSums& s, int place, const RowSoftmax& ro
   return part;
 }
 
-template <class T, int N>
-__global__ void __launch_bounds__(kThreads)
-    scan_kernel(const __grid_constant__ ScanArguments a, Part* parts, int steps, int64_t chunks) {
+template <class T, int N, bool CUT>
+__global__ void __launch_bounds__(kThreads, kResident)
+    scan_kernel(const __grid_constant__ ScanArguments a, const int64_t* ends, Part* parts, int steps,
+                int64_t chunks) {
   const int lane = lane_id(), place = lane % kGroupLanes, octet = lane / kGroupLanes;
   for (int64_t i = global_warp(); i < a.logits.rows * chunks; i += all_warps()) {
     const int64_t r = i / chunks, first = i % chunks * kAbreastGroups * steps;
     if (unread(a, r)) continue;
     const RowSoftmax row(a.softmax, r);
+    const RowCut cut(CUT ? a.cuts : nullptr, ends, r);
     const T* p = a.logits.row<const T>(r);
     GroupSums kept;
     for (int step = 0; step < steps; ++step) {
       float x[kLaneEntries];
       const int64_t group = first + kAbreastGroups * step + octet;
-      read_group<N>(p, group * kGroup, a.logits.columns, a.first_token, row, x);
+      read_group<N, CUT>(p, group * kGroup, a.logits.columns, a.first_token, row, cut, x);
       const GroupSums s = sum_group(x, row.inverse_temperature * kLog2E);
       if (place == step) kept = s;
     }
@@ -182,13 +201,14 @@ constexpr int kPairs = static_cast<int>(kGroup) / (2 * kWarp);
 template <class T>
 class Group {
  public:
-  __device__ Group(const ScanArguments& a, const RowSoftmax& row, int64_t r, int64_t group)
+  __device__ Group(const ScanArguments& a, const RowSoftmax& row, const RowCut& cut, int64_t r, int64_t group)
       : first_(group * kGroup) {
     const T* p = a.logits.row<const T>(r);
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; ++i) {
       const int64_t column = first_ + entry(i);
-      x_[i] = column < a.logits.columns ? row.transform(widen(p[column]), a.first_token + column) : kNone;
+      const int64_t token = a.first_token + column;
+      x_[i] = column < a.logits.columns ? cut(row.transform(widen(p[column]), token), token) : kNone;
     }
   }
 
@@ -249,8 +269,10 @@ __device__ double logit(const ScanArguments& a, const RowSoftmax& row, int64_t r
 }
 
 template <class T>
-__device__ Summary summarize(const ScanArguments& a, const Part* parts, int64_t chunks, int64_t r) {
+__device__ Summary summarize(const ScanArguments& a, const int64_t* ends, const Part* parts, int64_t chunks,
+                             int64_t r) {
   const RowSoftmax row(a.softmax, r);
+  const RowCut cut(a.cuts, ends, r);
   const double inverse = row.inverse_temperature;
   const Top top = find_top(parts, chunks);
   const Sums sums = add_parts(parts, chunks, top.leader.value > kNone ? top.leader.value : 0, row);
@@ -264,7 +286,7 @@ __device__ Summary summarize(const ScanArguments& a, const Part* parts, int64_t 
   s.sum = fmax(1.0, sums.sum);
   s.weighted = fmin(0.0, sums.weighted);
   float second;
-  const Leader best = Group<T>(a, row, r, top.leader.at).leader(second);
+  const Leader best = Group<T>(a, row, cut, r, top.leader.at).leader(second);
   s.argmax = a.first_token + top.leader.at * kGroup + best.at;
   s.second = fmaxf(second, top.second) * inverse;
   if (!a.keys) return s;
@@ -274,42 +296,47 @@ __device__ Summary summarize(const ScanArguments& a, const Part* parts, int64_t 
   if (row.greedy) return s;
   s.score += sums.score;
   const Leader drawn =
-      Group<T>(a, row, r, sums.winner).draw(a.keys[r], a.first_token, row.inverse_temperature);
+      Group<T>(a, row, cut, r, sums.winner).draw(a.keys[r], a.first_token, row.inverse_temperature);
   s.token = a.first_token + sums.winner * kGroup + drawn.at;
   s.token_logit = drawn.value * inverse;
   return s;
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    reduce_kernel(const __grid_constant__ ScanArguments a, const Part* parts, int64_t chunks) {
+__global__ void __launch_bounds__(kThreads, kResident)
+    reduce_kernel(const __grid_constant__ ScanArguments a, const int64_t* ends, const Part* parts,
+                  int64_t chunks) {
   for (int64_t r = global_warp(); r < a.logits.rows; r += all_warps()) {
     Summary s;
-    if (!unread(a, r)) s = summarize<T>(a, parts + r * chunks, chunks, r);
+    if (!unread(a, r)) s = summarize<T>(a, ends, parts + r * chunks, chunks, r);
     if (lane_id() != 0) continue;
     a.state[r] = a.first_token == 0 ? s : merge(a.state[r], s);
   }
 }
 
-template <class T, int N>
-void launch_scan(const ScanArguments& a, Part* parts, const Plan& plan, cudaStream_t stream) {
+template <class T, int N, bool CUT = false>
+void launch_scan(const ScanArguments& a, const int64_t* ends, Part* parts, const Plan& plan,
+                 cudaStream_t stream) {
   const int64_t warps = a.logits.rows * plan.chunks;
-  launch("categorical.scan", scan_kernel<T, N>, ceil_div(warps, kThreads / kWarp), kThreads, stream, a, parts,
-         plan.steps, plan.chunks);
+  launch("categorical.scan", scan_kernel<T, N, CUT>, ceil_div(warps, kThreads / kWarp), kThreads, stream, a,
+         ends, parts, plan.steps, plan.chunks);
 }
 
 template <class T>
-void launch_both(const ScanArguments& a, Part* parts, const Plan& plan, cudaStream_t stream) {
+void launch_both(const ScanArguments& a, const int64_t* ends, Part* parts, const Plan& plan,
+                 cudaStream_t stream) {
   constexpr int kMost = 16 / sizeof(T);
   const int abreast = most_abreast(a.logits, sizeof(T));
-  if (abreast == kMost)
-    launch_scan<T, kMost>(a, parts, plan, stream);
+  if (a.cuts)
+    launch_scan<T, 1, true>(a, ends, parts, plan, stream);
+  else if (abreast == kMost)
+    launch_scan<T, kMost>(a, ends, parts, plan, stream);
   else if (abreast >= kMost / 2)
-    launch_scan<T, kMost / 2>(a, parts, plan, stream);
+    launch_scan<T, kMost / 2>(a, ends, parts, plan, stream);
   else
-    launch_scan<T, 1>(a, parts, plan, stream);
+    launch_scan<T, 1>(a, ends, parts, plan, stream);
   launch("categorical.scan's parts", reduce_kernel<T>, ceil_div(a.logits.rows, kThreads / kWarp), kThreads,
-         stream, a, parts, plan.chunks);
+         stream, a, ends, parts, plan.chunks);
 }
 
 }  // namespace
@@ -318,10 +345,11 @@ int64_t scan_bytes(int64_t rows, int64_t columns) {
   return rows * Plan(rows, columns).chunks * static_cast<int64_t>(sizeof(Part));
 }
 
-void scan(const ScanArguments& a, void* workspace, cudaStream_t stream) {
+void scan(const ScanArguments& a, const int64_t* ends, void* workspace, cudaStream_t stream) {
   const Plan plan(a.logits.rows, a.logits.columns);
-  with_dtype(a.logits.dtype,
-             [&](auto type) { launch_both<decltype(type)>(a, static_cast<Part*>(workspace), plan, stream); });
+  with_dtype(a.logits.dtype, [&](auto type) {
+    launch_both<decltype(type)>(a, ends, static_cast<Part*>(workspace), plan, stream);
+  });
 }
 
 }  // namespace dlcore::cuda

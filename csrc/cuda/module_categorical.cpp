@@ -7,8 +7,8 @@ void bind_categorical(py::module_& m) {
   m.attr("SUMMARY_BYTES") = sizeof(Summary);
   m.def("scan_bytes", scan_bytes);
   m.def("scan", [](const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
-                   const py::object& target, const py::object& key, Address skip, Address state,
-                   Address workspace, Address stream) {
+                   const py::object& target, const py::object& key, Address skip, Address cuts, Address ends,
+                   Address state, Address workspace, Address stream) {
     ScanArguments a;
     a.logits = view(logits);
     a.first_token = first_token;
@@ -16,15 +16,61 @@ void bind_categorical(py::module_& m) {
     a.target = per_row<int64_t>(target);
     a.keys = keys(key);
     a.skip = at<const uint8_t>(skip);
+    a.cuts = at<Cut>(cuts);
     a.state = at<Summary>(state);
-    scan(a, at<void>(workspace), stream_at(stream));
+    scan(a, at<const int64_t>(ends), at<void>(workspace), stream_at(stream));
+  });
+  m.attr("SELECTION_BYTES") = sizeof(Selection);
+  m.attr("CUT_BYTES") = sizeof(Cut);
+  m.attr("BINS_BYTES") = sizeof(Bin) * kBins;
+  m.attr("LEVELS") = kLevels;
+  m.def("start_selections", [](Address state, int64_t rows, const py::object& top_k, const py::object& top_p,
+                               Address within, Address selections, Address stream) {
+    start_selections(at<Summary>(state), rows, per_row<int64_t>(top_k), per_row<float>(top_p),
+                     at<Selection>(within), at<Selection>(selections), stream_at(stream));
+  });
+  m.def("histogram",
+        [](const py::tuple& logits, int64_t first_token, int64_t vocab, const py::tuple& parameters,
+           Address state, Address selections, int level, Address bins, Address stream) {
+          HistogramArguments a;
+          a.logits = view(logits);
+          a.first_token = first_token;
+          a.vocab = vocab;
+          a.softmax = softmax(parameters);
+          a.state = at<const Summary>(state);
+          a.selections = at<const Selection>(selections);
+          a.level = level;
+          a.bins = at<Bin>(bins);
+          histogram(a, stream_at(stream));
+        });
+  m.def(
+      "narrow", [](Address bins, Address state, int64_t rows, int level, Address selections, Address stream) {
+        narrow(at<Bin>(bins), at<Summary>(state), rows, level, at<Selection>(selections), stream_at(stream));
+      });
+  m.def("finish_selections",
+        [](Address state, int64_t rows, const py::object& min_p, const py::object& temperature,
+           Address selections, Address cuts, Address stream) {
+          finish_selections(at<Summary>(state), rows, per_row<float>(min_p), per_row<float>(temperature),
+                            at<Selection>(selections), at<Cut>(cuts), stream_at(stream));
+        });
+  m.def("find_ends", [](const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
+                        Address cuts, Address ends, Address stream) {
+    EndsArguments a;
+    a.logits = view(logits);
+    a.first_token = first_token;
+    a.softmax = softmax(parameters);
+    a.cuts = at<Cut>(cuts);
+    a.ends = at<int64_t>(ends);
+    find_ends(a, stream_at(stream));
   });
   m.def("finish_stats", [](Address state, int64_t rows, Address argmax, Address numbers, Address stream) {
     finish_stats(at<Summary>(state), rows, at<int64_t>(argmax), at<float>(numbers), stream_at(stream));
   });
-  m.def("finish_sample", [](Address state, int64_t rows, Address tokens, Address numbers, Address stream) {
-    finish_sample(at<Summary>(state), rows, at<int64_t>(tokens), at<float>(numbers), stream_at(stream));
-  });
+  m.def("finish_sample",
+        [](Address state, Address drawn, int64_t rows, Address tokens, Address numbers, Address stream) {
+          finish_sample(at<Summary>(state), at<Summary>(drawn), rows, at<int64_t>(tokens), at<float>(numbers),
+                        stream_at(stream));
+        });
   m.def("finish_log_probs", [](Address state, const py::object& target, bool with_index, int64_t rows,
                                Address numbers, Address stream) {
     finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<double>(numbers),

@@ -1,6 +1,6 @@
 """A launcher of nvcc that fails where the assembler says of a kernel that it spills or keeps a stack.
 
-    python no_spills.py nvcc -Xptxas -v ...
+python no_spills.py nvcc -Xptxas -v ...
 """
 
 from __future__ import annotations

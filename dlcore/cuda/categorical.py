@@ -19,9 +19,10 @@ def scan(
     target: Tensor | None = None,
     key: Tensor | None = None,
     skip: Tensor | None = None,
+    cuts: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """One read of the logits: a summary per row. Rows that `skip` marks are not read, nor those whose target
-    is negative."""
+    is negative; of the others what `cuts` leaves."""
     rows, like = head[0].shape[:-1].numel(), head[0]
     state = scratch(rows * _cuda.SUMMARY_BYTES, like)
     for first, tile in tiles(head):
@@ -35,6 +36,7 @@ def scan(
             None if target is None else (target.data_ptr(), 1),
             None if key is None else keyed(key),
             0 if skip is None else skip.data_ptr(),
+            *((0, 0) if cuts is None else (x.data_ptr() for x in cuts)),
             state.data_ptr(),
             workspace.data_ptr(),
         )
@@ -75,14 +77,70 @@ def sample(
     min_p: Tensor | None,
     key: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens and argmax (2, ...), numbers (7, ...): one read."""
+    """Tokens and argmax (2, ...), numbers (7, ...): one read; to truncate, a search and another read."""
     lead, head, key = logits.shape[:-1], (logits, weight, bias), key.contiguous()
-    state = scan(head, Softmax(head, index, shift, temperature, softcap, exclude), key=key)
+    softmax = Softmax(head, index, shift, temperature, softcap, exclude)
+    if top_k is None and top_p is None and min_p is None:
+        state = drawn = scan(head, softmax, key=key)
+    else:
+        state = scan(head, softmax)
+        drawn = scan(head, softmax, key=key, cuts=_cuts(head, softmax, state, top_k, top_p, min_p))
     tokens = torch.empty((2, *lead), dtype=torch.int64, device=logits.device)
     numbers = torch.empty((7, *lead), dtype=torch.float32, device=logits.device)
-    results = (state.data_ptr(), lead.numel(), tokens.data_ptr(), numbers.data_ptr())
-    call(_cuda.finish_sample, logits, *results)
+    results = (lead.numel(), tokens.data_ptr(), numbers.data_ptr())
+    call(_cuda.finish_sample, logits, state.data_ptr(), drawn.data_ptr(), *results)
     return tokens, numbers
+
+
+def _cuts(
+    head: Head,
+    softmax: Softmax,
+    state: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    min_p: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Per row the last entry that a truncated draw keeps, and where its equals end. top_p counts within what
+    top_k keeps."""
+    lead, like = head[0].shape[:-1], head[0]
+    top_k, top_p, min_p = per_row(top_k, lead), per_row(top_p, lead), per_row(min_p, lead)
+    selections = None
+    if top_k is not None:
+        selections = _select(head, softmax, state, top_k, None, None)
+    if top_p is not None:
+        selections = _select(head, softmax, state, top_k, top_p, selections)
+    rows, found = lead.numel(), 0 if selections is None else selections.data_ptr()
+    cuts = scratch(rows * _cuda.CUT_BYTES, like)
+    known = (strided(min_p), softmax.packed[2], found, cuts.data_ptr())
+    call(_cuda.finish_selections, like, state.data_ptr(), rows, *known)
+    ends = torch.empty(rows, dtype=torch.int64, device=like.device)
+    for first, tile in tiles(head):
+        places = (cuts.data_ptr(), ends.data_ptr())
+        call(_cuda.find_ends, like, view(tile), first, softmax.packed, *places)
+    return cuts, ends
+
+
+def _select(
+    head: Head,
+    softmax: Softmax,
+    state: Tensor,
+    top_k: Tensor | None,
+    top_p: Tensor | None,
+    within: Tensor | None,
+) -> Tensor:
+    """The last kept entry of every row, by a radix search over the logits' ordered bits."""
+    rows, like, vocab = head[0].shape[:-1].numel(), head[0], vocab_size(head[0], head[1])
+    selections = scratch(rows * _cuda.SELECTION_BYTES, like)
+    outer = 0 if within is None else within.data_ptr()
+    limits = (strided(top_k), strided(top_p), outer, selections.data_ptr())
+    call(_cuda.start_selections, like, state.data_ptr(), rows, *limits)
+    bins = scratch(rows * _cuda.BINS_BYTES, like)
+    for level in range(_cuda.LEVELS):
+        places = (state.data_ptr(), selections.data_ptr(), level, bins.data_ptr())
+        for first, tile in tiles(head):
+            call(_cuda.histogram, like, view(tile), first, vocab, softmax.packed, *places)
+        call(_cuda.narrow, like, bins.data_ptr(), state.data_ptr(), rows, level, selections.data_ptr())
+    return selections
 
 
 def sample_mixture(

@@ -93,6 +93,17 @@ class Machine {
 
   void block_barrier() { wait(Waits::kBlock, 0); }
 
+  // How many of the block's threads say so.
+  int block_count(bool predicate) {
+    fibers_[current_].posted = predicate;
+    wait(Waits::kBlock, 0);
+    int found = 0;
+    for (size_t i = 0; i < threads(); ++i)
+      found += fibers_[i].waits != Waits::kDone && fibers_[i].posted != 0;
+    wait(Waits::kBlock, 0);
+    return found;
+  }
+
   // Posts `value`, waits for the lanes of `mask`, and calls read(lane, posted) for each of them.
   template <class Read>
   void exchange(unsigned mask, uint64_t value, Read read) {
@@ -284,6 +295,7 @@ void aligned(const T* p) {
 }  // namespace cuda_on_host
 
 inline void __syncthreads() { cuda_on_host::machine().block_barrier(); }
+inline int __syncthreads_count(int predicate) { return cuda_on_host::machine().block_count(predicate != 0); }
 inline void __syncwarp(unsigned mask = 0xFFFFFFFFu) { cuda_on_host::exchange(mask, 0, 0); }
 template <class T>
 T __shfl_sync(unsigned mask, T value, int source) {
@@ -295,6 +307,17 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
 }
 inline int __any_sync(unsigned mask, int predicate) {
   return cuda_on_host::fold(mask, predicate != 0, [](bool a, bool b) { return a || b; });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  const unsigned mine = predicate != 0 ? 1u << cuda_on_host::machine().lane() : 0u;
+  return cuda_on_host::fold(mask, mine, [](unsigned a, unsigned b) { return a | b; });
+}
+inline int __ffs(int x) { return __builtin_ffs(x); }
+template <class T>
+T atomicAdd(T* p, T value) {
+  const T before = *p;
+  *p += value;
+  return before;
 }
 inline int __reduce_min_sync(unsigned mask, int value) {
   return cuda_on_host::fold(mask, value, [](int a, int b) { return a < b ? a : b; });
