@@ -3,12 +3,12 @@
 
 #include <functional>
 
-#include "attention.h"
 #include "../common/bits.h"
+#include "../common/sphere.h"
+#include "attention.h"
 #include "categorical.h"
 #include "linear_logits.h"
 #include "rng.h"
-#include "../common/sphere.h"
 #include "sphere_dynamics.h"
 #include "sphere_velocity.h"
 #include "uniform.h"
