@@ -34,9 +34,9 @@ def _softmax(c: Library, logits: Tensor, index: Tensor | None = None, **given: A
     return c.categorical(logits=values, index=index, exclude=exclude, softcap=softcap, **members)
 
 
-def _workspace(c: Library, softmax: Any) -> Tensor:
+def _workspace(c: Library, softmax: Any, how: Any = None) -> Tensor:
     size = torch.zeros(1, dtype=torch.int64)
-    c.cuda_categorical_workspace(softmax, size)
+    c.cuda_categorical_workspace(softmax, how, size)
     return torch.full((int(size) // 8,), -1, dtype=torch.int64)
 
 
@@ -65,6 +65,31 @@ def test_draws_and_statistics(cuda_c: Library, dtype: torch.dtype, given: dict[s
     torch.testing.assert_close(numbers, draw._numbers[:6])
     tokens, numbers = torch.full((2, ROWS), -7), _numbers(c.NUM_SAMPLE_STATS)
     c.cuda_categorical_sample(softmax, c.sampling(keys=c.keys_of(KEY)), tokens, numbers, workspace, None)
+    assert torch.equal(tokens, draw._tokens)
+    torch.testing.assert_close(numbers, draw._numbers)
+
+
+CUTS: list[dict[str, Any]] = [
+    {"top_k": 3},
+    {"top_p": torch.linspace(0.1, 0.9, ROWS)},
+    {"min_p": 0.2},
+    {"top_k": torch.arange(1, ROWS + 1) * 20, "top_p": 0.5, "min_p": 0.01},
+]
+
+
+@pytest.mark.parametrize("cut", CUTS, ids=",".join)
+def test_truncated_draws(cuda_c: Library, cut: dict[str, Any]) -> None:
+    c, logits = cuda_c, _logits(torch.bfloat16)
+    softmax = _softmax(c, logits, INDEX, **GIVEN)
+    tokens, numbers = torch.full((2, ROWS), -7), _numbers(c.NUM_SAMPLE_STATS)
+    how = c.sampling(
+        keys=c.keys_of(KEY),
+        top_k=c.row_numbers(cut.get("top_k"), torch.int64),
+        top_p=c.row_numbers(cut.get("top_p")),
+        min_p=c.row_numbers(cut.get("min_p")),
+    )
+    c.cuda_categorical_sample(softmax, how, tokens, numbers, _workspace(c, softmax, how), None)
+    draw = categorical.sample(logits, INDEX, **GIVEN, **cut, key=KEY)
     assert torch.equal(tokens, draw._tokens)
     torch.testing.assert_close(numbers, draw._numbers)
 
@@ -123,7 +148,7 @@ def _out() -> Tensor:
 
 
 CALLS: dict[str, Callable[[Library], list[Any]]] = {
-    "workspace": lambda c: [_out()],
+    "workspace": lambda c: [c.sampling(), _out()],
     "stats": lambda c: [_out(), _out(), _out(), 0],
     "sample": lambda c: [c.sampling(keys=c.keys_of(KEY)), _out(), _out(), _out(), 0],
     "sample_mixture": lambda c: [
@@ -148,7 +173,9 @@ def test_bad_input(cuda_c: Library, name: str) -> None:
         return c.categorical(**{"logits": c.logits(values=c.matrix_of(_logits())), "index": INDEX, **members})
 
     refused([None, *CALLS[name](c)], "NULL_POINTER", "softmax must not be NULL")
-    for place in range(len(CALLS[name](c)) - (name != "workspace")):
+    for place in range(len(CALLS[name](c))):
+        if (name, place) == ("workspace", 0) or isinstance(CALLS[name](c)[place], int):
+            continue
         given = CALLS[name](c)
         given[place] = None
         refused([softmax(), *given], "NULL_POINTER", ".* must not be NULL")
@@ -156,15 +183,6 @@ def test_bad_input(cuda_c: Library, name: str) -> None:
     refused([softmax(logits=head), *CALLS[name](c)], "UNSUPPORTED", "logits.weight must be none on CUDA")
     refused([softmax(softcap=-1.0), *CALLS[name](c)], "INVALID_VALUE", "softcap must lie in")
     refused([softmax(exclude=torch.tensor(VOCAB)), *CALLS[name](c)], "INVALID_VALUE", "exclude must lie in")
-
-
-def test_no_truncation(cuda_c: Library) -> None:
-    c = cuda_c
-    softmax = _softmax(c, _logits())
-    how = c.sampling(keys=c.keys_of(KEY), top_k=c.row_numbers(3, torch.int64))
-    with pytest.raises(CError, match="top_k, top_p and min_p must be none on CUDA") as error:
-        c.cuda_categorical_sample(softmax, how, _out(), _out(), _workspace(c, softmax), None)
-    assert error.value.status == "UNSUPPORTED"
 
 
 def test_nelbo_needs_its_tokens(cuda_c: Library) -> None:

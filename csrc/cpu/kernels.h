@@ -3,13 +3,13 @@
 
 #include <functional>
 
-#include "attention.h"
 #include "../common/bits.h"
+#include "../common/sphere.h"
+#include "../common/sphere_correct.h"
+#include "attention.h"
 #include "categorical.h"
 #include "linear_logits.h"
 #include "rng.h"
-#include "../common/sphere.h"
-#include "../common/sphere_correct.h"
 #include "sphere_velocity.h"
 #include "uniform.h"
 

@@ -411,14 +411,16 @@ DLCORE_API dlcore_status dlcore_attention_decode(const dlcore_attention* attenti
 /* --- CUDA: dlcore::cuda, the library of all functions, with DLCORE_CUDA defined ---
  *
  * Structs are the host's, and so are the ids that `exclude` and `prior` point to; all else that they point
- * to, and every result, is of the current device, on whose `stream`, a cudaStream_t, the work is queued.
+ * to, and every result, is the current device's, on whose `stream`, a cudaStream_t, the work is queued.
  * Nothing waits for it, so that it can be captured into a graph. Values are not checked, and nothing is read
  * out of bounds whatever they are: an id out of range has log-probability NaN. Dense logits alone are taken,
- * and no truncation: else DLCORE_UNSUPPORTED. `threads` does not count. The workspace is device memory,
- * aligned to 256 bytes, which the next call on the same stream may use again. */
+ * else DLCORE_UNSUPPORTED. `threads` does not count. The workspace is device memory, aligned to 256 bytes,
+ * which the next call on the same stream may use again. */
 
-/* How many bytes of workspace the functions below take for these logits. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categorical* softmax, int64_t* bytes);
+/* How many bytes of workspace the functions below take for these logits; `how` is what is to be sampled with,
+ * NULL for draws without truncation and for the other functions. */
+DLCORE_API dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categorical* softmax,
+                                                           const dlcore_sampling* how, int64_t* bytes);
 
 /* As dlcore_categorical_stats. */
 DLCORE_API dlcore_status dlcore_cuda_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax,
