@@ -6,6 +6,7 @@
 #include <cmath>
 #include <vector>
 
+#include "doubles.h"
 #include "kernels.h"
 #include "normal.h"
 #include "parallel.h"
@@ -18,35 +19,88 @@ namespace {
 // last.
 constexpr int kCandidates = 32;
 
-struct Cosine {
-  double cosine, sine;
+// What rows are drawn by, sixteen at a time.
+struct Sixteen {
+  Key key[kLanes];
+  double kappa[kLanes];
+  double cosine[kLanes], sine[kLanes];
 };
 
-// -log1p(-u) and u for 64 bits.
-double exponential(uint64_t bits) {
-  const auto unit = [](uint64_t b) { return high_word(b) * 0x1p-32 + (low_word(b) + 0.5) * 0x1p-64; };
-  return bits >> 63 ? -std::log(unit(~bits)) : -std::log1p(-unit(bits));
+// The register of a spread word's halves, and the row of its lane.
+WidePart half(const SpreadWords<kParts>& words, int k) {
+  return (k % 2 ? words.odd : words.even)[k / 2] & 0xFFFFFFFFu;
+}
+int row_of(int k, int lane) { return k / 2 * kPartLanes + 2 * lane + k % 2; }
+
+// The laws of a register's rows.
+struct Law {
+  double q;
+  DoublePart m, rest, width;  // rest = 1 - m, width² = 1 - m²
+
+  Law(const double* kappa, int64_t d, int k) : q(static_cast<double>(d - 1)) {
+    DoublePart twice;
+    for (int lane = 0; lane < kWideLanes; ++lane) twice[lane] = 2 * kappa[row_of(k, lane)];
+    const DoublePart b = q / (twice + root(twice * twice + q * q));
+    m = (1.0 - b) / (1.0 + b);
+    rest = 2.0 * b / (1.0 + b);
+    width = 2.0 * root(b) / (1.0 + b);
+  }
+};
+
+struct Candidate {
+  DoublePart cosine, sine, excess;  // excess = log(1 + s) - s/(1 + s), s = my
+};
+
+// y = t/√(q + t²) for Student's t with q = d - 1 degrees of freedom (Bailey 1994), from an exponential number
+// and the cosine of a circle. 1 + y and 1 - m are kept beside y and m: where κ is large and y next to -1, the
+// sums cancel.
+Candidate candidate(const Law& law, DoublePart exponential, DoublePart turn) {
+  const Decay e = decay(exponential * (2 / law.q));
+  const DoublePart square = turn * turn * e.gone, whole = e.left + square;
+  const DoublePart y = root(square / whole), across = root(e.left / whole);
+  const DoublePart above = turn < 0.0 ? across * across / (1.0 + y) : 1.0 + y;
+  const DoublePart one = law.rest + law.m * above;
+  return {(above - law.rest) / one, law.width * across / one, log(one) + (1.0 / one - 1.0)};
 }
 
-// Candidate k: y = t/√(q + t²) for Student's t with q = d - 1 degrees of freedom (Bailey 1994), from draws 4k
-// and 4k + 1; it is taken where the exponential number of draw 4k + 2 exceeds q·(log(1 + s) - s/(1 + s)), s =
-// my.
-Cosine draw_cosine(Key key, double kappa, int64_t d, bool reject) {
-  const auto q = static_cast<double>(d - 1);
-  const double b = q / (2 * kappa + std::sqrt(4 * kappa * kappa + q * q));
-  const double m = (1 - b) / (1 + b), width = 2 * std::sqrt(b) / (1 + b);  // width² = 1 - m²
-  Cosine found{};
-  for (int k = 0; k < kCandidates; ++k) {
-    const Block first = block(key, Domain::kCosine, 2 * k);
-    const double turn = std::cos(6.283185307179586 * uniform(bits(first, 1)));
-    const double square = turn * turn * std::expm1(2 / q * exponential(bits(first, 0)));  // t²/q
-    const double y = std::copysign(std::sqrt(square / (1 + square)), turn), s = m * y;
-    found = {(m + y) / (1 + s), width / (std::sqrt(1 + square) * (1 + s))};
-    if (!reject) break;
-    const Block second = block(key, Domain::kCosine, 2 * k + 1);
-    if (exponential(bits(second, 0)) >= q * (std::log1p(s) - s / (1 + s))) break;
+// The cosines to the means, and their sines: candidate k has draws 4k and 4k + 1, and is taken where the
+// exponential number of draw 4k + 2 is at least q·excess.
+void draw_cosines(Sixteen& rows, int64_t d, bool reject) {
+  uint32_t seeds[2][kLanes], offsets[2][kLanes];
+  for (int i = 0; i < kLanes; ++i) {
+    const auto seed = static_cast<uint64_t>(rows.key[i].seed);
+    const auto offset = static_cast<uint64_t>(rows.key[i].offset);
+    seeds[0][i] = low_word(seed);
+    seeds[1][i] = high_word(seed);
+    offsets[0][i] = low_word(offset);
+    offsets[1][i] = high_word(offset);
   }
-  return found;
+  const auto spread = [](const uint32_t* words) { return spread_words(load_lanes<Words>(words)); };
+  const auto block = [&](int index) {
+    return philox(same_words<kParts>(static_cast<uint32_t>(index)),
+                  same_words<kParts>(domain_word(Domain::kCosine, index)), spread(offsets[0]),
+                  spread(offsets[1]), spread(seeds[0]), spread(seeds[1]));
+  };
+  bool open[kLanes];
+  std::fill(open, open + kLanes, true);
+  for (int k = 0, left = kLanes; k < kCandidates && left > 0; ++k) {
+    const auto first = block(2 * k), second = block(2 * k + 1);
+    for (int r = 0; r < 2 * kParts; ++r) {
+      const Law law(rows.kappa, d, r);
+      const Candidate found = candidate(law, exponential(half(first.even_high, r), half(first.even_low, r)),
+                                        circle(half(first.odd_high, r), half(first.odd_low, r)).cosine);
+      const DoublePart chance = exponential(half(second.even_high, r), half(second.even_low, r));
+      const auto taken = (LongPart)(chance >= law.q * found.excess);
+      for (int lane = 0; lane < kWideLanes; ++lane) {
+        const int row = row_of(r, lane);
+        if (!open[row]) continue;
+        rows.cosine[row] = found.cosine[lane];
+        rows.sine[row] = found.sine[lane];
+        open[row] = reject && !taken[lane];
+        left -= !open[row];
+      }
+    }
+  }
 }
 
 struct Products {
@@ -86,8 +140,7 @@ Products project(float share, float factor, const T* mean, int64_t columns, floa
 }
 
 template <class T>
-void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
-  const Key key = a.keys[r];
+void draw_row(const SphereSampleArguments& a, int64_t r, Key key, double cosine, double sine, float* g) {
   const int64_t columns = a.mean.columns;
   const T* mean = a.mean.row<const T>(r);
   T* out = a.out.row<T>(r);
@@ -107,9 +160,9 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
     square = left();
   }
   // A mean that is zero gives the uniform law.
-  const Cosine c = p.mean > 0 ? draw_cosine(key, a.kappa[r], columns, a.reject) : Cosine{0, 1};
-  const double across = c.sine / std::sqrt(square);
-  const double along = (p.mean > 0 ? c.cosine / std::sqrt(p.mean) : 0) - across * share;
+  const bool directed = p.mean > 0;
+  const double across = (directed ? sine : 1) / std::sqrt(square);
+  const double along = (directed ? cosine / std::sqrt(p.mean) : 0) - across * share;
   each_sixteen<T>(columns, [&](int64_t i, auto sixteen, auto place) {
     const Floats w = sixteen(mean) * factor;
     place(out, fused(w, static_cast<float>(along), load(g + i) * static_cast<float>(across)));
@@ -120,11 +173,20 @@ void draw_row(const SphereSampleArguments& a, int64_t r, float* g) {
 
 void sphere_sample(const SphereSampleArguments& a) {
   const int64_t padded = (a.mean.columns + 2 * kLanes - 1) / (2 * kLanes) * (2 * kLanes);
-  constexpr int64_t chunk = 16;
-  parallel_for((a.mean.rows + chunk - 1) / chunk, a.threads, [&](int64_t c) {
+  parallel_for((a.mean.rows + kLanes - 1) / kLanes, a.threads, [&](int64_t c) {
+    const int64_t first = c * kLanes, count = std::min<int64_t>(a.mean.rows - first, kLanes);
+    Sixteen rows;
+    for (int64_t i = 0; i < kLanes; ++i) {
+      const int64_t r = first + std::min(i, count - 1);
+      rows.key[i] = a.keys[r];
+      rows.kappa[i] = a.kappa[r];
+    }
+    draw_cosines(rows, a.mean.columns, a.reject);
     std::vector<float> g(static_cast<size_t>(padded));
-    for (int64_t r = c * chunk; r < std::min(a.mean.rows, (c + 1) * chunk); ++r)
-      with_dtype(a.mean.dtype, [&](auto type) { draw_row<decltype(type)>(a, r, g.data()); });
+    for (int64_t i = 0; i < count; ++i)
+      with_dtype(a.mean.dtype, [&](auto type) {
+        draw_row<decltype(type)>(a, first + i, rows.key[i], rows.cosine[i], rows.sine[i], g.data());
+      });
   });
 }
 
