@@ -67,19 +67,9 @@ struct Decay {
 };
 
 inline Decay decay(DoublePart x) {
-  constexpr double kExpm1[] = {1.0,
-                               1.0 / 2,
-                               1.0 / 6,
-                               1.0 / 24,
-                               1.0 / 120,
-                               1.0 / 720,
-                               1.0 / 5040,
-                               1.0 / 40320,
-                               1.0 / 362880,
-                               1.0 / 3628800,
-                               1.0 / 39916800,
-                               1.0 / 479001600,
-                               1.0 / 6.2270208e9};
+  constexpr double kExpm1[] = {
+      1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,        1.0 / 5040,
+      1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6.2270208e9};
   // Adding 1.5·2^52 rounds to an integer n, which it leaves in the low bits.
   constexpr double kMagic = 0x1.8p52, kInverseLn2 = 1.44269504088896340736;
   const DoublePart rounded = fused(x, all(-kInverseLn2), all(kMagic)), n = rounded - kMagic;

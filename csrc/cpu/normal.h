@@ -26,7 +26,9 @@ template <int N>
   c = fused(c, square, -0x1.3bd3ccp+0f);
   c = fused(c, square, 1.0f);
   const auto swapped = each([](WordPart q) { return (IntPart)((q & 1u) != 0); }, quarter);
-  const auto signed_by = [](const auto& x, const auto& q) { return floats_of(words_of(x) ^ ((q & 2u) << 30)); };
+  const auto signed_by = [](const auto& x, const auto& q) {
+    return floats_of(words_of(x) ^ ((q & 2u) << 30));
+  };
   return {signed_by(select(swapped, c, s), quarter), signed_by(select(swapped, s, c), quarter + 1u)};
 }
 
@@ -41,15 +43,25 @@ template <int N>
 }
 
 // Draws [first, first + count) of a domain; first is even, no multiple of 2^33 lies between, and `out` has
-// room for whole blocks of 32.
-inline void fill_normal(Key key, Domain domain, int64_t first, int64_t count, float* out) {
-  constexpr int64_t wide = 2 * kAbreast * kLanes;
+// room for whole blocks of 32. Before the draws of places [i, i + n), meanwhile(i, n) is called.
+template <class F>
+inline void fill_normal(Key key, Domain domain, int64_t first, int64_t count, float* out, F meanwhile) {
+  constexpr int64_t wide = 2 * kAbreast * kLanes, narrow = 2 * kLanes;
   const uint32_t upper = domain_word(domain, first / 2);
   auto low = low_word(static_cast<uint64_t>(first / 2));
   int64_t i = 0;
-  for (; i + wide <= count; i += wide, low += kAbreast * kLanes)
+  for (; i + wide <= count; i += wide, low += wide / 2) {
+    meanwhile(i, wide);
     store_normals<kAbreast * kParts>(key, upper, low, out + i);
-  for (; i < count; i += 2 * kLanes, low += kLanes) store_normals<kParts>(key, upper, low, out + i);
+  }
+  for (; i < count; i += narrow, low += narrow / 2) {
+    meanwhile(i, narrow);
+    store_normals<kParts>(key, upper, low, out + i);
+  }
+}
+
+inline void fill_normal(Key key, Domain domain, int64_t first, int64_t count, float* out) {
+  fill_normal(key, domain, first, count, out, [](int64_t, int64_t) {});
 }
 
 }  // namespace dlcore::DLCORE_ISA

@@ -11,7 +11,8 @@ namespace {
 // Normals 0 to 31 of blocks [first, first + 16), by Box-Muller: draw 2i is the radius, 2i + 1 the angle of
 // normals 2i and 2i + 1.
 void normals(Key key, int64_t first, double* out) {
-  const auto b = spread_blocks(key, domain_word(Domain::kElement, first), low_word(static_cast<uint64_t>(first)));
+  const auto b =
+      spread_blocks(key, domain_word(Domain::kElement, first), low_word(static_cast<uint64_t>(first)));
   const SpreadWords<kParts>* words[] = {&b.even_high, &b.even_low, &b.odd_high, &b.odd_low};
   for (int i = 0; i < kParts; ++i)
     for (int odd = 0; odd < 2; ++odd) {

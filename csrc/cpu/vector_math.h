@@ -90,7 +90,7 @@ inline Lanes<FloatPart, N> unit(const Lanes<WordPart, N>& high, const Lanes<Word
 // -log1p(-u) for 64 bits u, without loss at either end.
 template <int N>
 [[gnu::always_inline]] inline Lanes<FloatPart, N> exponential(const Lanes<WordPart, N>& high,
-                                                             const Lanes<WordPart, N>& low) {
+                                                              const Lanes<WordPart, N>& low) {
   // The lesser of u and 1 - u: the latter from the complemented bits.
   const auto large = each([](WordPart h) { return (WordPart)((IntPart)h >> 31); }, high);
   const auto lesser = unit(high ^ large, low ^ large);
@@ -127,11 +127,11 @@ struct BlocksOf {
 };
 using Blocks = BlocksOf<Words>;
 
-// A word that all keys share, or one of each.
-inline WidePart half_of(uint32_t word, uint32_t weyl, int, bool) { return WidePart{} + (word + weyl); }
+// Half i of a key's words, moved on by a sum of Weyl steps: of one word for all lanes, or of one each.
+inline WidePart stepped(uint32_t word, uint32_t steps, int, bool) { return WidePart{} + (word + steps); }
 template <int N>
-inline WidePart half_of(const SpreadWords<N>& words, uint32_t weyl, int i, bool odd) {
-  return (odd ? words.odd[i] : words.even[i]) + weyl;
+inline WidePart stepped(const SpreadWords<N>& words, uint32_t steps, int i, bool odd) {
+  return (odd ? words.odd[i] : words.even[i]) + steps;
 }
 
 // Philox on the words of counters, under keys k0 and k1.
@@ -148,11 +148,13 @@ template <int N, class K>
   };
 #pragma GCC unroll 10
   for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
-    const uint32_t weyl0 = round * kPhiloxWeyl0, weyl1 = round * kPhiloxWeyl1;
+    const uint32_t steps0 = round * kPhiloxWeyl0, steps1 = round * kPhiloxWeyl1;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      mix(c0.even[i], c1.even[i], c2.even[i], c3.even[i], half_of(k0, weyl0, i, false), half_of(k1, weyl1, i, false));
-      mix(c0.odd[i], c1.odd[i], c2.odd[i], c3.odd[i], half_of(k0, weyl0, i, true), half_of(k1, weyl1, i, true));
+      mix(c0.even[i], c1.even[i], c2.even[i], c3.even[i], stepped(k0, steps0, i, false),
+          stepped(k1, steps1, i, false));
+      mix(c0.odd[i], c1.odd[i], c2.odd[i], c3.odd[i], stepped(k0, steps0, i, true),
+          stepped(k1, steps1, i, true));
     }
   }
   return {c0, c1, c2, c3};

@@ -107,12 +107,6 @@ struct Products {
   double mean, across, square;  // |μ|², <g, μ>, |g|²
 };
 
-// A normal vector g.
-void draw_direction(Key key, int64_t columns, float* g) {
-  fill_normal(key, Domain::kDirection, 0, columns, g);
-  std::fill(g + columns, g + (columns + kLanes - 1) / kLanes * kLanes, 0.0f);
-}
-
 // The products of g and factor·μ.
 template <class T>
 Products multiply(float factor, const T* mean, int64_t columns, const float* g) {
@@ -144,7 +138,14 @@ void draw_row(const SphereSampleArguments& a, int64_t r, Key key, double cosine,
   const int64_t columns = a.mean.columns;
   const T* mean = a.mean.row<const T>(r);
   T* out = a.out.row<T>(r);
-  draw_direction(key, columns, g);
+  // A normal vector; the row's memory is asked for meanwhile.
+  fill_normal(key, Domain::kDirection, 0, columns, g, [=](int64_t i, int64_t n) {
+    for (int64_t at = i; at < i + n; at += kLanes) {
+      prefetch_lines<kLanes * sizeof(T), 0>(mean + at, 0);
+      prefetch_lines<kLanes * sizeof(T), 1>(out + at, 0);
+    }
+  });
+  std::fill(g + columns, g + (columns + kLanes - 1) / kLanes * kLanes, 0.0f);
   Products p = multiply(1.0f, mean, columns, g);
   const float factor = Sized(p.mean, mean, columns).factor;
   if (factor != 1) p = multiply(factor, mean, columns, g);
