@@ -135,10 +135,13 @@ inline Words broadcast(uint32_t x) {
   return each([x](WordPart) { return WordPart{} + x; }, Words{});
 }
 
-// 0, 1, ..., 15.
-inline Words lane_ids() {
-  Words r;
-  for (int i = 0; i < kLanes; ++i) r.part[i / kPartLanes][i % kPartLanes] = static_cast<uint32_t>(i);
+// 0, 1, 2, ...
+template <int N = kParts>
+inline Lanes<WordPart, N> lane_ids() {
+  WordPart ids;
+  for (int i = 0; i < kPartLanes; ++i) ids[i] = static_cast<uint32_t>(i);
+  Lanes<WordPart, N> r;
+  for (int i = 0; i < N; ++i) r.part[i] = ids + static_cast<uint32_t>(i * kPartLanes);
   return r;
 }
 
@@ -161,14 +164,15 @@ inline void store(void* p, const Lanes<P, N>& x) {
 }
 inline Floats load(const float* p) { return load_lanes<Floats>(p); }
 
-// a0 b0 a1 b1 ... a15 b15.
-inline void store_interleaved(float* out, const Floats& a, const Floats& b) {
+// a0 b0 a1 b1 a2 ...
+template <int N>
+inline void store_interleaved(float* out, const Lanes<FloatPart, N>& a, const Lanes<FloatPart, N>& b) {
   IntPart low, high;
   for (int i = 0; i < kPartLanes; ++i) {
     low[i] = i / 2 + i % 2 * kPartLanes;
     high[i] = low[i] + kPartLanes / 2;
   }
-  for (int i = 0; i < kParts; ++i, out += 2 * kPartLanes) {
+  for (int i = 0; i < N; ++i, out += 2 * kPartLanes) {
     const FloatPart first = __builtin_shuffle(a.part[i], b.part[i], low);
     const FloatPart second = __builtin_shuffle(a.part[i], b.part[i], high);
     std::memcpy(out, &first, sizeof first);
@@ -275,7 +279,8 @@ inline FloatPart root(FloatPart x) {
   return x;
 #endif
 }
-inline Floats root(const Floats& x) {
+template <int N>
+inline Lanes<FloatPart, N> root(const Lanes<FloatPart, N>& x) {
   return each([](FloatPart v) { return root(v); }, x);
 }
 
@@ -387,32 +392,36 @@ inline WidePart multiply_even(WidePart x, uint32_t word) {
 
 // 32-bit words in 64-bit lanes, whose upper halves hold anything: what products want. Those of lanes 0, 2,
 // ... and those of lanes 1, 3, ...
+template <int N>
 struct SpreadWords {
-  WidePart even[kParts], odd[kParts];
+  WidePart even[N], odd[N];
 };
 
-inline SpreadWords spread_words(const Words& x) {
-  SpreadWords r;
-  for (int i = 0; i < kParts; ++i) {
+template <int N>
+inline SpreadWords<N> spread_words(const Lanes<WordPart, N>& x) {
+  SpreadWords<N> r;
+  for (int i = 0; i < N; ++i) {
     r.even[i] = (WidePart)x.part[i];
     r.odd[i] = (WidePart)x.part[i] >> 32;
   }
   return r;
 }
 
-inline Words gathered(const SpreadWords& x) {
-  Words r;
-  for (int i = 0; i < kParts; ++i) r.part[i] = (WordPart)((x.even[i] & 0xFFFFFFFFull) | x.odd[i] << 32);
+// The same word in all lanes.
+template <int N>
+inline SpreadWords<N> same_words(uint32_t word) {
+  SpreadWords<N> r;
+  for (int i = 0; i < N; ++i) r.even[i] = r.odd[i] = WidePart{} + word;
   return r;
 }
 
-template <class F>
-inline SpreadWords each_half(F f, const SpreadWords& a, const SpreadWords& b) {
-  SpreadWords r;
-  for (int i = 0; i < kParts; ++i) {
-    r.even[i] = f(a.even[i], b.even[i]);
-    r.odd[i] = f(a.odd[i], b.odd[i]);
-  }
+template <int N>
+inline Lanes<WordPart, N> gathered(const SpreadWords<N>& x) {
+  IntPart from;
+  for (int i = 0; i < kPartLanes; ++i) from[i] = i % 2 == 0 ? i : kPartLanes + i - 1;
+  Lanes<WordPart, N> r;
+  for (int i = 0; i < N; ++i)
+    r.part[i] = __builtin_shuffle((WordPart)x.even[i], (WordPart)x.odd[i], (WordPart)from);
   return r;
 }
 
@@ -422,11 +431,6 @@ inline WidePart exclusive_or(WidePart a, WidePart b, WidePart c) {
 #else
   return a ^ b ^ c;
 #endif
-}
-
-// The 64-bit products of words.
-inline SpreadWords multiply(const SpreadWords& a, uint32_t word) {
-  return each_half([word](WidePart x, WidePart) { return multiply_even(x, word); }, a, a);
 }
 
 // x[(i + by) % lanes] in lane i.

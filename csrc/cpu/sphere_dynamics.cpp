@@ -17,11 +17,7 @@ template <class T>
 void correct_row(const SphereCorrectArguments& a, int64_t r, float* moved) {
   const int64_t columns = a.x.columns;
   const T *x = a.x.row<const T>(r), *score = a.score.row<const T>(r);
-  const Key key = a.keys[r];
-  for (int64_t i = 0; i < columns; i += 2 * kLanes) {
-    const NoisePair noise = normal_blocks(key, Domain::kElement, i / 2);
-    store_interleaved(moved + i, noise.even, noise.odd);
-  }
+  fill_normal(a.keys[r], Domain::kElement, 0, columns, moved);
   Floats product = broadcast(0.0f);
   each_sixteen<T>(
       columns, [&](int64_t i, auto sixteen, auto) { product = fused(sixteen(x), load(moved + i), product); });

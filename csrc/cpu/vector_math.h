@@ -60,7 +60,7 @@ template <int N>
 
 // log(x) for positive normal x, relative error 2^-22 also next to 1.
 template <int N>
-inline Lanes<FloatPart, N> log(const Lanes<FloatPart, N>& x) {
+[[gnu::always_inline]] inline Lanes<FloatPart, N> log(const Lanes<FloatPart, N>& x) {
   const auto bits = words_of(x);
   // The exponent of x / sqrt(1/2), so that the mantissa falls in [sqrt(1/2), sqrt(2)).
   const auto exponent = each([](WordPart b) { return ((IntPart)(b - 0x3f3504f3u)) >> 23; }, bits);
@@ -88,7 +88,8 @@ inline Lanes<FloatPart, N> log1p(const Lanes<FloatPart, N>& x) {
 }
 
 // Unsigned words to float, rounded once: both halves convert exactly.
-inline Floats to_float(const Words& x) {
+template <int N>
+inline Lanes<FloatPart, N> to_float(const Lanes<WordPart, N>& x) {
 #if defined(__AVX512F__)
   return each([](WordPart v) { return (FloatPart)_mm512_maskz_cvtepu32_ps(0xFFFF, (__m512i)v); }, x);
 #else
@@ -98,19 +99,22 @@ inline Floats to_float(const Words& x) {
 }
 
 // The 64 bits high·2^32 + low as a number in (0, 1].
-inline Floats unit(const Words& high, const Words& low) {
+template <int N>
+inline Lanes<FloatPart, N> unit(const Lanes<WordPart, N>& high, const Lanes<WordPart, N>& low) {
   return fused(to_float(high), 0x1p-32f, (to_float(low) + 0.5f) * 0x1p-64f);
 }
 
 // -log1p(-u) for 64 bits u, without loss at either end.
-inline Floats exponential(const Words& high, const Words& low) {
+template <int N>
+[[gnu::always_inline]] inline Lanes<FloatPart, N> exponential(const Lanes<WordPart, N>& high,
+                                                              const Lanes<WordPart, N>& low) {
   // The lesser of u and 1 - u: the latter from the complemented bits.
-  const Words large = each([](WordPart h) { return (WordPart)((IntPart)h >> 31); }, high);
-  const Floats lesser = unit(high ^ large, low ^ large);
+  const auto large = each([](WordPart h) { return (WordPart)((IntPart)h >> 31); }, high);
+  const auto lesser = unit(high ^ large, low ^ large);
   // 1 - u, where it is the greater rounded, with its rounding given back below.
-  const Mask small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
-  const Floats w = select(small, 1.0f - lesser, lesser);
-  const Floats residual = select(small, (1.0f - w) - lesser, 0.0f);
+  const auto small = each([](WordPart h) { return ((IntPart)h) >= 0; }, high);
+  const auto w = select(small, 1.0f - lesser, lesser);
+  const auto residual = select(small, (1.0f - w) - lesser, 0.0f);
   return 0.0f - fused(residual, 2.0f - w, log(w));
 }
 
@@ -132,33 +136,63 @@ struct Probability {
   }
 };
 
-// The words of blocks [first, first + 16) of a domain: draw 2i has (low, high) of `even` in lane i, draw 2i +
-// 1 those of `odd`.
-struct Blocks {
-  Words even_low, even_high, odd_low, odd_high;
+// The words of blocks [first, first + 16): draw 2i has (low, high) of `even` in lane i, draw 2i + 1 those of
+// `odd`.
+template <class W>
+struct BlocksOf {
+  W even_low, even_high, odd_low, odd_high;
 };
+using Blocks = BlocksOf<Words>;
+
+// Half i of a key's words, moved on by a sum of Weyl steps: of one word for all lanes, or of one each.
+inline WidePart stepped(uint32_t word, uint32_t steps, int, bool) { return WidePart{} + (word + steps); }
+template <int N>
+inline WidePart stepped(const SpreadWords<N>& words, uint32_t steps, int i, bool odd) {
+  return (odd ? words.odd[i] : words.even[i]) + steps;
+}
+
+// Philox on the words of counters, under keys k0 and k1.
+template <int N, class K>
+[[gnu::always_inline]] inline BlocksOf<SpreadWords<N>> philox(SpreadWords<N> c0, SpreadWords<N> c1,
+                                                              SpreadWords<N> c2, SpreadWords<N> c3,
+                                                              const K& k0, const K& k1) {
+  const auto mix = [](WidePart& a0, WidePart& a1, WidePart& a2, WidePart& a3, WidePart b0, WidePart b1) {
+    const WidePart p0 = multiply_even(a0, kPhiloxMultiplier0), p1 = multiply_even(a2, kPhiloxMultiplier1);
+    a0 = exclusive_or(p1 >> 32, a1, b0);
+    a1 = p1;
+    a2 = exclusive_or(p0 >> 32, a3, b1);
+    a3 = p0;
+  };
+#pragma GCC unroll 10
+  for (uint32_t round = 0; round < kPhiloxRounds; ++round) {
+    const uint32_t steps0 = round * kPhiloxWeyl0, steps1 = round * kPhiloxWeyl1;
+#pragma GCC unroll 4
+    for (int i = 0; i < N; ++i) {
+      mix(c0.even[i], c1.even[i], c2.even[i], c3.even[i], stepped(k0, steps0, i, false),
+          stepped(k1, steps1, i, false));
+      mix(c0.odd[i], c1.odd[i], c2.odd[i], c3.odd[i], stepped(k0, steps0, i, true),
+          stepped(k1, steps1, i, true));
+    }
+  }
+  return {c0, c1, c2, c3};
+}
+
+// N parts of blocks whose numbers end in low, low + 1, ...; `upper` is their domain_word.
+template <int N = kParts>
+[[gnu::always_inline]] inline BlocksOf<SpreadWords<N>> spread_blocks(Key key, uint32_t upper, uint32_t low) {
+  const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
+  return philox(spread_words(lane_ids<N>() + low), same_words<N>(upper), same_words<N>(low_word(offset)),
+                same_words<N>(high_word(offset)), low_word(seed), high_word(seed));
+}
+
+template <int N = kParts>
+[[gnu::always_inline]] inline BlocksOf<Lanes<WordPart, N>> blocks(Key key, uint32_t upper, uint32_t low) {
+  const auto b = spread_blocks<N>(key, upper, low);
+  return {gathered(b.even_low), gathered(b.even_high), gathered(b.odd_low), gathered(b.odd_high)};
+}
 
 inline Blocks blocks(Key key, Domain domain, int64_t first) {
-  const auto seed = static_cast<uint64_t>(key.seed), offset = static_cast<uint64_t>(key.offset);
-  SpreadWords c0 = spread_words(lane_ids() + broadcast(low_word(static_cast<uint64_t>(first))));
-  SpreadWords c1 = spread_words(broadcast(domain_word(domain, first)));
-  SpreadWords c2 = spread_words(broadcast(low_word(offset))), c3 = spread_words(broadcast(high_word(offset)));
-  uint32_t k0 = low_word(seed), k1 = high_word(seed);
-  for (int round = 0; round < kPhiloxRounds; ++round) {
-    const SpreadWords p0 = multiply(c0, kPhiloxMultiplier0), p1 = multiply(c2, kPhiloxMultiplier1);
-    const auto mixed = [](const SpreadWords& product, const SpreadWords& word, uint32_t key) {
-      const WidePart same = WidePart{} + key;
-      return each_half([same](WidePart p, WidePart w) { return exclusive_or(p >> 32, w, same); }, product,
-                       word);
-    };
-    c0 = mixed(p1, c1, k0);
-    c1 = p1;
-    c2 = mixed(p0, c3, k1);
-    c3 = p0;
-    k0 += kPhiloxWeyl0;
-    k1 += kPhiloxWeyl1;
-  }
-  return {gathered(c0), gathered(c1), gathered(c2), gathered(c3)};
+  return blocks(key, domain_word(domain, first), low_word(static_cast<uint64_t>(first)));
 }
 
 // The 32 draws of blocks [first, first + 16): even draws in lanes of `even`, odd ones of `odd`.

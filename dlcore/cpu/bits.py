@@ -50,6 +50,7 @@ def _result(x: Tensor) -> Tensor:
 
 
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:
+    """A fresh float32 (..., width), contiguous; tokens are copied unless contiguous."""
     tokens = tokens.contiguous()
     out = torch.empty((*tokens.shape, width), dtype=torch.float32)
     used = threads(out.numel())
@@ -58,6 +59,7 @@ def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: 
 
 
 def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Tensor:
+    """A fresh int64 (...), contiguous; x may have any strides but in its last dimension."""
     x = rows_contiguous(x)
     tokens = torch.empty(x.shape[:-1], dtype=torch.int64)
     _C.bit_decode(view(x), msb, gray, threshold, vocab, tokens.data_ptr(), threads(x.numel()))
@@ -67,6 +69,7 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
+    """A fresh float32 tensor of x's shape; rows that share a slope and lie back to back go as one."""
     rows, out = Rows(slope.unsqueeze(0), x, residual, join=True), _result(x)
     used = threads(x.numel())
     seen, own = rows.views
@@ -75,10 +78,12 @@ def _logits(
 
 
 def matched_filter(x: Tensor, slope: Tensor, center: float, clip: float) -> Tensor:
+    """A fresh, contiguous float32 tensor, whatever x's dtype."""
     return _logits(x, None, slope, center, clip, sigmoid=False)
 
 
 def posterior(x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float) -> Tensor:
+    """A fresh, contiguous float32 tensor; x and residual are read once, in their own dtypes."""
     return _logits(x, residual, slope, center, clip, sigmoid=True)
 
 
@@ -91,6 +96,7 @@ def step(
     clip: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Two fresh, contiguous float32 tensors, written in one pass; with a key each row draws its own noise."""
     key = None if key is None else key.contiguous()
     rows, moved, probs = Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
     seen, own = rows.views
@@ -108,6 +114,7 @@ def step(
 
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
+    """A fresh, contiguous float32 tensor; the noise is made on the way and never stored."""
     key, rows, out = key.contiguous(), Rows(spread.unsqueeze(0), x), _result(x)
     _C.bit_perturb(rows.views[0], rows.parameters, keyed(key), out.data_ptr(), threads(x.numel() * _NOISE))
     return out
@@ -123,6 +130,7 @@ def loss(
     clip: float,
     squared: bool,
 ) -> Tensor:
+    """Float32 means (...) from float64 sums of spans, added in one order, whatever the threads."""
     rows = Rows(slope.unsqueeze(0), residual, x, bits)
     sums = torch.empty((*x.shape[:-1], _C.bit_spans(x.shape[-1])), dtype=torch.float64)
     _C.bit_loss(
@@ -143,6 +151,7 @@ def loss_backward(
     squared: bool,
     with_x: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Contiguous gradients in the dtypes of residual and x; that of x is empty unless `with_x`."""
     rows = Rows(slope.unsqueeze(0), residual, x, bits)
     grad = (grad / x.shape[-1]).contiguous()
     residual_grad = torch.empty(x.shape, dtype=residual.dtype)

@@ -72,16 +72,19 @@ rotate, rotate_backward = partial(_map, _ROTATE), partial(_map_backward, _ROTATE
 
 
 def slerp(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """A contiguous result of x's shape and dtype; a t of one element serves all rows as it is."""
     return _map(_SLERP, x, y, t=t)
 
 
 def slerp_backward(
     grad: Tensor, needed: Sequence[bool], x: Tensor, y: Tensor, t: Tensor
 ) -> tuple[Tensor, ...]:
+    """Contiguous gradients of x, y and t, empty where not needed; that of t is float32, a number per row."""
     return _map_backward(_SLERP, grad, needed, x, y, t=t)
 
 
 def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    """A contiguous result of x's shape and dtype; a t of one element serves all rows as it is."""
     return _map(_STEP if exponential else _RETRACT, x, v, t=t)
 
 
