@@ -145,9 +145,9 @@ struct BlocksOf {
 using Blocks = BlocksOf<Words>;
 
 // Half i of a key's words, moved on by a sum of Weyl steps: of one word for all lanes, or of one each.
-inline WidePart stepped(uint32_t word, uint32_t steps, int, bool) { return WidePart{} + (word + steps); }
+inline WidePart scheduled(uint32_t word, uint32_t steps, int, bool) { return WidePart{} + (word + steps); }
 template <int N>
-inline WidePart stepped(const SpreadWords<N>& words, uint32_t steps, int i, bool odd) {
+inline WidePart scheduled(const SpreadWords<N>& words, uint32_t steps, int i, bool odd) {
   return (odd ? words.odd[i] : words.even[i]) + steps;
 }
 
@@ -168,10 +168,10 @@ template <int N, class K>
     const uint32_t steps0 = round * kPhiloxWeyl0, steps1 = round * kPhiloxWeyl1;
 #pragma GCC unroll 4
     for (int i = 0; i < N; ++i) {
-      mix(c0.even[i], c1.even[i], c2.even[i], c3.even[i], stepped(k0, steps0, i, false),
-          stepped(k1, steps1, i, false));
-      mix(c0.odd[i], c1.odd[i], c2.odd[i], c3.odd[i], stepped(k0, steps0, i, true),
-          stepped(k1, steps1, i, true));
+      mix(c0.even[i], c1.even[i], c2.even[i], c3.even[i], scheduled(k0, steps0, i, false),
+          scheduled(k1, steps1, i, false));
+      mix(c0.odd[i], c1.odd[i], c2.odd[i], c3.odd[i], scheduled(k0, steps0, i, true),
+          scheduled(k1, steps1, i, true));
     }
   }
   return {c0, c1, c2, c3};
