@@ -44,5 +44,5 @@ $(VENV)/ready: $(BIN)/python $(SOURCES)
 	touch $@
 
 $(VENV)/lint-ready: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[lint]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt ruff mypy clang-format
 	touch $@

@@ -38,7 +38,16 @@ def _sources(edits: Iterable[Edit]) -> dict[str, str]:
 def build(edits: Iterable[Edit] = (), *, sanitize: bool = False) -> Path:
     """The compiled module; it is built anew only where a source has changed."""
     texts = _sources(edits)
-    flags = ["-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"]
+    flags = [
+        "-std=c++17",
+        "-O1",
+        "-g1",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+    ]
     flags += ["-Wno-unknown-pragmas", '-DDLCORE_CUDA_DEVICE="cpu"', *(SANITIZE if sanitize else ())]
     said = repr((sorted(texts.items()), flags, COMPILER, sys.version))
     place = BUILDS / hashlib.sha256(said.encode()).hexdigest()[:16]
@@ -73,7 +82,8 @@ def build(edits: Iterable[Edit] = (), *, sanitize: bool = False) -> Path:
 
 def load(module: Path) -> ModuleType:
     """Stand the module at `dlcore._cuda`, wherever that has been imported already, too."""
-    spec = importlib.util.spec_from_file_location("dlcore._cuda", module)
+    # Of another name: pybind11 hands out a second module of one name as the first.
+    spec = importlib.util.spec_from_file_location("cuda_on_host._cuda", module)
     if spec is None or spec.loader is None:
         raise ImportError(f"{module} is not a module")
     loaded = importlib.util.module_from_spec(spec)
