@@ -135,6 +135,7 @@ def test_edges() -> None:
     assert bit_logits(certain, CODES).tolist() == [[-math.inf, math.inf, -math.inf]]
 
 
+@pytest.mark.slow
 def test_errors_of_bits_integrate_to_the_chains_entropy() -> None:
     """I-MMSE: dH(bits | x)/d ln σ = Σ mmse/σ², from 0 where all is known to the entropy itself at σ = ∞."""
     source, length = chain(2), 24

@@ -114,6 +114,7 @@ def test_flm_alpha_is_the_chance_that_the_token_wins() -> None:
     assert share == pytest.approx(expected, abs=4 * math.sqrt(expected * (1 - expected) / count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("vocab", [2, 17, 50_257, 262_144])
 def test_flm_gamma_inverts_alpha(vocab: int) -> None:
     alpha = torch.cat([torch.tensor([0.0, 1e-12, 1e-6]), torch.linspace(0.001, 1, 50)]).double()

@@ -26,6 +26,7 @@ def test_renoise_keeps_the_marginal_law(path: str) -> None:
     assert float(drawn.std()) == pytest.approx(float(needed), abs=4 * error)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exact", [True, False])
 def test_elfs_sde_noise(exact: bool) -> None:
     """What the network is shown: exact noise has variance (1-at)², the official a²(1-t)² + (1-a)²."""

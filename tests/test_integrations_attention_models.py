@@ -64,6 +64,7 @@ def test_logits_and_gradients(maker, kind: str, paths: Paths) -> None:
         close(found["dlcore"][1][name] / largest, grad / largest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("maker", [llama, gemma2, gemma3])
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("kind", ["none", "left"])

@@ -275,6 +275,7 @@ def counted(seen, forward):
     return run
 
 
+@pytest.mark.slow
 def test_manual_seed_governs():
     model = integration.accelerate(make())
     options = {"t_min": 1.0, "t_max": 2.0}

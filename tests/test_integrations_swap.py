@@ -98,6 +98,7 @@ FALLBACKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "reason"), FALLBACKS)
 def test_what_needs_logits_gets_the_models_own_step(log, steps, change, reason):
     """Bit for bit what transformers makes of the same attention, and one line in the log for two calls."""
@@ -156,6 +157,7 @@ def test_restore_knows_which_attention_was_there():
     assert [config._attn_implementation for config in configs] == ["eager"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_copies_are_accelerated_on_their_own(copied, steps):
     model = integration.accelerate(make())

@@ -35,6 +35,7 @@ def make(dtype: torch.dtype = torch.float32, bias: bool = True) -> LinearLogits:
 Z = torch.randint(0, VOCAB, ROWS, generator=torch.Generator().manual_seed(1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("bias", [True, False])
 def test_draws_equal_those_of_materialised_logits(dtype, bias):
@@ -149,6 +150,7 @@ def test_logits_never_exist():
     assert seen.numel >= Z.numel() * VOCAB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nelbo_gradients_equal_those_of_materialised_logits(dtype):
     head = make(dtype)
@@ -274,6 +276,7 @@ for name, call in calls.items():
 """
 
 
+@pytest.mark.slow
 def test_extra_memory_is_a_tenth_of_the_logits_at_most():
     """Of 134 MB, over what gradients of weight, 8 MB, twice for kl, and table take themselves."""
     peaks = dict(line.split() for line in run_python(MEMORY, MALLOC_MMAP_THRESHOLD_="65536").splitlines())

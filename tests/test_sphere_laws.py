@@ -173,6 +173,7 @@ def test_bad_input(call, error: type[Exception], message: str) -> None:
         call()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [3, 16])
 @pytest.mark.parametrize("share", [0.25, 0.5, 0.9])
 def test_great_circle_noise_has_its_mean_cosine(width, share):

@@ -28,6 +28,7 @@ def arguments(dtype: torch.dtype, linear: bool, kappa: bool, grad: bool) -> tupl
     return *head, *[None] * (3 - len(head)), *points, level
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("kappa", [False, True])
@@ -78,6 +79,7 @@ CALLS: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 def test_fullgraph_without_recompiling(name):
     function = CALLS[name]

@@ -313,6 +313,7 @@ def test_only_what_is_wanted_has_a_gradient(path, backend):
         assert all(t.grad is None for j, t in enumerate(leaves) if j != i)
 
 
+@pytest.mark.slow
 def test_nothing_of_rows_times_vocabulary(path):
     rows, vocab = 300, 20_000
     x, table = unit(rows, 8), unit(vocab, 8)
@@ -358,6 +359,7 @@ def test_the_score_through_a_head(backend):
     torch.testing.assert_close(got.double(), exact * kappa.unsqueeze(-1), rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.slow
 def test_the_score_is_differentiable_in_everything():
     leaves = (X[:1, :2], TABLE[:7], LOGITS[:1, :2, :7], torch.tensor(3.0))
     assert torch.autograd.gradcheck(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from conftest import run_python
 
@@ -20,6 +21,7 @@ def test_complaints():
     assert too_much._replace(target=90).complaint() is None
 
 
+@pytest.mark.slow
 def test_a_kernel_that_no_example_launches_is_found():
     code = (
         "from dlcore.triton import check, rng\n"
@@ -68,6 +70,7 @@ def test_spills_and_shared_memory_are_read_off_the_compiler(tmp_path):
     assert "sharing wants" in out
 
 
+@pytest.mark.slow
 def test_the_command():
     """One family; `make gpu-check` takes them all."""
     out = run_python(

@@ -27,6 +27,7 @@ OPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", [*OPS, "rng.fold_in", "rng.normal"])
 @pytest.mark.parametrize("linear", [False, True])
 def test_results_are_as_the_fake_says(op, linear):
