@@ -98,7 +98,11 @@ ON_GPU = (
     *("sphere_laws", "sphere_velocity", "uniform", "uniform_losses", "uniform_nelbo", "unmask", "vmf"),
     "vmf_sample",
 )
-GPU = [pytest.param("triton", marks=pytest.mark.gpu)] if DEVICE == "cuda" else []
+#: The kernels that run there: Triton's, or with DLCORE_BACKEND=cuda the CUDA ones, where an op has them.
+ON_DEVICE = _dispatch._variable or "triton"
+GPU = [pytest.param(ON_DEVICE, marks=pytest.mark.gpu)] if DEVICE == "cuda" else []
+if DEVICE == "cuda":
+    _dispatch._variable = None  # it is asked for test by test
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -108,8 +112,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 @contextmanager
-def triton_takes_cpu_tensors() -> Iterator[None]:
-    """What goes to Triton's kernels goes to the GPU, and what they give or write comes back."""
+def device_runs_cpu_tensors() -> Iterator[None]:
+    """CPU tensors go to the GPU where an op has kernels there; what these give or write comes back."""
 
     def moving(op: str, function: Callable[..., Any]) -> Callable[..., Any]:
         schema = getattr(torch.ops.dlcore, op.replace(".", "_")).default._schema
@@ -130,28 +134,26 @@ def triton_takes_cpu_tensors() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for op, table in _dispatch._implementations.items():
-            if "triton" in table:
-                function, reasons = table["triton"]
-                patch.setitem(table, "triton", (moving(op, function), elsewhere(reasons)))
+            if ON_DEVICE in table:
+                function, reasons = table[ON_DEVICE]
+                patch.setitem(table, ON_DEVICE, (moving(op, function), elsewhere(reasons)))
+        patch.setitem(_dispatch.AT_HOME, "cpu", (ON_DEVICE, *_dispatch.AT_HOME["cpu"]))
         yield
 
 
 @pytest.fixture(autouse=True)
 def at_home(request: pytest.FixtureRequest) -> Iterator[None]:
     """The backend that runs CPU tensors unasked."""
-    if getattr(request, "param", "cpu") == "cpu":
-        yield
-        return
-    with triton_takes_cpu_tensors(), pytest.MonkeyPatch.context() as patch:
-        patch.setitem(_dispatch.AT_HOME, "cpu", (request.param, *_dispatch.AT_HOME["cpu"]))
+    on_cpu = getattr(request, "param", "cpu") == "cpu"
+    with nullcontext() if on_cpu else device_runs_cpu_tensors():
         yield
 
 
 @pytest.fixture(params=["cpu", "reference", *GPU])
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each backend in turn."""
-    moves = triton_takes_cpu_tensors() if request.param == "triton" else nullcontext()
-    with moves, dlcore.use_backend(request.param):
+    named = request.param in ("cpu", "reference")
+    with dlcore.use_backend(request.param) if named else device_runs_cpu_tensors():
         yield request.param
 
 

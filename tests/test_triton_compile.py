@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEVICE, triton_takes_cpu_tensors
+from conftest import DEVICE, device_runs_cpu_tensors
 from test_compile import arguments
 from triton_calls import moved, quiet
 
@@ -42,7 +42,7 @@ def test_case_tables_that_walk_on_a_gpu():
     x, rows = torch.randn(2, 300), torch.randn(3, 1, 2, 2, 16).unbind(0)
     caches = [attention.KVCache(1, 1, 8, 2, 16) for _ in range(2)]
     expected = categorical.sample(x, key=rng.key(1)).tokens, attention.decode(*rows, caches[0], 0)
-    with triton_takes_cpu_tensors(), dlcore.use_backend("triton"):
+    with device_runs_cpu_tensors(), dlcore.use_backend("triton"):
         found = categorical.sample(x, key=rng.key(1)).tokens, attention.decode(*rows, caches[1], 0)
     assert dlcore.last_backend("categorical.sample") == dlcore.last_backend("attention.decode") == "triton"
     assert torch.equal(found[0], expected[0])
