@@ -111,13 +111,15 @@ def test_equals_go_to_the_lowest_token():
 
 
 def test_strides_and_mixed_dtypes(caplog):
-    """Rows with gaps, weights stored by depth, or narrower than the hidden state: they stay in place."""
+    """Rows with gaps, weights stored by depth, or narrower than the hidden state: they stay in place. A bias
+    may have any stride."""
     hidden, weight, bias = head(8, 300, 24)
     rows = torch.stack([hidden, hidden], 1).view(4, 2, 2, 24)[:, :, 0]
-    cases = [(rows, weight), (hidden, weight.T.contiguous().T), (hidden, weight.bfloat16())]
+    apart, one = torch.stack([bias, -bias], 1)[:, 0], torch.ones(1).expand(300)
+    cases = [(rows, weight, bias), (hidden, weight.T.contiguous().T, apart), (hidden, weight.bfloat16(), one)]
     with caplog.at_level("INFO", logger="dlcore"):
-        for x, w in cases:
-            args = (x, w, bias, *NOTHING, KEY)
+        for x, w, b in cases:
+            args = (x, w, b, *NOTHING, KEY)
             expected = call("categorical.sample", "cpu", *args)
             assert_same(call("categorical.sample", "triton", *args), expected, 1e-5, 1e-5)
     assert "copied a" not in caplog.text

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, on_device
 from torch import Tensor
 
 import dlcore
@@ -20,7 +20,7 @@ def moved(args: tuple[Any, ...], device: str, wide: bool = False) -> list[Any]:
     found: list[Any] = []
     for x in args:
         if isinstance(x, Tensor):
-            x = x.to(device)
+            x = on_device(x, device)
             x = x.double() if wide and x.is_floating_point() else x
         found.append(x)
     return found

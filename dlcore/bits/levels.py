@@ -76,8 +76,10 @@ def parameters(x: Tensor, *values: Level, dtype: torch.dtype | None = None) -> T
     """Parameters (n, ...) that broadcast to x, in the dtype of its results; (n,) if all are numbers."""
     dtype = result_dtype(x) if dtype is None else dtype
     like = next((v for v in values if isinstance(v, Tensor)), None)
-    if like is None:
-        return torch.tensor(values, dtype=dtype, device=x.device)
+    if like is None and x.is_cpu:
+        return torch.tensor(values, dtype=dtype)
+    if like is None:  # to be filled: a copy from the host would wait for the device
+        like = torch.empty((), dtype=dtype, device=x.device)
     tensors = (v if isinstance(v, Tensor) else torch.full_like(like, v) for v in values)
     return torch.stack(torch.broadcast_tensors(*tensors)).to(dtype)
 

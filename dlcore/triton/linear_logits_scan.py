@@ -128,6 +128,7 @@ def scan_head(head: Head, softmax: Softmax, key: Tensor | None = None, skip: Ten
     summaries = torch.empty((5, rows, groups), dtype=torch.float32, device=hidden.device)
     places = torch.empty((2, rows, groups), dtype=torch.uint8, device=hidden.device)
     block = power_of_two(rows, 16, 32)
+    bias = None if bias is None else bias.detach().contiguous()
     operands = (*rows_of(hidden), weight.detach(), *weight.stride(), bias, depth, vocab)
     results = (summaries, rows, groups, key, state.numbers[INDEX_LOGIT.value], places)
     launch(
@@ -140,7 +141,7 @@ def scan_head(head: Head, softmax: Softmax, key: Tensor | None = None, skip: Ten
         DEPTH=32 if single else 64,
         num_warps=block // 2,
         num_stages=3,
-        maxnreg=None if single else 128,  # two programs a unit: one waits for weights where the other draws
+        maxnreg=None if single else 128,  # of up to 16 rows two programs a unit: one waits, the other draws
     )
     nothing = (None, 1, 0, 0)
     read = (*nothing, 0, vocab, *softmax.args, skip, None, None, None, summaries, rows)

@@ -51,7 +51,7 @@ def _farthest_axis(base, start, other, other_start, live, columns, least, BLOCK:
     at = tl.zeros_like(least).to(tl.int32)
     for first in range(0, columns, BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
-        size = tl.load(base + start + column, column < columns, float("inf")).to(tl.float32)
+        size = tl.load(base + start + column, live & (column < columns), float("inf")).to(tl.float32)
         size = tl.where(size < 0, -size, size)
         here = tl.min(size, 1, keep_dims=True)
         at = tl.where(here < least, tl.argmin(size, 1, keep_dims=True) + first, at)
