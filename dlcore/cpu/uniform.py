@@ -21,6 +21,7 @@ def nelbo(
     dalpha: Tensor,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """NELBO per token (...), and (5, ...) float64 that its gradient needs."""
     lead, head, vocab = logits.shape[:-1], (logits, weight, bias), vocab_size(logits, weight)
     z, x, rows = z.contiguous(), x.contiguous(), lead.numel()
     alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)
@@ -59,6 +60,7 @@ def nelbo_backward(
     dalpha: Tensor,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the head, tile by tile from the logsumexp."""
     lead, head, vocab = logits.shape[:-1], (logits, weight, bias), vocab_size(logits, weight)
     z, x, grad, saved = z.contiguous(), x.contiguous(), grad.contiguous(), saved.contiguous()
     alpha, dalpha = _rows(alpha, lead), _rows(dalpha, lead)

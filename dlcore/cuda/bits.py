@@ -18,6 +18,7 @@ def _result(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype = 
 
 
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:
+    """A fresh float32 tensor (..., width), on the device of the tokens."""
     tokens = tokens.contiguous()
     out = _result(tokens, (*tokens.shape, width))
     code = (tokens.data_ptr(), tokens.numel(), width, msb, gray, (low, high), out.data_ptr())
@@ -26,6 +27,7 @@ def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: 
 
 
 def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Tensor:
+    """Tokens (...); x is copied only if its last dimension has gaps."""
     x = rows_contiguous(x)
     tokens = _result(x, x.shape[:-1], torch.int64)
     call(_cuda.bit_decode, x, view(x), msb, gray, threshold, vocab, tokens.data_ptr())
@@ -42,10 +44,12 @@ def _logits(
 
 
 def matched_filter(x: Tensor, slope: Tensor, center: float, clip: float) -> Tensor:
+    """`posterior`'s logits without a residual, unsquashed, in a fresh float32 tensor of x's shape."""
     return _logits(x, None, slope, center, clip, sigmoid=False)
 
 
 def posterior(x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float) -> Tensor:
+    """A fresh float32 tensor of x's shape; rows that share a slope and lie back to back go as one."""
     return _logits(x, residual, slope, center, clip, sigmoid=True)
 
 
@@ -58,6 +62,7 @@ def step(
     clip: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
+    """Two fresh, contiguous float32 tensors, written in one pass; with a key each row draws its own noise."""
     key = None if key is None else key.contiguous()
     rows, moved, probs = Rows(coefficients, x, residual, join=key is None), _result(x), _result(x)
     noise = None if key is None else keyed(key)
@@ -67,6 +72,7 @@ def step(
 
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
+    """A fresh, contiguous float32 tensor; the noise is made on the way and never stored."""
     key, rows, out = key.contiguous(), Rows(spread.unsqueeze(0), x), _result(x)
     call(_cuda.bit_perturb, x, *rows.views, rows.parameters, keyed(key), out.data_ptr())
     return out
@@ -82,6 +88,7 @@ def loss(
     clip: float,
     squared: bool,
 ) -> Tensor:
+    """Float32 means (...) from float64 sums of spans, added in one order and without atomics."""
     rows, means = Rows(slope.unsqueeze(0), residual, x, bits), _result(x, x.shape[:-1])
     sums = scratch(8 * means.numel() * _cuda.bit_loss_sums(means.numel(), x.shape[-1]), x)
     packed = (rows.views, rows.parameters, (low, high, clip), squared)
@@ -101,6 +108,7 @@ def loss_backward(
     squared: bool,
     with_x: bool,
 ) -> tuple[Tensor, Tensor]:
+    """Contiguous gradients in the dtypes of residual and x; that of x is empty unless `with_x`."""
     rows = Rows(slope.unsqueeze(0), residual, x, bits)
     grad = (grad / x.shape[-1]).contiguous()
     residual_grad = _result(x, dtype=residual.dtype)
