@@ -23,8 +23,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -32,12 +31,8 @@ from torch import Tensor, nn
 
 from dlcore import attention, rng
 from dlcore.attention import KVCache
+from dlcore.demo.transformer import HEAD_DIM, Attend, Trunk
 from dlcore.process import masked
-
-#: Of every attention head.
-HEAD_DIM = 32
-
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class BlockTransformer(nn.Module):
@@ -65,19 +60,15 @@ class BlockTransformer(nn.Module):
         self.mask_id, self.length, self.block_size = vocab_size, length, block_size
         self.embedding = nn.Embedding(vocab_size + 1, width)
         self.nearby = nn.Conv1d(width, width, kernel_size=5, padding="same")
-        self.layers = nn.ModuleList(Layer(width) for _ in range(layers))
-        self.norm = nn.RMSNorm(width)
+        self.trunk = Trunk(length, layers=layers, width=width)
         self.head = nn.Linear(width, vocab_size + 1, bias=False)
         nn.init.normal_(self.embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)
-        frequency = 10_000.0 ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
-        self.register_buffer("angle", torch.arange(length).unsqueeze(1) * frequency, persistent=False)
-        self.angle: Tensor
 
     def forward(self, noisy: Tensor, clean: Tensor) -> Tensor:
         """Training: logits (B, n·L, V + 1) at n noisy copies (B, n·L) of the clean tokens (B, L), n >= 1."""
         rows, length = noisy.shape[1], clean.shape[1]
-        last = len(self.layers) - 1
+        last = len(self.trunk.layers) - 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return _tensor(
@@ -97,7 +88,7 @@ class BlockTransformer(nn.Module):
     def recompute(self, tokens: Tensor) -> Tensor:
         """Logits (B, block, V + 1) of the last block of tokens (B, S), after clean blocks; no cache."""
         first = tokens.shape[1] - self.block_size
-        last = len(self.layers) - 1
+        last = len(self.trunk.layers) - 1
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             offset = first if layer == last else 0
@@ -124,18 +115,19 @@ class BlockTransformer(nn.Module):
         weight = self.head.weight
         heads = weight.shape[1] // HEAD_DIM
         return KVCache(
-            len(self.layers), batch, self.length, heads, HEAD_DIM, dtype=weight.dtype, device=weight.device
+            len(self.trunk.layers),
+            batch,
+            self.length,
+            heads,
+            HEAD_DIM,
+            dtype=weight.dtype,
+            device=weight.device,
         )
 
     def _run(self, tokens: Tensor, positions: Tensor, attend: Attend, wanted: slice) -> Tensor:
         """Logits of the `wanted` rows; the last layer computes no others."""
-        angle = self.angle[positions].unsqueeze(-2)
-        rotation = angle.cos(), angle.sin()
-        x = self._mix_nearby(self.embedding(tokens))
-        last = len(self.layers) - 1
-        for i, layer in enumerate(self.layers):
-            x = layer(x, rotation, partial(attend, i), wanted if i == last else slice(None))
-        logits: Tensor = self.head(self.norm(x))
+        hidden = self.trunk(self._mix_nearby(self.embedding(tokens)), positions, attend, wanted)
+        logits: Tensor = self.head(hidden)
         return logits
 
     def _mix_nearby(self, x: Tensor) -> Tensor:
@@ -143,46 +135,6 @@ class BlockTransformer(nn.Module):
         blocks = x.reshape(-1, self.block_size, x.shape[-1])
         mixed: Tensor = blocks + self.nearby(blocks.mT).mT
         return mixed.view_as(x)
-
-
-class Layer(nn.Module):
-    """Attention and a feed-forward net, each added to its input."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.before_attention, self.before_feed = nn.RMSNorm(width), nn.RMSNorm(width)
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(
-        self,
-        x: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        attend: Callable[[Tensor, Tensor, Tensor], Tensor],
-        wanted: slice,
-    ) -> Tensor:
-        """The `wanted` rows of x (B, S, d) after the layer; all rows serve as keys."""
-        h = self.before_attention(x)
-        cos, sin = rotation
-        q = self._split(self.query(h[:, wanted]))
-        k, v = self._split(self.key_value(h)).chunk(2, -2)
-        q = _rotate(q, cos[..., wanted, :, :], sin[..., wanted, :, :])
-        mixed = attend(q, _rotate(k, cos, sin), v)
-        x = x[:, wanted] + self.out(mixed.flatten(-2))
-        fed: Tensor = x + self.feed(self.before_feed(x))
-        return fed
-
-    def _split(self, x: Tensor) -> Tensor:
-        heads: Tensor = x.unflatten(-1, (-1, HEAD_DIM))
-        return heads
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions: x (B, S, H, D), cos and sin (B or none, S, 1, D/2)."""
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, a * sin + b * cos), -1)
 
 
 def _tensor(result: Tensor | tuple[Tensor, Tensor]) -> Tensor:
