@@ -120,13 +120,13 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def without(op: str, logits: Tensor | LinearLogits, exclude: int | None) -> Tensor:
+def without(op: str, logits: Tensor | LinearLogits, exclude: int | None, name: str = "logits") -> Tensor:
     """Dense logits with -inf at `exclude`."""
-    x = dense(op, logits)
+    x = dense(op, logits, name)
     return x if exclude is None else x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
 
 
-def take(logits: Tensor | LinearLogits, index: tuple[Tensor, ...] | slice) -> Tensor | LinearLogits:
+def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
     """Rows of logits, by an index into their leading dimensions."""
     if isinstance(logits, LinearLogits):
         return LinearLogits(logits.hidden[index], logits.weight, logits.bias)
@@ -136,8 +136,8 @@ def take(logits: Tensor | LinearLogits, index: tuple[Tensor, ...] | slice) -> Te
 def flat(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Logits with one leading dimension."""
     if isinstance(logits, LinearLogits):
-        return LinearLogits(logits.hidden.flatten(0, -2), logits.weight, logits.bias)
-    return logits.flatten(0, -2)
+        return LinearLogits(logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.weight, logits.bias)
+    return logits.reshape(-1, logits.shape[-1])
 
 
 #: Entries of the dense rows that a pass of several operations holds at once: 4 MiB of float32.

@@ -122,7 +122,7 @@ def confidence_step(
     """Greedy refinement: the positions that the denoiser would change most surely take its argmax.
 
     Ranked by log max D - log D(z), the denoiser's gain; a position that already holds the argmax gains 0 and
-    stays. In `steps` steps over L positions the field takes num_positions = ceil(L / steps). Nothing is drawn.
+    stays. For `steps` steps over L positions the field takes num_positions = ceil(L/steps). Nothing is drawn.
 
     Args:
         logits: (B, L, V) at z.
