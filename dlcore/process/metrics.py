@@ -39,7 +39,7 @@ class GenerativePerplexity:
 
     Pitfalls. The judge must read its own tokens: samples of another tokenizer are decoded and tokenized
     again, which changes their length, and the published numbers do so even where tokenizers agree, cutting
-    what exceeds the context. Where the judge's beginning-of-sequence token is its end-of-sequence token (GPT-2), a
+    what exceeds the context. Where the judge begins rows with its end-of-sequence token (as GPT-2 does), a
     row that starts with it has had its first one, and the next weighs 0. Public code drops the last
     incomplete batch and sums in float32; here every row counts and sums are float64.
 
