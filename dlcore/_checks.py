@@ -53,6 +53,12 @@ def tokens(
         on_device(op, name, x, device)
 
 
+def sequences(op: str, name: str, x: Tensor) -> None:
+    """One value per position of each sequence."""
+    if x.dim() != 2:
+        raise ValueError(f"{op}: {name} must be (B, L), got {tuple(x.shape)}")
+
+
 def on_device(op: str, name: str, x: Tensor, device: torch.device) -> None:
     """A tensor on `device`."""
     if x.device != device:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -116,3 +118,34 @@ def dense(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Tenso
 def gather(x: Tensor, index: Tensor) -> Tensor:
     """x (..., V) at index (...)."""
     return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
+
+
+def without(op: str, logits: Tensor | LinearLogits, exclude: int | None, name: str = "logits") -> Tensor:
+    """Dense logits with -inf at `exclude`."""
+    x = dense(op, logits, name)
+    return x if exclude is None else x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
+
+
+def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
+    """Rows of logits, by an index into their leading dimensions."""
+    if isinstance(logits, LinearLogits):
+        return LinearLogits(logits.hidden[index], logits.weight, logits.bias)
+    return logits[index]
+
+
+def flat(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
+    """Logits with one leading dimension."""
+    if isinstance(logits, LinearLogits):
+        return LinearLogits(logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.weight, logits.bias)
+    return logits.reshape(-1, logits.shape[-1])
+
+
+#: Entries of the dense rows that a pass of several operations holds at once: 4 MiB of float32.
+CHUNK = 2**20
+
+
+def chunks(count: int, vocab: int) -> Iterator[slice]:
+    """Slices of rows that together hold about CHUNK entries; one empty slice where there are no rows."""
+    size = max(1, CHUNK // vocab)
+    for start in range(0, max(count, 1), size):
+        yield slice(start, min(start + size, count))

@@ -1,0 +1,53 @@
+"""Weighted sums of logits that stay linear heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore.categorical import head
+from dlcore.linear_logits import LinearLogits
+
+Logits = Tensor | LinearLogits
+
+
+def weight(op: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    """γ per row, finite."""
+    gamma = checks.number(op, "gamma", value, lead, device)
+    return checks.within(op, "gamma", gamma, -torch.inf, torch.inf, "()")
+
+
+def same_shape(op: str, name: str, x: Logits, other_name: str, other: Logits) -> None:
+    """Two pairs of logits over the same rows and tokens."""
+    a, b = head(op, x, name), head(op, other, other_name)
+    if (a.lead, a.vocab) != (b.lead, b.vocab):
+        raise ValueError(
+            f"{op}: {name} must have {other_name}' shape {(*b.lead, b.vocab)}, got {(*a.lead, a.vocab)}"
+        )
+    checks.on_device(op, name, a.logits, b.logits.device)
+
+
+def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
+    """Σ factor·logits as one head, factors per row: hidden vectors and weights side by side.
+
+    Where all have the very same weight and no bias, the hidden vectors are added instead. A bias becomes one
+    more column, for it too is scaled by row.
+    """
+    first = summands[0][1]
+    dtype = first.dtype
+    for _, x in summands:
+        dtype = torch.promote_types(dtype, x.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden: list[Tensor] = []
+    weights: list[Tensor] = []
+    for factor, x in summands:
+        f = factor.to(wide).expand(x.hidden.shape[:-1]).unsqueeze(-1)
+        hidden.append(f * x.hidden)
+        weights.append(x.weight.to(dtype))
+        if x.bias is not None:
+            hidden.append(f)
+            weights.append(x.bias.to(dtype).unsqueeze(-1))
+    if all(x.weight is first.weight and x.bias is None for _, x in summands):
+        return LinearLogits(torch.stack(hidden).sum(0).to(dtype), first.weight)
+    return LinearLogits(torch.cat(hidden, -1).to(dtype), torch.cat(weights, -1))

@@ -1,0 +1,258 @@
+"""Classifier-free guidance: two streams of one network, with and without the condition."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlcore import _checks as checks
+from dlcore import categorical
+from dlcore.linear_logits import LinearLogits
+from dlcore.process import _rows as rows
+from dlcore.process.guidance import _sums as sums
+from dlcore.process.guidance._sums import Logits
+from dlcore.process.uniform import _terms as terms
+
+
+def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
+    """The guided predictor's logits u + γ·(c - u): their softmax is p_c^γ · p_u^(1-γ), normalised.
+
+    This is guidance of masked diffusion, whose step and confidences read these logits and nothing else:
+    ``masked.step(guidance.cfg(cond, uncond, 1.5), z, alpha_t, alpha_s, mask_id)``. LLaDA's
+    u + (s + 1)·(c - u) is γ = s + 1. A uniform process guides the bridge instead: see `cfg_uniform_step`.
+
+    γ = 1 gives c and γ = 0 gives u to the last bit. A token that is impossible (-inf) in a stream of non-zero
+    weight is impossible, so no γ makes NaN of -inf; an untruncated ratio would put all mass on tokens that u
+    alone excludes when γ > 1. A row that is broken in either stream is broken.
+
+    Args:
+        cond, uncond: (..., V), of one shape.
+        gamma: γ, finite, broadcast to the leading dimensions.
+
+    Returns:
+        (..., V): a Tensor in float32 or wider, or `LinearLogits` where both are: of one blended hidden vector
+        where weight and bias are the very same tensors, as in one network; else of both side by side, with
+        the weights concatenated, and then biases must be finite. Differentiable.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes that differ, a gamma that does not broadcast or is not finite.
+
+    Source:
+        D-CFG, arXiv 2412.10193; LLaDA, arXiv 2502.09992.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import guidance
+        >>> cond, uncond = torch.tensor([0.0, 2.0]), torch.tensor([0.0, 1.0])
+        >>> guidance.cfg(cond, uncond, 3.0)
+        tensor([0., 4.])
+    """
+    op = "guidance.cfg"
+    sums.same_shape(op, "uncond", uncond, "cond", cond)
+    g = sums.weight(op, gamma, cond.shape[:-1], cond.device)
+    if isinstance(cond, LinearLogits) and isinstance(uncond, LinearLogits):
+        if cond.weight is uncond.weight and cond.bias is uncond.bias:
+            return LinearLogits(_blend_hidden(cond.hidden, uncond.hidden, g), cond.weight, cond.bias)
+        return sums.linear_sum((g, cond), (1 - g, uncond))
+    return _blend(rows.dense(op, cond, "cond"), rows.dense(op, uncond, "uncond"), g)
+
+
+def _blend_hidden(c: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
+    wide = torch.promote_types(c.dtype, torch.float32)
+    return torch.lerp(u.to(wide), c.to(wide), gamma.to(wide).unsqueeze(-1)).to(c.dtype)
+
+
+def _blend(c: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
+    """γ·c + (1-γ)·u, with -inf wherever a stream of non-zero weight has it."""
+    g = gamma.to(torch.promote_types(c.dtype, u.dtype)).unsqueeze(-1)
+    never_c, never_u = torch.isneginf(c), torch.isneginf(u)
+    blended = torch.lerp(u.masked_fill(never_u, 0).to(g.dtype), c.masked_fill(never_c, 0).to(g.dtype), g)
+    return blended.masked_fill((never_c & (g != 0)) | (never_u & (g != 1)), -torch.inf)
+
+
+class _Bridge(NamedTuple):
+    """What a guided bridge needs of each row, flattened."""
+
+    size: int
+    z: Tensor
+    alpha_s: Tensor
+    gamma: Tensor
+    heat: Tensor
+    shift: Tensor | None
+    """Makes leave-one-out logits of the network's."""
+    bonus: Tensor
+    """log1p(c_{t|s}), by which staying at z is likelier; γ + (1-γ) = 1, so it is not scaled."""
+    settled: Tensor
+
+    def part(self, at: slice) -> _Bridge:
+        shift = None if self.shift is None else self.shift[at]
+        z, alpha_s, gamma, heat = self.z[at], self.alpha_s[at], self.gamma[at], self.heat[at]
+        return _Bridge(self.size, z, alpha_s, gamma, heat, shift, self.bonus[at], self.settled[at])
+
+
+def _bridge(
+    op: str,
+    cond: Logits,
+    uncond: Logits,
+    z: Tensor,
+    alpha_t: float | Tensor,
+    alpha_s: float | Tensor,
+    gamma: float | Tensor,
+    parameterization: str,
+    temperature: float | Tensor,
+    exclude: int | None,
+) -> _Bridge:
+    """The checks, and the row-wise terms."""
+    size = terms.observed(op, cond, z, exclude)
+    sums.same_shape(op, "uncond", uncond, "cond", cond)
+    checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
+    t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
+    g = sums.weight(op, gamma, z.shape, z.device)
+    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
+    checks.within(op, "temperature", heat, 0, torch.inf, "()")
+    shift, bonus = terms.shift(parameterization, t, size), terms.lift(rows.ratio(t, s), size)
+
+    def flat(x: Tensor) -> Tensor:
+        return x.expand(z.shape).flatten()
+
+    return _Bridge(
+        size,
+        flat(z),
+        flat(s),
+        flat(g),
+        flat(heat),
+        None if shift is None else flat(shift),
+        flat(bonus),
+        flat(t == s),
+    )
+
+
+def _tempered(op: str, name: str, logits: Logits, b: _Bridge, exclude: int | None) -> Tensor:
+    """Leave-one-out logits over the temperature, dense."""
+    x = rows.without(op, logits, exclude, name)
+    if b.shift is not None:
+        x = terms.add_at(x, b.z, b.shift)
+    return x / b.heat.to(x.dtype).unsqueeze(-1)
+
+
+def _log_mass(x: Tensor, logsumexp: Tensor, b: _Bridge) -> Tensor:
+    """log(α_s·p(y) + (1-α_s)/V): what of the bridge depends on the predictor; finite at either end of α_s."""
+    signal = b.alpha_s.log() - logsumexp.double()
+    noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
+    return terms.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
+
+
+def cfg_uniform_log_probs(
+    cond: Logits,
+    uncond: Logits,
+    z: Tensor,
+    alpha_t: float | Tensor,
+    alpha_s: float | Tensor,
+    gamma: float | Tensor,
+    *,
+    parameterization: str = "loo",
+    temperature: float | Tensor = 1.0,
+    exclude: int | None = None,
+) -> Tensor:
+    """The law that `cfg_uniform_step` draws from: q_c(z_s | z)^γ · q_u(z_s | z)^(1-γ), normalised.
+
+    q_c and q_u are the bridges of `uniform.bridge_log_probs`. Up to a constant per row log q is
+    γ·log(α_s·p_c(y) + (1-α_s)/V) + (1-γ)·log(α_s·p_u(y) + (1-α_s)/V) + 1[y = z]·log1p(c_{t|s}), with
+    c_{t|s} = V·α_{t|s}/(1-α_{t|s}). At α_s = 1 it is guidance of the denoisers.
+
+    Args, raises, source:
+        as in `cfg_uniform_step`.
+
+    Returns:
+        (..., V) in nats, float32 or wider. Differentiable in cond and uncond.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import guidance
+        >>> cond, uncond = torch.tensor([10.0, 15.0, 11.0]).log(), torch.zeros(3)
+        >>> guidance.cfg_uniform_log_probs(cond, uncond, torch.tensor(0), 0.4, 0.7, 1.0).exp()
+        tensor([0.6760, 0.1798, 0.1441])
+    """
+    op = "guidance.cfg_uniform_log_probs"
+    b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
+    c, u = (
+        _log_mass(x, torch.logsumexp(x, -1), b)
+        for x in (
+            _tempered(op, "cond", rows.flat(cond), b, exclude),
+            _tempered(op, "uncond", rows.flat(uncond), b, exclude),
+        )
+    )
+    law = terms.add_at(_blend(c, u, b.gamma), b.z, b.bonus)
+    if exclude is not None:
+        law = law.index_fill(-1, torch.tensor([exclude], device=law.device), -torch.inf)
+    log_q = torch.log_softmax(law, -1)
+    point = torch.full_like(log_q, -torch.inf).scatter(-1, b.z.unsqueeze(-1), 0)
+    return torch.where(b.settled.unsqueeze(-1), point, log_q).view(*z.shape, -1)
+
+
+def cfg_uniform_step(
+    cond: Logits,
+    uncond: Logits,
+    z: Tensor,
+    alpha_t: float | Tensor,
+    alpha_s: float | Tensor,
+    gamma: float | Tensor,
+    *,
+    parameterization: str = "loo",
+    temperature: float | Tensor = 1.0,
+    exclude: int | None = None,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """One guided reverse step of a uniform process: a draw from `cfg_uniform_log_probs`.
+
+    One read of each stream for its normaliser and one of both for the draw, a few rows at a time: nothing of
+    size (B, L, V) is made, of `LinearLogits` neither. Rows with alpha_s = alpha_t keep z, unread.
+
+    Args:
+        cond, uncond: (..., V), of one shape: the network with and without the condition.
+        z: (...) int64 observed tokens.
+        alpha_t, alpha_s: in [0, 1], alpha_s >= alpha_t, broadcast to z.shape. The last step has alpha_s = 1.
+        gamma: γ, finite, broadcast to z.shape; 1 is `uniform.step` of cond in law, 0 that of uncond.
+        parameterization: whether logits are the leave-one-out posterior's ("loo") or the "denoiser"'s.
+        temperature: positive, on both leave-one-out posteriors, before any conversion.
+        exclude: a token id that has probability 0 and does not count in V.
+        key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
+
+    Returns:
+        z_s (...) int64; -1 where a row that had to be read is broken in either stream.
+
+    Raises:
+        TypeError: dtypes. ValueError: shapes, ids, levels, alpha_s below alpha_t, gamma not finite.
+
+    Source:
+        D-CFG, arXiv 2412.10193, on posteriors; in one expression that is finite also at alpha_s = 1.
+
+    Example:
+        >>> import torch, dlcore
+        >>> from dlcore.process import guidance
+        >>> z, cond, uncond = torch.randint(100, (2, 8)), torch.randn(2, 8, 100), torch.randn(2, 8, 100)
+        >>> guidance.cfg_uniform_step(cond, uncond, z, 0.4, 0.5, 2.0, key=dlcore.rng.key(7)).shape
+        torch.Size([2, 8])
+    """
+    op = "guidance.cfg_uniform_step"
+    b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device).reshape(-1, 2)
+    draw = rows.coefficients(torch.ones_like(b.alpha_s), 0.0, 0.0, 0.0, 1.0, 0.0, keep=b.settled)
+    streams = ("cond", rows.flat(cond)), ("uncond", rows.flat(uncond))
+    drawn = []
+    for at in rows.chunks(z.numel(), cond.shape[-1]):
+        part, masses = b.part(at), []
+        for name, stream in streams:
+            few = rows.take(stream, at)
+            lse = categorical.stats(
+                few, part.z, shift=part.shift, temperature=part.heat, exclude=exclude
+            ).logsumexp
+            masses.append(_log_mass(_tempered(op, name, few, part, exclude), lse, part))
+        law = _blend(masses[0], masses[1], part.gamma)
+        drawn.append(
+            categorical.sample_mixture(law, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at])
+        )
+    return torch.cat(drawn).view(z.shape)

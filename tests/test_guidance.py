@@ -1,0 +1,527 @@
+"""Classifier-free and classifier-based guidance against enumeration and exact laws."""
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+from oracles import (
+    ROWS,
+    V,
+    bridge_given_clean,
+    check_compiled,
+    fits,
+    fits_given,
+    law,
+    point,
+    uniform_kernel,
+)
+from torch import Tensor
+
+import dlcore
+from dlcore import LinearLogits
+from dlcore.process import _rows as rows
+from dlcore.process import guidance, masked
+
+MASK = V
+LEVELS = [(0.4, 0.7), (0.0, 0.3), (0.2, 1.0), (0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (0.3, 1 - 1e-12)]
+PARAMETERIZATIONS = ["loo", "denoiser"]
+
+
+def geometric(c: Tensor, u: Tensor, gamma: float) -> Tensor:
+    """c^γ·u^(1-γ), normalised."""
+    weight = c**gamma * u ** (1 - gamma)
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def tempered(p: Tensor, temperature: float) -> Tensor:
+    return p ** (1 / temperature) / (p ** (1 / temperature)).sum(-1, keepdim=True)
+
+
+def denoiser_of(p: Tensor, z: Tensor, alpha: float) -> Tensor:
+    joint = p * uniform_kernel(alpha, p.shape[-1]).T[z]
+    return joint / joint.sum(-1, keepdim=True)
+
+
+def bridge(p: Tensor, z: Tensor, alpha_t: float, alpha_s: float) -> Tensor:
+    """The bridge of leave-one-out laws (..., V), by Bayes' rule over the clean token."""
+    vocab = p.shape[-1]
+    if alpha_t == alpha_s:
+        return point(z, vocab)
+    given = bridge_given_clean(alpha_t, alpha_s, vocab)
+    return torch.einsum("zx,xzy->zy", denoiser_of(p, z, alpha_t), given[:, z])
+
+
+def subs(p: Tensor) -> Tensor:
+    """Logits of p (..., V) with a column for the mask, large: it must not count."""
+    return torch.cat([p.log(), torch.full_like(p[..., :1], 5.0)], -1)
+
+
+def network(p: Tensor, z: Tensor, alpha: float, parameterization: str) -> Tensor:
+    return (p if parameterization == "loo" else denoiser_of(p, z, alpha)).log()
+
+
+def heads(vocab: int, *lead: int, seed: int, bias: bool = False) -> LinearLogits:
+    g = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, 8, generator=g)
+    return LinearLogits(
+        torch.randn(*lead, 8, generator=g), weight, torch.randn(vocab, generator=g) if bias else None
+    )
+
+
+# --- classifier-free ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 1.7])
+def test_masked_law(gamma: float) -> None:
+    c, u = law(V, seed=1), law(V, seed=2)
+    logits = guidance.cfg(subs(c), subs(u), gamma)
+    wanted = geometric(c, u, gamma)
+    torch.testing.assert_close(torch.softmax(logits[:V], -1), wanted)
+    if gamma in (0.0, 1.0):
+        assert logits.equal(subs(c) if gamma else subs(u))
+    z = torch.full((ROWS // 4,), MASK)
+    drawn = masked.step(logits.float().expand(len(z), V + 1), z, 0.2, 0.6, MASK, key=dlcore.rng.key(3))
+    assert fits(drawn, torch.cat([wanted / 2, torch.tensor([0.5], dtype=torch.float64)]))
+
+
+def test_lladas_scale_is_one_less() -> None:
+    c, u, s = torch.randn(2, 5), torch.randn(2, 5), 1.5
+    torch.testing.assert_close(guidance.cfg(c, u, s + 1), u + (s + 1) * (c - u))
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.5])
+@pytest.mark.parametrize(("alpha_t", "alpha_s"), LEVELS)
+def test_uniform_law(alpha_t: float, alpha_s: float, gamma: float, parameterization: str) -> None:
+    z = torch.arange(V)
+    c, u = law((V, V), seed=4), law((V, V), seed=5)
+    wanted = geometric(bridge(c, z, alpha_t, alpha_s), bridge(u, z, alpha_t, alpha_s), gamma)
+    wanted = wanted.nan_to_num(0)  # 0/0 where the row stays
+    streams = (network(x, z, alpha_t, parameterization) for x in (c, u))
+    found = guidance.cfg_uniform_log_probs(
+        *streams, z, alpha_t, alpha_s, gamma, parameterization=parameterization
+    )
+    torch.testing.assert_close(found.exp(), wanted if alpha_t < alpha_s else point(z, V))
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.0, 1.0), (0.5, 1.0), (1.0, 0.6), (2.5, 1.4)])
+@pytest.mark.parametrize(("alpha_t", "alpha_s"), [(0.4, 0.7), (0.2, 1.0), (0.5, 0.5)])
+def test_uniform_step_draws_from_the_law(
+    alpha_t: float, alpha_s: float, gamma: float, temperature: float, parameterization: str
+) -> None:
+    c, u = law((V, V), seed=6), law((V, V), seed=7)
+    z = torch.arange(V)
+    streams = [network(x, z, alpha_t, parameterization).float() for x in (c, u)]
+    each = z.repeat(ROWS // (2 * V))
+    drawn = guidance.cfg_uniform_step(
+        *(x[each] for x in streams),
+        each,
+        alpha_t,
+        alpha_s,
+        gamma,
+        parameterization=parameterization,
+        temperature=temperature,
+        key=dlcore.rng.key(8),
+    )
+    wanted = point(z, V)
+    if alpha_t < alpha_s:
+        two = (bridge(tempered(x, temperature), z, alpha_t, alpha_s) for x in (c, u))
+        wanted = geometric(*two, gamma)
+    assert fits_given(each, drawn, wanted)
+
+
+def test_excluded_token_is_as_if_it_were_not_there() -> None:
+    c, u, z = law((4, 4), seed=9), law((4, 4), seed=10), torch.arange(4)
+    wide = [torch.cat([x[:, :2], torch.full((4, 1), 9.0), x[:, 2:]], -1).log() for x in (c, u)]
+    moved = z + (z >= 2).long()
+    found = guidance.cfg_uniform_log_probs(*wide, moved, 0.3, 0.6, 1.8, exclude=2).exp()
+    wanted = guidance.cfg_uniform_log_probs(c.log(), u.log(), z, 0.3, 0.6, 1.8).exp()
+    assert bool((found[:, 2] == 0).all())
+    torch.testing.assert_close(found[:, [0, 1, 3, 4]], wanted)
+    count = ROWS // 16
+    drawn = guidance.cfg_uniform_step(
+        *(x.float().repeat(count, 1) for x in wide),
+        moved.repeat(count),
+        0.3,
+        0.6,
+        1.8,
+        exclude=2,
+        key=dlcore.rng.key(11),
+    )
+    assert fits_given(z.repeat(count), drawn, found)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0, -1.0])
+def test_impossible_tokens_make_no_nan(gamma: float) -> None:
+    never = -torch.inf
+    c = torch.tensor([[never, 0.0, 1.0, never], [0.0, 1.0, 2.0, 3.0]])
+    u = torch.tensor([[never, never, 1.0, 0.5], [never, 1.0, 1.0, 1.0]])
+    found = guidance.cfg(c, u, gamma)
+    if gamma in (0.0, 1.0):
+        assert found.equal(c if gamma else u)
+    else:
+        assert found.isneginf().equal(c.isneginf() | u.isneginf())
+    z = torch.zeros(2, dtype=torch.int64)
+    for alpha_s in (0.6, 1.0):
+        log_q = guidance.cfg_uniform_log_probs(c, u, z, 0.3, alpha_s, gamma)
+        assert not bool(log_q.isnan().any())
+        torch.testing.assert_close(log_q.exp().sum(-1), torch.ones(2))
+        assert bool((guidance.cfg_uniform_step(c, u, z, 0.3, alpha_s, gamma) >= 0).all())
+
+
+def test_broken_rows_and_rows_that_stay() -> None:
+    good, bad = torch.randn(2, 5), torch.full((2, 5), torch.nan)
+    z = torch.tensor([1, 2])
+    for c, u in ((good, bad), (bad, good)):
+        assert guidance.cfg_uniform_step(c, u, z, 0.2, 0.4, 1.5).tolist() == [-1, -1]
+        assert guidance.cfg_uniform_step(c, u, z, 0.4, 0.4, 1.5).equal(z)
+        assert guidance.cfg_uniform_step(c, u, z, 1.0, 1.0, 1.5).equal(z)
+        assert guidance.cbg_uniform_step(c, u, z, 0.2, 0.4, 1.5).tolist() == [-1, -1]
+        assert guidance.cbg_uniform_step(c, u, z, 0.4, 0.4, 1.5).equal(z)
+        assert guidance.cbg_masked_step(c, u, z, 0.2, 0.4, 2, 1.5).tolist() == [1, -1]
+        assert guidance.cbg_masked_step(c, u, z, 0.4, 0.4, 2, 1.5).equal(z)
+
+
+def test_linear_streams_stay_linear() -> None:
+    gamma = torch.tensor([[0.0, 1.0, 2.5], [-0.5, 0.3, 4.0]])
+    g = torch.Generator().manual_seed(12)
+    for bias in (False, True):
+        one = heads(11, 2, 3, seed=13, bias=bias)
+        two = LinearLogits(torch.randn(2, 3, 8, generator=g), one.weight, one.bias)
+        for other in (two, heads(11, 2, 3, seed=14, bias=bias)):
+            found = guidance.cfg(one, other, gamma)
+            assert isinstance(found, LinearLogits)
+            assert (found.weight is one.weight) == (other is two)
+            dense = guidance.cfg(one.materialize(), other.materialize(), gamma)
+            torch.testing.assert_close(found.materialize(), dense, rtol=1e-5, atol=1e-5)
+    z, key = torch.randint(11, (2, 3), generator=g), dlcore.rng.key(15)
+    whole = guidance.cfg_uniform_step(one, two, z, 0.4, 0.6, gamma, key=key)
+    dense = guidance.cfg_uniform_step(one.materialize(), two.materialize(), z, 0.4, 0.6, gamma, key=key)
+    assert whole.equal(dense)
+
+
+def test_half_precision_streams_are_blended_in_float32() -> None:
+    c, u = torch.randn(3, 6).bfloat16(), torch.randn(3, 6).bfloat16()
+    torch.testing.assert_close(guidance.cfg(c, u, 2.0), u.float() + 2 * (c.float() - u.float()))
+
+
+def test_gradients() -> None:
+    c, u = (law((3, 4), seed=i).log().requires_grad_() for i in (16, 17))
+    z = torch.tensor([0, 3, 1])
+    gamma = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64)
+    alpha = torch.tensor([0.7, 1.0, 0.5], dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda a, b: torch.softmax(guidance.cfg(a, b, gamma), -1), (c, u))
+    assert torch.autograd.gradcheck(
+        lambda a, b: guidance.cfg_uniform_log_probs(a, b, z, 0.3, alpha, gamma).exp(), (c, u)
+    )
+    assert torch.autograd.gradcheck(lambda a, b: torch.softmax(guidance.cbg(a, b, gamma), -1), (c, u))
+
+
+# --- classifiers -------------------------------------------------------------------------------------------
+
+
+def bilinear(seed: int, length: int, vocab: int) -> Callable[[Tensor], Tensor]:
+    """log p(class | one-hots (B, L, V)), linear in them."""
+    weight = torch.randn(length, vocab, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return lambda e: (e * weight).sum((-2, -1))
+
+
+def test_exact_guide_tries_every_token_everywhere() -> None:
+    table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(18))
+
+    def classifier(tokens: Tensor) -> Tensor:
+        assert len(tokens) <= 4
+        return table[tuple(tokens.unbind(-1))]
+
+    z = torch.tensor([[0, 1, 2], [2, 2, 0]])
+    found = guidance.exact_guide(classifier, z, 3, chunk=4)
+    for b, at, y in itertools.product(range(2), range(3), range(3)):
+        changed = z[b].clone()
+        changed[at] = y
+        assert found[b, at, y] == table[tuple(changed)]
+    where = torch.tensor([[True, False, False], [False, True, True]])
+    some = guidance.exact_guide(classifier, z, 3, where=where, chunk=4)
+    assert some.equal(found * where.unsqueeze(-1))
+    none = guidance.exact_guide(classifier, z, 3, where=torch.zeros_like(where))
+    assert none.equal(torch.zeros(2, 3, 3))
+
+
+def test_taylor_guide_is_exact_where_the_classifier_is_linear() -> None:
+    vocab, eye = 5, torch.eye(5, dtype=torch.float64)
+    classifier = bilinear(19, 4, vocab)
+    z = torch.randint(vocab, (3, 4), generator=torch.Generator().manual_seed(20))
+    exact = guidance.exact_guide(lambda tokens: classifier(eye[tokens]), z, vocab)
+    first = guidance.taylor_guide(classifier, z, eye)
+    assert first.shape == (3, 4, vocab)
+    ratio = first.materialize() - first.materialize().gather(-1, z.unsqueeze(-1))
+    torch.testing.assert_close(ratio, exact - exact.gather(-1, z.unsqueeze(-1)))
+    logits = law((3, 4, vocab), seed=21).log()
+    for gamma in (0.0, 1.0, 2.3):
+        both = [torch.softmax(guidance.cbg(logits, guide, gamma), -1) for guide in (exact, first)]
+        torch.testing.assert_close(*both)
+    # A gradient, so to first order for any classifier: the error falls with the square of the embeddings.
+    bent = [
+        (
+            guidance.exact_guide(lambda t, s=s: torch.tanh(classifier(s * eye[t])), z, vocab),
+            guidance.taylor_guide(lambda e: torch.tanh(classifier(e)), z, s * eye).materialize(),
+        )
+        for s in (1e-2, 1e-3)
+    ]
+    errors = [
+        float(((a - a.gather(-1, z[..., None])) - (b - b.gather(-1, z[..., None]))).abs().max())
+        for a, b in bent
+    ]
+    assert 0 < errors[1] < errors[0] / 50
+
+
+def test_linear_guide_stays_linear() -> None:
+    gamma = torch.tensor([[0.0, 1.0, 2.5], [-0.5, 0.3, 4.0]])
+    for bias, other in itertools.product((False, True), repeat=2):
+        logits, guide = heads(11, 2, 3, seed=22, bias=bias), heads(11, 2, 3, seed=23, bias=other)
+        found = guidance.cbg(logits, guide, gamma)
+        assert isinstance(found, LinearLogits)
+        dense = guidance.cbg(logits.materialize(), guide.materialize(), gamma)
+        torch.testing.assert_close(found.materialize(), dense, rtol=1e-5, atol=1e-5)
+    # A classifier that starts with the very embedding of the head copies no weight.
+    tied = heads(11, 2, 3, seed=24)
+    guide = guidance.taylor_guide(lambda e: e.square().sum((-2, -1)), torch.zeros(2, 3).long(), tied.weight)
+    found = guidance.cbg(tied, guide, 0.7)
+    assert isinstance(found, LinearLogits)
+    assert found.weight is tied.weight
+    torch.testing.assert_close(found.materialize(), tied.materialize() + 0.7 * guide.materialize())
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.0, 1.0), (1.0, 0.6), (2.5, 1.4)])
+@pytest.mark.parametrize(("alpha_t", "alpha_s"), [(0.4, 0.7), (0.0, 0.3), (0.2, 1.0), (0.0, 0.0)])
+def test_guided_uniform_step_law(
+    alpha_t: float, alpha_s: float, gamma: float, temperature: float, parameterization: str, linear: bool
+) -> None:
+    p, z = law((V, V), seed=25), torch.arange(V)
+    ratio = torch.randn(V, V, generator=torch.Generator().manual_seed(26))
+    each = z.repeat(ROWS // (4 * V))
+    logits = network(p, z, alpha_t, parameterization).float()[each]
+    guide: Tensor | LinearLogits = ratio[each]
+    if linear:
+        logits, guide = LinearLogits(logits, torch.eye(V)), LinearLogits(ratio[each], torch.eye(V))
+    drawn = guidance.cbg_uniform_step(
+        logits,
+        guide,
+        each,
+        alpha_t,
+        alpha_s,
+        gamma,
+        parameterization=parameterization,
+        temperature=temperature,
+        key=dlcore.rng.key(27),
+    )
+    wanted = bridge(tempered(p, temperature), z, alpha_t, alpha_s) * (gamma * ratio.double()).exp()
+    assert fits_given(each, drawn, wanted / wanted.sum(-1, keepdim=True))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("gamma", "temperature"), [(0.0, 1.0), (1.0, 0.6), (2.5, 1.4)])
+@pytest.mark.parametrize(("alpha_t", "alpha_s"), [(0.4, 0.7), (0.0, 0.3), (0.2, 1.0)])
+def test_guided_masked_step_law(
+    alpha_t: float, alpha_s: float, gamma: float, temperature: float, linear: bool
+) -> None:
+    p, z = law(V, seed=28), torch.arange(V + 1).repeat(ROWS // (4 * V))
+    ratio = torch.randn(V + 1, generator=torch.Generator().manual_seed(29))
+    logits, guide = (x.expand(len(z), V + 1) for x in (subs(p).float(), ratio))
+    eye = torch.eye(V + 1)
+    drawn = guidance.cbg_masked_step(
+        LinearLogits(logits, eye) if linear else logits,
+        LinearLogits(guide, eye) if linear else guide,
+        z,
+        alpha_t,
+        alpha_s,
+        MASK,
+        gamma,
+        temperature=temperature,
+        key=dlcore.rng.key(30),
+    )
+    posterior = (
+        torch.cat(
+            [
+                (alpha_s - alpha_t) * tempered(p, temperature),
+                torch.tensor([1 - alpha_s], dtype=torch.float64),
+            ]
+        )
+        * (gamma * ratio.double()).exp()
+    )
+    wanted = torch.eye(V + 1, dtype=torch.float64)
+    wanted[MASK] = posterior / posterior.sum()
+    assert fits_given(z, drawn, wanted)
+
+
+@pytest.mark.parametrize("process", ["masked", "uniform"])
+def test_the_exact_classifier_leads_to_the_class(process: str) -> None:
+    """One token, γ = 1 and p(class | x_s = y) itself: any chain of steps ends in p(x | class), by Bayes."""
+    data, likelihood, count = law(V, seed=31), law(V, seed=32), ROWS // 4
+    z = torch.full((count,), MASK) if process == "masked" else torch.arange(V).repeat(count // V)
+    if process == "uniform":
+        # The prior given the class is uniform too: at α = 0 the token says nothing.
+        count = len(z)
+    for i, (t, s) in enumerate([(0.0, 0.2), (0.2, 0.7), (0.7, 1.0)]):
+        key = dlcore.rng.key(33, i)
+        if process == "masked":
+            at_mask = (data * likelihood).sum().log().expand(1)
+            guide = torch.cat([likelihood.log(), at_mask]).float().expand(count, V + 1)
+            z = guidance.cbg_masked_step(
+                subs(data).float().expand(count, V + 1), guide, z, t, s, MASK, 1.0, key=key
+            )
+        else:
+            noisy = denoiser_of(data.expand(V, V), torch.arange(V), s) @ likelihood
+            z = guidance.cbg_uniform_step(
+                data.log().float().expand(count, V),
+                noisy.log().float().expand(count, V),
+                z,
+                t,
+                s,
+                1.0,
+                key=key,
+            )
+    posterior = data * likelihood
+    assert fits(z, posterior / posterior.sum())
+
+
+# --- noise, compilation, errors ----------------------------------------------------------------------------
+
+
+def test_tokens_follow_the_key_and_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(34)
+    c, u = torch.randn(4, 6, 9, generator=g), torch.randn(4, 6, 9, generator=g)
+    z, key = torch.randint(9, (4, 6), generator=g), dlcore.rng.key(35)
+    per_row = dlcore.rng.fold_in(key, torch.arange(24).view(4, 6))
+    for call in (
+        lambda k, i: guidance.cfg_uniform_step(c[i], u[i], z[i], 0.2, 0.6, 1.5, key=k),
+        lambda k, i: guidance.cbg_uniform_step(c[i], u[i], z[i], 0.2, 0.6, 1.5, key=k),
+        lambda k, i: guidance.cbg_masked_step(c[i], u[i], z[i] * 0 + 8, 0.2, 0.6, 8, 1.5, key=k),
+    ):
+        whole = call(key, slice(None))
+        assert whole.equal(call(per_row, slice(None)))
+        assert whole.equal(torch.cat([call(per_row[i], i) for i in (slice(0, 1), slice(1, 4))]))
+        assert not whole.equal(call(dlcore.rng.key(36), slice(None)))
+        with monkeypatch.context() as patch:
+            patch.setattr(rows, "CHUNK", 20)
+            assert whole.equal(call(key, slice(None)))
+
+
+def test_compiles_whole_and_once() -> None:
+    g = torch.Generator().manual_seed(37)
+    z, u = torch.randint(9, (2, 6), generator=g), torch.randn(2, 6, 9, generator=g)
+
+    def everything(c: Tensor, t: Tensor, s: Tensor, k: Tensor) -> tuple[Tensor, ...]:
+        mixed = guidance.cfg(c, u, s)
+        assert isinstance(mixed, Tensor)
+        return (
+            mixed,
+            guidance.cfg_uniform_step(c, u, z, t, s, 1.5, key=k),
+            guidance.cfg_uniform_log_probs(c, u, z, t, s, 1.5, parameterization="denoiser"),
+            guidance.cbg_uniform_step(c, u, z, t, s, s, key=k),
+            guidance.cbg_masked_step(c, u, z, t, s, 8, s, key=k),
+        )
+
+    logits, key = torch.randn(2, 6, 9, generator=g), dlcore.rng.key(38)
+    levels = torch.linspace(0.1, 0.8, 3, dtype=torch.float64).unbind()
+    check_compiled(everything, [(logits, t, t + 0.1, key) for t in levels])
+
+
+def test_no_rows() -> None:
+    none, z = torch.zeros(0, 3, 5), torch.zeros(0, 3, dtype=torch.int64)
+    assert guidance.cfg(none, none, 2.0).shape == (0, 3, 5)
+    for step in (guidance.cfg_uniform_step, guidance.cbg_uniform_step):
+        assert step(none, none, z, 0.2, 0.4, 2.0).shape == (0, 3)
+    assert guidance.cbg_masked_step(none, none, z, 0.2, 0.4, 4, 2.0).shape == (0, 3)
+    assert guidance.exact_guide(lambda t: t[:, 0].float(), z, 5).shape == (0, 3, 5)
+    assert guidance.taylor_guide(lambda e: e.sum((1, 2)), z, torch.eye(5)).shape == (0, 3, 5)
+
+
+Z, LOGITS = torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 3, 4)
+BAD = [
+    (
+        lambda: guidance.cfg(LOGITS, LOGITS[:1], 1.0),
+        ValueError,
+        r"cfg: uncond must have cond' shape \(2, 3, 4\), got \(1, 3, 4\)",
+    ),
+    (
+        lambda: guidance.cfg(LOGITS, LOGITS, torch.inf),
+        ValueError,
+        r"cfg: gamma must lie in \(-inf, inf\), got inf",
+    ),
+    (
+        lambda: guidance.cfg(LOGITS, LOGITS, torch.zeros(7)),
+        ValueError,
+        r"cfg: gamma must broadcast to \(2, 3\), got \(7,\)",
+    ),
+    (lambda: guidance.cfg(LOGITS.long(), LOGITS, 1.0), TypeError, "cfg: cond must be float32"),
+    (
+        lambda: guidance.cfg_uniform_step(LOGITS, LOGITS, Z, 0.4, 0.3, 1.0),
+        ValueError,
+        "cfg_uniform_step: alpha_s must be at least alpha_t",
+    ),
+    (
+        lambda: guidance.cfg_uniform_step(LOGITS, LOGITS, Z + 4, 0.2, 0.3, 1.0),
+        ValueError,
+        r"cfg_uniform_step: z must lie in \[0, 4\), got 4",
+    ),
+    (
+        lambda: guidance.cfg_uniform_step(LOGITS, LOGITS, Z, 0.2, 0.3, 1.0, temperature=0.0),
+        ValueError,
+        r"cfg_uniform_step: temperature must lie in \(0, inf\), got 0.0",
+    ),
+    (
+        lambda: guidance.cfg_uniform_log_probs(LOGITS, LOGITS, Z, 0.2, 0.3, 1.0, parameterization="x0"),
+        ValueError,
+        "cfg_uniform_log_probs: parameterization must be one of",
+    ),
+    (
+        lambda: guidance.cbg(LOGITS, LOGITS[..., :3], 1.0),
+        ValueError,
+        r"cbg: guide must have logits' shape \(2, 3, 4\), got \(2, 3, 3\)",
+    ),
+    (
+        lambda: guidance.cbg_masked_step(LOGITS, LOGITS, Z, 0.2, 0.3, 4, 1.0),
+        ValueError,
+        r"cbg_masked_step: mask_id must lie in \[0, 4\), got 4",
+    ),
+    (
+        lambda: guidance.cbg_uniform_step(LOGITS, LOGITS, Z[0], 0.2, 0.3, 1.0),
+        ValueError,
+        r"cbg_uniform_step: z must have shape \(2, 3\), got \(3,\)",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4),
+        ValueError,
+        r"exact_guide: classifier must return \(24,\), got \(24, 3\)",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4, where=Z),
+        ValueError,
+        r"exact_guide: where must be bool \(2, 3\), got int64",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4, chunk=0),
+        ValueError,
+        "exact_guide: chunk must be at least 1, got 0",
+    ),
+    (
+        lambda: guidance.taylor_guide(lambda e: e, Z, torch.eye(4)),
+        ValueError,
+        r"taylor_guide: classifier must return \(2,\), got \(2, 3, 4\)",
+    ),
+    (
+        lambda: guidance.taylor_guide(lambda e: e, Z + 4, torch.eye(4)),
+        ValueError,
+        r"taylor_guide: z must lie in \[0, 4\), got 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "error", "message"), BAD, ids=range(len(BAD)))
+def test_bad_input(call, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"guidance.{message}"):
+        call()
