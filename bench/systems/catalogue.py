@@ -15,6 +15,9 @@ NAMES = (
     "udm_loo",
     "udm_predictor_corrector",
     "absorbing_uniform",
+    "block_diffusion",
+    "blockgen_arpc",
+    "guidance",
 )
 
 

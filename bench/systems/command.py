@@ -52,6 +52,8 @@ class Result:
     seconds: float
     loss: float
     """On held-out text."""
+    calls: int
+    """Of the network for a sample."""
     figures: Figures
     written: measure.Written
 
@@ -143,9 +145,8 @@ def train_and_write(
     loss = training.held_out_loss(trained, data, rng.fold_in(key, SCORE))
     steps = options.steps or system.steps
     written = measure.write(trained, options.batch, steps, rng.fold_in(key, WRITE))
-    return Result(
-        system.name, reached.step, reached.seconds, loss, measure.figures(written.tokens, chain), written
-    )
+    found = measure.figures(written.tokens, chain)
+    return Result(system.name, reached.step, reached.seconds, loss, steps, found, written)
 
 
 def trained_system(

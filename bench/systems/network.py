@@ -38,7 +38,7 @@ class Network(nn.Module):
         streams: int = 1,
         vectors: bool = False,
         layers: int = 3,
-        width: int = 128,
+        width: int = 96,
     ) -> None:
         super().__init__()
         if width % HEAD_DIM:

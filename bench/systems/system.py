@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from dlcore import rng
@@ -67,8 +66,13 @@ class System(nn.Module, ABC):
 
 
 def levels(count: int, key: Tensor) -> Tensor:
-    """Noise levels α (count, 1) in (0, 1), one in each of as many equal parts: their mean varies little."""
-    return ((torch.arange(count) + rng.uniform(key, (count,)).float()) / count).unsqueeze(1)
+    """Noise levels α (count, 1) in (0, 1), one in each of as many equal parts, in random order.
+
+    Their mean varies little between draws.
+    """
+    order_key, jitter_key = rng.split(key, 2)
+    order = rng.uniform(order_key, (count,)).argsort()
+    return ((order + rng.uniform(jitter_key, (count,)).float()) / count).unsqueeze(1)
 
 
 def grid(steps: int) -> list[tuple[float, float]]:

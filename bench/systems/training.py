@@ -69,7 +69,7 @@ def train(
     key: Tensor,
     path: Path | None = None,
     steps: int | None = None,
-    batch: int = 32,
+    batch: int = 16,
     save_every: float = 10.0,
 ) -> Iterator[Trained]:
     """Train until `seconds` or `steps` are over; yields after each step.
@@ -115,7 +115,7 @@ def _descend(system: System, optimizer: torch.optim.Optimizer, x: Tensor, key: T
 
 
 @torch.no_grad()
-def held_out_loss(system: System, data: Data, key: Tensor, draws: int = 16, batch: int = 32) -> float:
+def held_out_loss(system: System, data: Data, key: Tensor, draws: int = 16, batch: int = 16) -> float:
     """The loss of a finished training on the part of the text that it didn't see."""
     losses = []
     for draw in rng.split(key, draws):
