@@ -1,4 +1,4 @@
-"""Duo: its transformation operator, curriculum, consistency pairs and sampling against closed forms and laws."""
+"""Duo: its transformation, curriculum, consistency pairs and sampling against closed forms and laws."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from goodness import chi_square
-from oracles import MIN_P, check_compiled, law
+from oracles import MIN_P, check_compiled
 from scipy import integrate, stats
 from torch import Tensor
 
 import dlcore
 from dlcore.process import distill, duo, flow, masked, uniform
-from dlcore.process.duo import curriculum as drawing
+from dlcore.process.duo import relaxation as drawing
 
 #: T and dT/dγ by adaptive quadrature, to 8 digits.
 TABLE = [
@@ -105,7 +105,7 @@ def test_transform_ends_and_inverse() -> None:
     torch.testing.assert_close(duo.transform(gamma, 100)[0], flow.flm_alpha(mu / (1 + mu), 100))
     # More at once than one block of the quadrature.
     many = torch.linspace(-4, 1, 5001, dtype=torch.float64)
-    assert duo.transform(many, 27)[0][::2500].equal(duo.transform(many[::2500], 27)[0])
+    torch.testing.assert_close(duo.transform(many, 27)[0][::2500], duo.transform(many[::2500], 27)[0])
 
 
 RANGES = [
@@ -144,7 +144,7 @@ def test_table_inverse(vocab: int, low: float, high: float) -> None:
     assert float((table.alpha(back) - alpha).abs().max()) < 4e-16
     known = (alpha < 1 - 1e-6) & (alpha > 1e-6)
     torch.testing.assert_close(back[known], gamma[known], rtol=0, atol=1e-8)
-    assert bool((back.diff() >= 0).all())
+    assert bool((back[known].diff() > 0).all())
 
 
 def test_table_levels() -> None:
@@ -183,15 +183,17 @@ def test_order_statistics(total: int, count: int) -> None:
     assert stats.kstest((log_cdf[:, 0] * (total * 1.05)).exp().numpy(), "uniform").pvalue < MIN_P
 
 
-def test_order_statistics_keep_float32_precision() -> None:
-    """As good as float32 can say it, at 262,144 tokens: a plain Φ^{-1}(exp(log U)) is infinite for 0.7 %."""
+@pytest.mark.parametrize(("total", "count"), [(262_143, 2), (3, 3)])
+def test_order_statistics_keep_float32_precision(total: int, count: int) -> None:
+    """In both tails: a plain Φ^{-1}(exp(log U)) is infinite for 0.7 % of rows at 262,144 tokens."""
     keys = dlcore.rng.split(dlcore.rng.key(4), 20_000)
-    largest = drawing._largest_normals(keys, 2, 262_143).double()
-    gaps = dlcore.rng.gumbel(keys, (2,), dtype=torch.float64).neg().exp()
-    log_cdf = -(gaps / torch.tensor([262_143.0, 262_142.0])).cumsum(-1)
-    exact = -torch.special.ndtri(-torch.expm1(log_cdf))
-    torch.testing.assert_close(largest, exact, rtol=0, atol=2e-6)
-    assert float(largest.max()) > 6.5
+    largest = drawing._largest_normals(keys, count, total).double()
+    gaps = dlcore.rng.gumbel(keys, (count,), dtype=torch.float64).neg().exp()
+    log_cdf = -(gaps / torch.arange(total, total - count, -1)).cumsum(-1)
+    upper, lower = -torch.special.ndtri(-torch.expm1(log_cdf)), torch.special.ndtri(log_cdf.exp())
+    exact = torch.where(log_cdf > -0.7, upper, lower)
+    torch.testing.assert_close(largest, exact, rtol=0, atol=5e-6)
+    assert float(exact.abs().max()) > 4
 
 
 @pytest.mark.parametrize(("total", "count"), [(1, 1), (2, 2), (7, 3), (4, 4)])
@@ -385,7 +387,7 @@ def test_consistency_loss_vanishes_at_the_teacher() -> None:
     z_t, z_s = duo.consistency_pair(x, -1.0, -1.0, 27, key=dlcore.rng.key(15))
     student = table[z_t].requires_grad_()
     loss = duo.consistency_loss(student, table[z_s])
-    assert float(loss.abs().max()) < 1e-6
+    assert float(loss.detach().abs().max()) < 1e-6
     assert float(torch.autograd.grad(loss.sum(), student)[0].abs().max()) < 1e-6
     z_t, z_s = duo.consistency_pair(x, 0.0, -1.0, 27, key=dlcore.rng.key(15))
     student, teacher = table[z_t].requires_grad_(), table[z_s].requires_grad_()
@@ -394,7 +396,7 @@ def test_consistency_loss_vanishes_at_the_teacher() -> None:
     torch.testing.assert_close(loss, (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-4, atol=1e-5)
     forward = duo.consistency_loss(student, teacher, kind="forward")
     torch.testing.assert_close(forward, (log_q.exp() * (log_q - log_p)).sum(-1), rtol=1e-4, atol=1e-5)
-    assert float(loss.sum()) > 1
+    assert float(loss.detach().sum()) > 1
     assert torch.autograd.grad(loss.sum(), teacher, allow_unused=True) == (None,)
 
 
@@ -404,7 +406,6 @@ def test_consistency_loss_vanishes_at_the_teacher() -> None:
 def test_kappa_rules() -> None:
     """ReMDM(σ) is the ψ-mixture with κ = 1 - σ/(1 - α_s)."""
     t, s, eta = 0.5, 0.6, 0.1
-    p = law(3, seed=1)
     for rule, sigma in (("cap", 0.1), ("rescale", 0.1 * 0.8), ("remdm", 0.1)):
         k = float(duo.kappa(rule, t, s, eta))
         assert k == pytest.approx(1 - sigma / 0.4)
@@ -412,8 +413,7 @@ def test_kappa_rules() -> None:
         assert stays == pytest.approx((1 - s - sigma * t) / (1 - t))
         # Unmasked: the mask again with probability (1-κ)(1-α_s) = σ.
         assert (1 - k) * (1 - s) == pytest.approx(sigma)
-    assert p.sum() == pytest.approx(1)
-    assert float(duo.kappa("cap", t, s, 1.0)) == pytest.approx(1 - 0.8 / 0.4 if 0.8 < 0.4 else 0.0)
+    assert float(duo.kappa("cap", t, s, 1.0)) == 0
     assert float(duo.kappa("remdm", 0.98, 0.99, 0.5)) == 0
     assert float(duo.kappa("rescale", t, s, eta, published=True)) == pytest.approx(1 - 0.01 / 0.4)
     assert float(duo.kappa("constant", t, s, eta)) == 0.1

@@ -279,7 +279,7 @@ def self_distillation_loss(
         >>> teacher = lambda z, alpha: torch.tensor([2.0, 0, 0, 0, 0]).expand(1, 3, 5)
         >>> targets = distill.rollout(teacher, z, [0.3, 0.6], mask_id=4)
         >>> distill.self_distillation_loss(torch.zeros(1, 3, 5), targets, exclude=4)
-        tensor([[0.4684, 0.0000, 0.4684]])
+        tensor([[0.4680, 0.0000, 0.4680]])
     """
     op = "distill.self_distillation_loss"
     lead = categorical.head(op, student, "student").lead
@@ -358,7 +358,8 @@ def masked_inverse_loss(
 
     The relaxation is that x̂ enters the loss as a point of the simplex: gradients reach the student through x̂
     alone, not through the draw z, as in the published code. Freeze the networks of teacher and fake: their
-    logits are not detached. Published code leaves unmasked rows in both losses, where they cancel; here
+    logits are not detached, and must be finite at unmasked rows as well (the networks' own, before any rule
+    that carries tokens over), for a gradient of 0 there. Published code leaves unmasked rows in both losses, where they cancel; here
     they are 0.
 
     Args:
@@ -467,7 +468,7 @@ def uniform_inverse_loss(
         >>> from dlcore.process import distill
         >>> law, teacher = torch.zeros(1, 3), torch.tensor([[0.8, 0.1, 0.1]]).log()
         >>> distill.uniform_inverse_loss(law, teacher, law, torch.tensor([1]), 0.5, -1.0)
-        tensor([0.5182])
+        tensor([0.4360])
     """
     op = "distill.uniform_inverse_loss"
     h = _same(op, student=student, teacher=teacher, fake=fake)

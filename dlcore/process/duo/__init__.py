@@ -15,7 +15,7 @@ Sources: The Diffusion Duality, arXiv 2506.10892; Chapter II, arXiv 2602.21185.
 """
 
 from dlcore.process.duo.consistency import consistency_loss, consistency_pair
-from dlcore.process.duo.curriculum import (
+from dlcore.process.duo.relaxation import (
     Relaxed,
     corrupt,
     curriculum,

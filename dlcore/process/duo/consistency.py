@@ -9,7 +9,7 @@ from dlcore import _checks as checks
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 from dlcore.process import distill
-from dlcore.process.duo.curriculum import argmax, draw, noise_level
+from dlcore.process.duo.relaxation import argmax, draw, noise_level
 
 
 def consistency_pair(

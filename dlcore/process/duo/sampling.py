@@ -160,11 +160,11 @@ def kappa_profile(
         raise ValueError(f"{op}: alphas must be (steps + 1,), steps >= 1, got {tuple(alphas.shape)}")
     first, second = _sections(op, len(alphas), high, middle)
     step = torch.arange(len(alphas) - 1, device=alphas.device)
-    by_rule = [
+    start, plateau, end = (
         kappa(rule, alphas[:-1], alphas[1:], eta, published=published and rule == "rescale")
         for rule, eta in (noisy, between, clean)
-    ]
-    return torch.where(step < first, by_rule[0], torch.where(step < first + second, *by_rule[1:]))
+    )
+    return torch.where(step < first, start, torch.where(step < first + second, plateau, end))
 
 
 def greedy(

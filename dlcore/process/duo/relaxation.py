@@ -46,7 +46,8 @@ def _largest_normals(key: Tensor, count: int, total: int) -> Tensor:
     left = torch.arange(total, total - count, -1, device=key.device, dtype=gaps.dtype)
     log_cdf = -(gaps / left).cumsum(-1)
     upper = -torch.special.ndtri(-torch.expm1(log_cdf))
-    return torch.where(log_cdf > -math.log(2), upper, torch.special.ndtri(log_cdf.exp()))
+    lower = torch.special.ndtri(log_cdf.exp())
+    return torch.where(log_cdf > -math.log(2), upper, lower)
 
 
 def _distinct(key: Tensor, count: int, total: int) -> Tensor:
@@ -229,7 +230,8 @@ def _log_mean_below(bound: Tensor, sharpness: Tensor, top: Tensor) -> Tensor:
     near = sharpness.square() / 2 - sharpness * top + torch.special.log_ndtr(-beyond)
     scaled = torch.special.erfcx(beyond.clamp(min=0) / math.sqrt(2)) / 2
     far = sharpness * (bound - top) - bound.square() / 2 + scaled.log()
-    return torch.where(beyond > 0, far, near) - torch.special.log_ndtr(bound)
+    mean: Tensor = torch.where(beyond > 0, far, near) - torch.special.log_ndtr(bound)
+    return mean
 
 
 def embed(ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
@@ -263,7 +265,7 @@ def embed(ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
     checks.on_device(op, "weights", weights, table.device)
     checks.token_range(op, "ids", ids, table.shape[0])
     lead, k = ids.shape[:-1], ids.shape[-1]
-    bag = torch.nn.functional.embedding_bag(
+    bag: Tensor = torch.nn.functional.embedding_bag(
         ids.reshape(-1, k), table, per_sample_weights=weights.reshape(-1, k).to(table.dtype), mode="sum"
     )
     return bag.reshape(*lead, table.shape[1])
