@@ -359,8 +359,8 @@ def masked_inverse_loss(
     The relaxation is that x̂ enters the loss as a point of the simplex: gradients reach the student through x̂
     alone, not through the draw z, as in the published code. Freeze the networks of teacher and fake: their
     logits are not detached, and must be finite at unmasked rows as well (the networks' own, before any rule
-    that carries tokens over), for a gradient of 0 there. Published code leaves unmasked rows in both losses, where they cancel; here
-    they are 0.
+    that carries tokens over), for a gradient of 0 there. Published code leaves unmasked rows in both losses,
+    where they cancel; here they are 0.
 
     Args:
         student, teacher, fake: (..., V) logits of one dtype; student at z', the others at z.

@@ -24,10 +24,10 @@ def kappa(
 ) -> Tensor:
     """κ of a ψ-sampler's step for `uniform.step`: how much of it is ancestral.
 
-    "constant": κ = eta. The others are ReMDM's σ as κ = 1 - σ/(1 - α_s), within [0, 1]: "cap" has
-    σ = min(eta, σ_max), "rescale" σ = eta·σ_max, "remdm" σ = eta, with σ_max = min(1, (1-α_s)/α_t). In the
-    last step, α_s = 1, every κ gives the same law; 1 is returned. eta = 1 of "constant" is ancestral
-    sampling, eta = 0 the pure predictor-corrector.
+    "constant": κ = eta; 1 is ancestral sampling, 0 the pure predictor-corrector. The others are ReMDM's σ
+    as κ = 1 - σ/(1 - α_s), cut to [0, 1]: "remdm" has σ = eta, "cap" σ = min(eta, σ_max), "rescale"
+    σ = eta·σ_max, with σ_max = min(1, (1-α_s)/α_t). As κ is cut at 0, which σ reaches before σ_max, "cap"
+    and "remdm" are one. In the last step, α_s = 1, every κ gives the same law; 1 is returned.
 
     Args:
         rule: one of the four.
@@ -55,15 +55,13 @@ def kappa(
     if published and rule != "rescale":
         raise ValueError(f"{op}: published is about rule 'rescale', got rule {rule!r}")
     bound = masked.remask_probability("max", alpha_t, alpha_s)
-    device = bound.device
-    share = rows.level(op, "eta", eta, bound.shape, device)
-    noise_s = 1 - rows.level(op, "alpha_s", alpha_s, bound.shape, device)
+    share = rows.level(op, "eta", eta, bound.shape, bound.device)
+    noise_s = 1 - rows.level(op, "alpha_s", alpha_s, bound.shape, bound.device)
     if rule == "constant":
         return torch.where(noise_s > 0, share, 1).expand(bound.shape)
+    sigma = share
     if rule == "rescale":
         sigma = share * (torch.minimum(bound, share) if published else bound)
-    else:
-        sigma = torch.minimum(bound, share) if rule == "cap" else share
     kept = 1 - sigma / torch.where(noise_s > 0, noise_s, 1)
     return torch.where(noise_s > 0, kept.clamp(0, 1), 1).expand(bound.shape)
 
