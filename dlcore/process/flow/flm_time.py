@@ -2,44 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore.process import _rows as rows
-
-#: Trapezoids of this width: the integrands are analytic in a strip of at least ±0.3, so exp(-2π·0.3·32).
-_WIDTH = 1 / 32
-#: Beyond this γ/(1-γ), α is 1 in float64 for any vocabulary of 2^53.
-_FAR = 16.0
-_NEAR = -10.0
-
-
-class _Integral:
-    """α(a) and dα/da at a = γ/(1-γ).
-
-    With w a bound on the K-1 wrong entries, α = K/(K-1) ∫ [φ(w-a) - φ(w)] Φ(w)^{K-1} dw. The difference
-    is formed as φ(w)·expm1(aw - a²/2) where it cancels, so that small α have full relative precision.
-    """
-
-    def __init__(self, vocab_size: int) -> None:
-        self.w = torch.arange(_NEAR, _FAR - _NEAR, _WIDTH, dtype=torch.float64)
-        self.weight = ((vocab_size - 1) * torch.special.log_ndtr(self.w)).exp()
-        self.weight *= _WIDTH * vocab_size / (vocab_size - 1)
-
-    def __call__(self, a: Tensor) -> tuple[Tensor, Tensor]:
-        """a (n,) in [0, _FAR] -> two (n,)."""
-        a = a.unsqueeze(-1)
-        moved, still = _phi(self.w - a), _phi(self.w)
-        lift = a * (self.w - a / 2)
-        gain = torch.where(lift.abs() < 1, still * torch.expm1(lift.clamp(-1, 1)), moved - still)
-        return gain @ self.weight, (moved * (self.w - a)) @ self.weight
-
-
-def _phi(x: Tensor) -> Tensor:
-    return (-x * x / 2).exp() / math.sqrt(2 * math.pi)
+from dlcore.process._argmax import FAR, ArgmaxIntegral
 
 
 def _argument(op: str, name: str, value: float | Tensor, vocab_size: int) -> Tensor:
@@ -74,9 +42,9 @@ def flm_alpha(gamma: float | Tensor, vocab_size: int) -> Tensor:
         tensor(0.4127, dtype=torch.float64)
     """
     g = _argument("flow.flm_alpha", "gamma", gamma, vocab_size)
-    a = (g / (1 - g)).clamp(max=_FAR).reshape(-1)
-    alpha = _Integral(vocab_size)(a)[0].clamp(0, 1)
-    return torch.where(a < _FAR, alpha, 1).reshape(g.shape).to(_device(gamma))
+    a = (g / (1 - g)).clamp(max=FAR).reshape(-1)
+    alpha = ArgmaxIntegral(vocab_size)(a)[0].clamp(0, 1)
+    return torch.where(a < FAR, alpha, 1).reshape(g.shape).to(_device(gamma))
 
 
 def flm_gamma(alpha: float | Tensor, vocab_size: int) -> Tensor:
@@ -101,8 +69,8 @@ def flm_gamma(alpha: float | Tensor, vocab_size: int) -> Tensor:
         tensor(0.8087, dtype=torch.float64)
     """
     target = _argument("flow.flm_gamma", "alpha", alpha, vocab_size)
-    integral, goal = _Integral(vocab_size), target.reshape(-1)
-    low, high = torch.zeros_like(goal), torch.full_like(goal, _FAR)
+    integral, goal = ArgmaxIntegral(vocab_size), target.reshape(-1)
+    low, high = torch.zeros_like(goal), torch.full_like(goal, FAR)
     a = (low + high) / 2
     for _ in range(64):
         value, slope = integral(a)

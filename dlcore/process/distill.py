@@ -1,0 +1,587 @@
+"""Distillation of a many-step teacher into a few-step student: SDTT's, Duo's and IDLM's targets and losses.
+
+Logits are Tensors or `LinearLogits`; every loss is per row, (...) in nats, 0 where a row does not count. A
+LinearLogits student and teacher never form (B, L, V); a dense pair adds nothing of that size to what the two
+networks returned. None of these functions has a mean in it: sum, divide by the rows that count, and weigh.
+
+- SDTT: `rollout` runs the teacher and hands over, step by step, the rows that it unmasked and what it
+  thought of them; `self_distillation_loss` holds a student's one forward pass against them.
+- Discrete consistency distillation: `divergence` between two points of one trajectory of `duo`.
+- IDLM: a fake model follows the student's samples (`masked_fake_loss`, `uniform_fake_loss`), the student
+  descends on the teacher's loss less the fake's (`masked_inverse_loss`, `uniform_inverse_loss`).
+
+Sources: SDTT, arXiv 2410.21035; The Diffusion Duality, arXiv 2506.10892; IDLM, arXiv 2602.19066.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from dlcore import _checks as checks
+from dlcore import categorical, rng
+from dlcore.linear_logits import LinearLogits
+from dlcore.process import _rows as rows
+from dlcore.process import masked
+
+__all__ = [
+    "Target",
+    "divergence",
+    "gaussian_relaxation",
+    "masked_fake_loss",
+    "masked_inverse_loss",
+    "rollout",
+    "self_distillation_loss",
+    "step_size",
+    "uniform_fake_loss",
+    "uniform_inverse_loss",
+]
+
+Logits = Tensor | LinearLogits
+KINDS = ("forward", "reverse", "total_variation")
+#: Logits that a loss over chunks of rows forms at once.
+_CHUNK = 1 << 22
+
+
+def _same(op: str, **logits: Logits) -> categorical.Head:
+    """Heads of one shape and dtype; the first."""
+    first, like = next(iter(logits.items()))
+    wanted = categorical.head(op, like, first)
+    for name, other in logits.items():
+        h = categorical.head(op, other, name)
+        if (h.lead, h.vocab) != (wanted.lead, wanted.vocab):
+            shape = (*wanted.lead, wanted.vocab)
+            raise ValueError(f"{op}: {name} must have {first}'s shape {shape}, got {(*h.lead, h.vocab)}")
+        if h.logits.dtype != wanted.logits.dtype:
+            got = f"{wanted.logits.dtype}, got {h.logits.dtype}"
+            raise TypeError(f"{op}: {name} must have {first}'s dtype {got}")
+        checks.on_device(op, name, h.logits, wanted.logits.device)
+    return wanted
+
+
+def _detach(logits: Logits) -> Logits:
+    if isinstance(logits, Tensor):
+        return logits.detach()
+    bias = None if logits.bias is None else logits.bias.detach()
+    return LinearLogits(logits.hidden.detach(), logits.weight.detach(), bias)
+
+
+def _over_rows(logits: Logits, change: Callable[[Tensor], Tensor]) -> Logits:
+    """The logits after a change of their rows alone."""
+    if isinstance(logits, Tensor):
+        return change(logits)
+    return LinearLogits(change(logits.hidden), logits.weight, logits.bias)
+
+
+def _take(logits: Logits, index: Tensor) -> Logits:
+    """Rows of the flattened leading dimensions."""
+    return _over_rows(logits, lambda x: x.flatten(0, -2).index_select(0, index))
+
+
+def _without(logits: Logits, token: int | None) -> Logits:
+    """The logits without one token's column: a view if it is the last one."""
+    if token is None:
+        return logits
+
+    def drop(x: Tensor, dim: int) -> Tensor:
+        before, after = x.narrow(dim, 0, token), x.narrow(dim, token + 1, x.shape[dim] - token - 1)
+        return torch.cat([before, after], dim) if after.shape[dim] else before
+
+    if isinstance(logits, Tensor):
+        return drop(logits, -1)
+    bias = None if logits.bias is None else drop(logits.bias, 0)
+    return LinearLogits(logits.hidden, drop(logits.weight, 0), bias)
+
+
+def _by_chunks(function: Callable[..., Tensor], heads: tuple[Logits, ...], *numbers: Tensor) -> Tensor:
+    """function(dense rows (n, V) of each head, numbers (n,)) -> (n,), few rows at a time, also backward."""
+    lead, vocab = heads[0].shape[:-1], heads[0].shape[-1]
+    flat = [_over_rows(h, lambda x: x.reshape(-1, x.shape[-1])) for h in heads]
+    count = lead.numel()
+    size = max(1, _CHUNK // vocab)
+
+    def part(start: int) -> Tensor:
+        stop = min(start + size, count)
+        dense = [rows.dense("distill", _over_rows(h, lambda x: x[start:stop])) for h in flat]
+        return function(*dense, *(n.expand(lead).reshape(-1)[start:stop] for n in numbers))
+
+    parts = [
+        cast(Tensor, checkpoint(part, start, use_reentrant=False, preserve_rng_state=False))
+        for start in range(0, count, size)
+    ]
+    return torch.cat(parts).reshape(lead) if parts else rows.dense("distill", heads[0]).sum(-1)
+
+
+def divergence(
+    student: Logits, teacher: Logits, *, kind: str = "forward", exclude: int | None = None
+) -> Tensor:
+    """How far a student's softmax is from a teacher's, per row, in nats: (...), differentiable in student.
+
+    "forward": KL(teacher‖student). "reverse": KL(student‖teacher). "total_variation": ½ Σ|p - q|, not in
+    nats, over chunks of rows. The teacher is a constant. (Published SDTT takes its "tvd" and "mse" between
+    log-probabilities; this is the total variation of the laws.)
+
+    Args:
+        student, teacher: (..., V) logits of one dtype.
+        kind: one of the three.
+        exclude: a token id that has probability 0 under both, the mask's.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Source:
+        SDTT, arXiv 2410.21035.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> student, teacher = torch.zeros(2), torch.tensor([0.9, 0.1]).log()
+        >>> distill.divergence(student, teacher), distill.divergence(student, teacher, kind="total_variation")
+        (tensor(0.3681), tensor(0.4000))
+    """
+    op = "distill.divergence"
+    h = _same(op, student=student, teacher=teacher)
+    checks.option(op, "kind", kind, KINDS)
+    _excluded(op, "exclude", exclude, h.vocab)
+    student, teacher = _without(student, exclude), _without(_detach(teacher), exclude)
+    if kind == "forward":
+        return categorical.kl(teacher, student)
+    if kind == "reverse":
+        return categorical.kl(student, teacher)
+    return _by_chunks(_total_variation, (student, teacher))
+
+
+def _excluded(op: str, name: str, token: int | None, vocab: int) -> None:
+    checks.token_id(op, name, token, vocab)
+    if token is not None and vocab == 1:
+        raise ValueError(f"{op}: {name} leaves no token in a vocabulary of 1")
+
+
+def _total_variation(student: Tensor, teacher: Tensor) -> Tensor:
+    return (torch.softmax(student, -1) - torch.softmax(teacher, -1)).abs().sum(-1) / 2
+
+
+# --- self-distillation through time ------------------------------------------------------------------------
+
+
+class Target(NamedTuple):
+    """The rows that one teacher step unmasked, and its logits at them."""
+
+    rows: Tensor
+    """(n,) int64, rows of the flattened (B, L)."""
+    logits: Logits
+    """(n, V), without a gradient."""
+
+
+Network = Callable[[Tensor, float | Tensor], Logits]
+
+
+def rollout(
+    teacher: Network,
+    z: Tensor,
+    alphas: Sequence[float | Tensor],
+    mask_id: int,
+    *,
+    temperature: float | Tensor = 1.0,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> Iterator[Target]:
+    """SDTT: the teacher's ancestral steps from z, yielding each step's rows as they are unmasked.
+
+    Every masked row is yielded once: with the logits of the step that unmasked it, or, still masked at the
+    end, of the last step. So at most the masked rows' logits exist beside one step's, and none if each
+    Target is used up (and its loss run backward) before the next is asked for. Finding the rows waits for
+    the device.
+
+    Args:
+        teacher: (z, alpha) -> logits (B, L, V), called without gradient, once per step.
+        z: (B, L) int64 at alphas[0], some of it masked.
+        alphas: m + 1 rising levels for m steps, each in [0, 1], a number or broadcast to z.shape. In
+            published training m = 2 and alphas are a student's step apart in halves: the student learns to
+            do at once what the teacher does in m.
+        mask_id: the mask token.
+        temperature: of the teacher's draws.
+        key: int64 (2,) or one per row (B, L, 2), see `dlcore.rng`; else drawn from `generator` or torch's
+        own.
+
+    Raises:
+        TypeError, ValueError: what does not fit; at the call, or by `masked.step` in its step.
+
+    Source:
+        SDTT, arXiv 2410.21035.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> z = torch.full((2, 8), 4)
+        >>> teacher = lambda z, alpha: torch.zeros(2, 8, 5)
+        >>> sum(len(target.rows) for target in distill.rollout(teacher, z, [0.0, 0.3, 0.6], mask_id=4))
+        16
+    """
+    op = "distill.rollout"
+    checks.tokens(op, "z", z)
+    checks.integer(op, "mask_id", mask_id)
+    if len(alphas) < 2:
+        raise ValueError(f"{op}: alphas must be at least 2 levels, got {len(alphas)}")
+    return _rollout(teacher, z, alphas, mask_id, temperature, checks.key(op, key, generator, z.shape))
+
+
+def _rollout(
+    teacher: Network,
+    z: Tensor,
+    alphas: Sequence[float | Tensor],
+    mask_id: int,
+    temperature: float | Tensor,
+    key: Tensor,
+) -> Iterator[Target]:
+    last = len(alphas) - 2
+    for i, (alpha_t, alpha_s) in enumerate(pairwise(alphas)):
+        with torch.no_grad():
+            logits = teacher(z, alpha_t)
+            following = masked.step(
+                logits, z, alpha_t, alpha_s, mask_id, temperature=temperature, key=rng.fold_in(key, i)
+            )
+            done = z == mask_id if i == last else (z == mask_id) & (following != mask_id)
+            index = done.flatten().nonzero().squeeze(-1)
+            target = Target(index, _take(logits, index))
+        # The step's own logits are freed before the caller works with the rows.
+        del logits
+        yield target
+        z = following
+
+
+def self_distillation_loss(
+    student: Logits, targets: Iterable[Target], *, kind: str = "forward", exclude: int | None = None
+) -> Tensor:
+    """SDTT's loss: `divergence` at the rows of every target, 0 at others: (B, L), differentiable in student.
+
+    Args:
+        student: (B, L, V) logits, of one forward pass at the rollout's first z.
+        targets: of `rollout`, which this drives step by step.
+        kind: of `divergence`; published training uses "forward".
+        exclude: the mask token, which has probability 0 in masked diffusion.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Source:
+        SDTT, arXiv 2410.21035.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> z = torch.tensor([[4, 1, 4]])
+        >>> teacher = lambda z, alpha: torch.tensor([2.0, 0, 0, 0, 0]).expand(1, 3, 5)
+        >>> targets = distill.rollout(teacher, z, [0.3, 0.6], mask_id=4)
+        >>> distill.self_distillation_loss(torch.zeros(1, 3, 5), targets, exclude=4)
+        tensor([[0.4680, 0.0000, 0.4680]])
+    """
+    op = "distill.self_distillation_loss"
+    lead = categorical.head(op, student, "student").lead
+    loss: Tensor | None = None
+    for target in targets:
+        part = divergence(_take(student, target.rows), target.logits, kind=kind, exclude=exclude)
+        loss = part.new_zeros(lead.numel()) if loss is None else loss
+        loss = loss.index_add(0, target.rows, part)
+    if loss is None:
+        raise ValueError(f"{op}: targets must hold at least one Target, got none")
+    return loss.reshape(lead)
+
+
+def step_size(step: int, *, first: float = 1 / 512, interval: int = 10_000, factor: float = 2.0) -> float:
+    """dt of distillation in rounds: first·factor^⌊step/interval⌋, at most 1. The teacher is renewed with it.
+
+    Discrete consistency distillation has the defaults; SDTT's student of m teacher steps has factor m from
+    the teacher's own step on.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Example:
+        >>> from dlcore.process import distill
+        >>> [distill.step_size(step) * 512 for step in (0, 9_999, 10_000, 49_999)]
+        [1.0, 1.0, 2.0, 16.0]
+    """
+    op = "distill.step_size"
+    checks.integer(op, "step", step)
+    checks.integer(op, "interval", interval)
+    if step < 0 or interval < 1:
+        raise ValueError(f"{op}: step must be at least 0 and interval 1, got {step} and {interval}")
+    checks.real(op, "first", first, 0, 1)
+    checks.real(op, "factor", factor, 1, 1e9)
+    dt = first
+    for _ in range(step // interval):
+        if dt >= 1:
+            break
+        dt *= factor
+    return min(dt, 1.0)
+
+
+# --- inverse distillation ----------------------------------------------------------------------------------
+
+
+def _masked_weight(
+    op: str, z: Tensor, alpha: float | Tensor, dalpha: float | Tensor, mask_id: int, h: categorical.Head
+) -> tuple[Tensor, Tensor]:
+    """Where z is masked, and -α'/(1-α)."""
+    rows.tokens(op, "z", z, h)
+    checks.integer(op, "mask_id", mask_id)
+    _excluded(op, "mask_id", mask_id, h.vocab)
+    a = rows.level(op, "alpha", alpha, z.shape, z.device, "[)")
+    return z == mask_id, -rows.slope(op, dalpha, z.shape, z.device) / (1 - a)
+
+
+def masked_inverse_loss(
+    student: Logits,
+    teacher: Logits,
+    fake: Logits,
+    z: Tensor,
+    alpha: float | Tensor,
+    dalpha: float | Tensor,
+    mask_id: int,
+) -> Tensor:
+    """IDLM's loss of a masked student: -α'/(1-α)·Σ_v x̂_v·(log f̂_v - log f*_v) where z is masked.
+
+    It is the masked NELBO of the teacher f* less that of the fake f̂, of a clean token that is the student's
+    whole softmax x̂; two reads of two streams each (KL(x̂‖f*) - KL(x̂‖f̂)), nothing of size V kept. With f̂ the
+    student's own denoiser its expectation is KL(f̂‖f*) summed over the noisy states, which is 0 only where the
+    student's law is the teacher's. One round of training:
+
+    1. x̂ = student(z', α'), z' data (or the student's last output) masked at a random level.
+    2. z = masked.corrupt(categorical.sample(x̂, exclude=mask_id).tokens, α, mask_id) at another random level.
+    3. Several steps of the fake on `masked_fake_loss`, then one of the student on this.
+
+    The relaxation is that x̂ enters the loss as a point of the simplex: gradients reach the student through x̂
+    alone, not through the draw z, as in the published code. Freeze the networks of teacher and fake: their
+    logits are not detached, and must be finite at unmasked rows as well (the networks' own, before any rule
+    that carries tokens over), for a gradient of 0 there. Published code leaves unmasked rows in both losses,
+    where they cancel; here they are 0.
+
+    Args:
+        student, teacher, fake: (..., V) logits of one dtype; student at z', the others at z.
+        z: (...) int64, the masked draw of the student.
+        alpha: in [0, 1), of z; dalpha: dα/dt <= 0; broadcast to z.shape.
+        mask_id: the mask token, of probability 0.
+
+    Returns:
+        (...) nats, of either sign; differentiable in all three logits.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Source:
+        IDLM, arXiv 2602.19066.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> law = torch.tensor([0.5, 0.5, 0.0]).log().expand(2, 3)
+        >>> teacher = torch.tensor([0.9, 0.1, 0.0]).log().expand(2, 3)
+        >>> distill.masked_inverse_loss(law, teacher, law, torch.tensor([2, 0]), 0.5, -1.0, mask_id=2)
+        tensor([1.0217, 0.0000])
+    """
+    op = "distill.masked_inverse_loss"
+    h = _same(op, student=student, teacher=teacher, fake=fake)
+    is_masked, weight = _masked_weight(op, z, alpha, dalpha, mask_id, h)
+    x, first, second = (_without(logits, mask_id) for logits in (student, teacher, fake))
+    gap = categorical.kl(x, first) - categorical.kl(x, second)
+    return torch.where(is_masked, weight.to(gap.dtype) * gap, 0)
+
+
+def masked_fake_loss(
+    fake: Logits,
+    student: Logits,
+    z: Tensor,
+    alpha: float | Tensor,
+    dalpha: float | Tensor,
+    mask_id: int,
+) -> Tensor:
+    """The fake model's loss for `masked_inverse_loss`: its NELBO with the student's softmax as token.
+
+    -α'/(1-α)·KL(x̂‖f̂) where z is masked: the soft NELBO less x̂'s own entropy, which f̂ does not move, so
+    it is 0 where f̂ is x̂. The student is a constant. With hard tokens instead, of the same expectation
+    and more noise: ``masked.nelbo(fake, z, x, alpha, dalpha, mask_id)`` of the draw x that z was made of.
+
+    Args:
+        fake, student: (..., V) logits of one dtype, at z and at z'.
+        z, alpha, dalpha, mask_id: as in `masked_inverse_loss`.
+
+    Returns:
+        (...) nats, at least 0; differentiable in fake.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> fake, student = torch.zeros(1, 3), torch.tensor([[0.9, 0.1, 0.0]]).log()
+        >>> distill.masked_fake_loss(fake, student, torch.tensor([2]), 0.5, -1.0, mask_id=2)
+        tensor([0.7361])
+    """
+    op = "distill.masked_fake_loss"
+    h = _same(op, fake=fake, student=student)
+    is_masked, weight = _masked_weight(op, z, alpha, dalpha, mask_id, h)
+    gap = categorical.kl(_without(_detach(student), mask_id), _without(fake, mask_id))
+    return torch.where(is_masked, weight.to(gap.dtype) * gap, 0)
+
+
+def uniform_inverse_loss(
+    student: Logits,
+    teacher: Logits,
+    fake: Logits,
+    z: Tensor,
+    alpha: float | Tensor,
+    dalpha: float | Tensor,
+) -> Tensor:
+    """IDLM's loss of a uniform-state student (Duo): the difference of two NELBOs with a soft token.
+
+    With x̄ = V·α·x̂ + 1 - α of the student's softmax x̂, and so of teacher f* and fake f̂ (leave-one-out
+    networks, as `uniform.nelbo` has them by default), the generator KLs' difference is
+    |α'|/(Vα)·{Σ_j (x̄_j/x̄_z)·[log(f̄̂_j/f̄̂_z) - log(f̄*_j/f̄*_z)] + V/f̄*_z - V/f̄̂_z}: the terms without a model
+    cancel and are never formed. Softmaxes are formed a chunk of rows at a time.
+
+    The published relaxation makes z differentiable too: see `gaussian_relaxation`, whose soft input carries a
+    gradient from the logits of teacher and fake back to the student. So neither is detached: freeze their
+    networks. Published code takes dα/dt by a finite difference of its table; give
+    `duo.Transformation.levels`'.
+
+    Args:
+        student, teacher, fake: (..., V) logits of one dtype; student at z', the others at z or its
+        relaxation.
+        z: (...) int64.
+        alpha: in (0, 1); dalpha: dα/dt <= 0; broadcast to z.shape.
+
+    Returns:
+        (...) nats, of either sign; differentiable in all three logits.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Source:
+        IDLM, arXiv 2602.19066.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> law, teacher = torch.zeros(1, 3), torch.tensor([[0.8, 0.1, 0.1]]).log()
+        >>> distill.uniform_inverse_loss(law, teacher, law, torch.tensor([1]), 0.5, -1.0)
+        tensor([0.4360])
+    """
+    op = "distill.uniform_inverse_loss"
+    h = _same(op, student=student, teacher=teacher, fake=fake)
+    return _uniform_gap(op, (student, teacher, fake), z, alpha, dalpha, h)
+
+
+def uniform_fake_loss(
+    fake: Logits, student: Logits, z: Tensor, alpha: float | Tensor, dalpha: float | Tensor
+) -> Tensor:
+    """The fake model's loss for `uniform_inverse_loss`: the generator KL from the soft token x̂ to f̂.
+
+    The student is a constant. Where x̂ is a point this is `uniform.nelbo` of that token. With hard tokens:
+    ``uniform.nelbo(fake, z, x, alpha, dalpha)``.
+
+    Args:
+        fake, student: (..., V) logits of one dtype, at z (or its relaxation) and at z'.
+        z, alpha, dalpha: as in `uniform_inverse_loss`.
+
+    Returns:
+        (...) nats, at least 0; differentiable in fake.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> fake, student = torch.zeros(1, 4), torch.tensor([[0.0, -torch.inf, -torch.inf, -torch.inf]])
+        >>> distill.uniform_fake_loss(fake, student, torch.tensor([1]), 0.5, -1.0)
+        tensor([2.0236])
+    """
+    op = "distill.uniform_fake_loss"
+    h = _same(op, fake=fake, student=student)
+    fixed = _detach(student)
+    return _uniform_gap(op, (fixed, fake, fixed), z, alpha, dalpha, h)
+
+
+def _uniform_gap(
+    op: str,
+    heads: tuple[Logits, ...],
+    z: Tensor,
+    alpha: float | Tensor,
+    dalpha: float | Tensor,
+    h: categorical.Head,
+) -> Tensor:
+    """The generator KL from heads[0] to heads[1], less that to heads[2]."""
+    rows.tokens(op, "z", z, h)
+    a = rows.level(op, "alpha", alpha, z.shape, z.device, "()")
+    da = rows.slope(op, dalpha, z.shape, z.device)
+    odds = h.vocab * a / (1 - a)
+    return _by_chunks(_rate_gap, heads, z, odds, -da / (h.vocab * a), h.vocab / (1 - a))
+
+
+def _rate_gap(
+    student: Tensor, first: Tensor, second: Tensor, z: Tensor, odds: Tensor, weight: Tensor, scale: Tensor
+) -> Tensor:
+    """weight·[R(first) - R(second)] with R(f) = Σ_j (x̄_j/x̄_z)·log(f̄_z/f̄_j) + scale/(1 + odds·f_z)."""
+    dtype = student.dtype
+    log_odds, odds = odds.log().to(dtype).unsqueeze(-1), odds.to(dtype).unsqueeze(-1)
+    mass = 1 + odds * torch.softmax(student, -1)
+
+    def lift(logits: Tensor) -> Tensor:
+        return torch.nn.functional.softplus(log_odds + torch.log_softmax(logits, -1), threshold=60)
+
+    a, b = lift(first), lift(second)
+    at_z = z.unsqueeze(-1)
+    a_z, b_z = a.gather(-1, at_z), b.gather(-1, at_z)
+    moved = (mass * ((a_z - b_z) - (a - b))).sum(-1) / mass.gather(-1, at_z).squeeze(-1)
+    stayed = scale.to(dtype) * ((-a_z).exp() - (-b_z).exp()).squeeze(-1)
+    return weight.to(dtype) * (moved + stayed)
+
+
+def gaussian_relaxation(
+    student: Logits,
+    gamma: float | Tensor,
+    tau: float | Tensor,
+    *,
+    key: Tensor | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """IDLM's relaxation for Duo: z = argmax w and softmax(w/tau) of w = ᾱ·x̂ + σ̄·ε, x̂ the student's softmax.
+
+    The soft input (times a table of embeddings) goes to teacher and fake, and carries their gradient to the
+    student. x̂ is not one-hot, so z is only nearly a draw at level T(γ) of a token of x̂; the nearer x̂ is to a
+    point, the nearer. Forms (..., V): of x̂ every entry counts, so `duo.curriculum`'s k will not do.
+
+    Args:
+        student: (..., V) logits.
+        gamma: finite; tau: positive; broadcast to the leading dimensions.
+        key: int64 (2,) or one per row (..., 2), see `dlcore.rng`; else drawn from `generator` or torch's own.
+
+    Returns:
+        z (...) int64 and (..., V) float32 or wider, differentiable in student.
+
+    Raises:
+        TypeError, ValueError: what does not fit.
+
+    Source:
+        IDLM, arXiv 2602.19066.
+
+    Example:
+        >>> import torch
+        >>> from dlcore.process import distill
+        >>> z, soft = distill.gaussian_relaxation(torch.zeros(2, 8, 30), -2.0, 0.1)
+        >>> z.shape, bool((soft.argmax(-1) == z).all())
+        (torch.Size([2, 8]), True)
+    """
+    op = "distill.gaussian_relaxation"
+    h = categorical.head(op, student, "student")
+    device = h.logits.device
+    g = checks.within(
+        op, "gamma", checks.number(op, "gamma", gamma, h.lead, device), -torch.inf, torch.inf, "()"
+    )
+    heat = checks.within(op, "tau", checks.number(op, "tau", tau, h.lead, device), 0, torch.inf, "()")
+    x = torch.softmax(rows.dense(op, student, "student"), -1)
+    noise = rng.normal(rows.row_keys(op, key, generator, h.lead, device), (h.vocab,), dtype=x.dtype)
+    signal, spread = (torch.sigmoid(s).sqrt().to(x.dtype).unsqueeze(-1) for s in (-g, g))
+    state = signal * x + spread * noise
+    return state.detach().argmax(-1), torch.softmax(state / heat.to(x.dtype).unsqueeze(-1), -1)
