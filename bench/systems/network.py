@@ -50,6 +50,13 @@ class Network(nn.Module):
         self.head = nn.Linear(width, outputs, bias=False)
         nn.init.zeros_(self.head.weight)
 
+    @property
+    def table(self) -> Tensor:
+        """Where the first stream's tokens are looked up, (inputs, d)."""
+        weight = self.embeddings[0].weight
+        assert isinstance(weight, Tensor)
+        return weight
+
     def forward(self, *streams: Tensor, level: float | Tensor | None = None) -> LinearLogits:
         """Logits (B, L, V) at tokens (B, L) or vectors (B, L, inputs).
 
@@ -57,16 +64,21 @@ class Network(nn.Module):
             streams: as many as were declared.
             level: a noise level in [0, 1], broadcast to (B, L); None for a network that is not told.
         """
-        return LinearLogits(self.hidden(*streams, level=level), self.head.weight)
+        embedded = [embed(s) for embed, s in zip(self.embeddings, streams, strict=True)]
+        return self.from_embedded(torch.stack(embedded).sum(0), level)
 
-    def hidden(self, *streams: Tensor, level: float | Tensor | None = None) -> Tensor:
-        """What the head reads, (B, L, d); arguments as those of `forward`."""
-        x = torch.stack([embed(s) for embed, s in zip(self.embeddings, streams, strict=True)]).sum(0)
+    def from_embedded(self, x: Tensor, level: float | Tensor | None = None) -> LinearLogits:
+        """Logits at positions that were embedded already, x (B, L, d)."""
         if level is not None:
             x = x + self.level(_waves(level, x))
         x = x + self.nearby(x.mT).mT
-        hidden: Tensor = self.trunk(x, torch.arange(x.shape[1], device=x.device), attend_to_all)
-        return hidden
+        hidden = self.trunk(x, torch.arange(x.shape[1], device=x.device), attend_to_all)
+        return LinearLogits(hidden, self.head.weight)
+
+
+def detached(logits: LinearLogits) -> LinearLogits:
+    """The same logits, from which no gradient goes back."""
+    return LinearLogits(logits.hidden.detach(), logits.weight.detach())
 
 
 def _embedding(inputs: int, width: int, vectors: bool) -> nn.Module:

@@ -18,6 +18,7 @@ class LeaveOneOut(System):
     name = "udm_loo"
     title = "uniform diffusion, leave-one-out"
     paper = "arXiv 2605.22765"
+    network: Network
 
     def build(self) -> nn.Module:
         return Network(self.vocab_size, self.vocab_size, self.length)

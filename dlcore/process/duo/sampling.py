@@ -9,7 +9,8 @@ from dlcore import _checks as checks
 from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
-from dlcore.process import masked, uniform
+from dlcore.process import masked
+from dlcore.process.uniform import _terms
 
 RULES = ("constant", "cap", "rescale", "remdm")
 
@@ -207,5 +208,5 @@ def greedy(
     if published or parameterization == "denoiser":
         likeliest = categorical.stats(logits).argmax
     else:
-        likeliest = categorical.stats(logits, z, shift=uniform._lift(a, h.vocab)).argmax
+        likeliest = categorical.stats(logits, z, shift=_terms.lift(a, h.vocab)).argmax
     return likeliest if published else torch.where(a < 1, likeliest, z)

@@ -1,0 +1,59 @@
+"""Inverse distillation: a student in few steps whose samples no model of their own tells from the text's."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from bench.systems.command import main
+from bench.systems.mdlm import MDLM
+from bench.systems.network import detached
+from bench.systems.system import System, levels
+from dlcore import LinearLogits, categorical, rng
+from dlcore.process import distill, masked
+
+
+class IDLM(MDLM):
+    """Student, fake and teacher start from MDLM's network; student and fake descend by turns."""
+
+    name = "idlm"
+    title = "inverse distillation"
+    paper = "arXiv 2602.19066"
+    teacher = MDLM
+    steps = 8
+    bound = False
+
+    def __init__(self, vocab_size: int, length: int, network: nn.Module | None = None) -> None:
+        super().__init__(vocab_size, length, network)
+        self.frozen = copy.deepcopy(self.network).requires_grad_(False)
+        self.fake = copy.deepcopy(self.network)
+
+    def learn_from(self, teacher: System) -> None:
+        super().learn_from(teacher)
+        for copied in (self.frozen, self.fake):
+            copied.load_state_dict(teacher.network.state_dict())
+
+    def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
+        """The fake's loss plus the student's, each blind to the other's weights: no bound."""
+        *noise, draw_key, again_key = rng.split(key, 4)
+        z = masked.corrupt(x, levels(len(x), noise[0]), self.mask_id, key=noise[1])
+        student = self.network(z)
+        drawn = categorical.sample(student, exclude=self.mask_id, key=draw_key).tokens
+        written = torch.where(z == self.mask_id, drawn, z)
+        alpha = levels(len(x), rng.fold_in(again_key, 0))
+        noisy = masked.corrupt(written, alpha, self.mask_id, key=rng.fold_in(again_key, 1))
+        return self._descend(student, self.fake(noisy), self.frozen(noisy), noisy, alpha)
+
+    def _descend(
+        self, student: LinearLogits, fake: LinearLogits, teacher: LinearLogits, z: Tensor, alpha: Tensor
+    ) -> Tensor:
+        noise = z, alpha, -1.0, self.mask_id
+        followed = distill.masked_fake_loss(fake, student, *noise)
+        inverse = distill.masked_inverse_loss(student, teacher, detached(fake), *noise)
+        return (followed + inverse).mean()
+
+
+if __name__ == "__main__":
+    main(IDLM)
