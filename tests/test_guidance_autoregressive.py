@@ -70,6 +70,14 @@ def test_verify_at_the_ends() -> None:
     assert guidance.verify(ar_logits, tokens, every, threshold=per_sequence).sum(-1).tolist() == [1, 3]
 
 
+def test_relative_agreement_takes_the_two_likeliest_alone() -> None:
+    ar_logits = torch.tensor([0.4, 0.3, 0.25, 0.05]).log().expand(1, 2, 4)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    for token, agrees in ((0, True), (1, True), (2, False), (3, False)):
+        found = guidance.verify(ar_logits, torch.full((1, 2), token), every, relative=0.5)
+        assert found.tolist() == [[True, agrees]]
+
+
 # --- the informed predictor-corrector ----------------------------------------------------------------------
 
 
