@@ -8,7 +8,8 @@ from torch import Tensor
 import dlcore
 from dlcore import LinearLogits
 from dlcore.process import _rows as rows
-from dlcore.process import guidance
+from dlcore.process import guidance, masked
+from dlcore.testing.markov import MarkovChain, mask_emission
 
 
 def logits_like(*shape: int, seed: int) -> Tensor:
@@ -68,6 +69,14 @@ def test_verify_at_the_ends() -> None:
     assert guidance.verify(torch.full_like(ar_logits, torch.nan), tokens, every).sum(-1).tolist() == [1, 1]
     per_sequence = torch.tensor([[1.0], [0.1]])
     assert guidance.verify(ar_logits, tokens, every, threshold=per_sequence).sum(-1).tolist() == [1, 3]
+
+
+def test_relative_agreement_takes_the_two_likeliest_alone() -> None:
+    ar_logits = torch.tensor([0.4, 0.3, 0.25, 0.05]).log().expand(1, 2, 4)
+    every = torch.ones(1, 2, dtype=torch.bool)
+    for token, agrees in ((0, True), (1, True), (2, False), (3, False)):
+        found = guidance.verify(ar_logits, torch.full((1, 2), token), every, relative=0.5)
+        assert found.tolist() == [[True, agrees]]
 
 
 # --- the informed predictor-corrector ----------------------------------------------------------------------
@@ -154,6 +163,43 @@ def test_uniform_noise_is_uniform_and_follows_the_key() -> None:
         key=dlcore.rng.fold_in(key, torch.arange(10).view(5, 2)),
     )
     assert found[:5].equal(again)
+
+
+def test_both_make_few_steps_likelier() -> None:
+    """With the exact denoiser and the exact conditionals of a Markov chain, against plain ancestral steps."""
+    chain = MarkovChain.fit("the cat sat on the mat and the rat sat on the hat while a dog ran", order=1)
+    mask, batch, length = chain.vocab_size, 64, 16
+
+    def padded(log_p: Tensor) -> Tensor:
+        return torch.cat([log_p, torch.zeros_like(log_p[..., :1])], -1).float()
+
+    def diffusion(z: Tensor) -> Tensor:
+        return padded(chain.posterior(mask_emission(z, mask, mask)).leave_one_out)
+
+    def autoregressive(x: Tensor) -> Tensor:
+        first = chain.stationary.log().expand(batch, 1, mask)
+        return padded(torch.cat([first, chain.transition.log()[x[:, :-1]]], 1))
+
+    def loss(x: Tensor) -> float:
+        return -float(chain.log_likelihood(x).mean()) / length
+
+    plain = corrected = guided = torch.full((batch, length), mask)
+    for i, (t, s) in enumerate([(0.0, 0.25), (0.25, 0.5), (0.5, 0.75), (0.75, 1.0)]):
+        key = dlcore.rng.key(12, i)
+        plain = masked.step(diffusion(plain), plain, t, s, mask, key=key)
+        logits = diffusion(corrected)
+        draft = masked.step(logits, corrected, t, 1.0, mask, key=key)
+        score = guidance.arpc_score(logits, autoregressive(draft), draft, score="ar_nll", exclude=mask)
+        corrected = guidance.renoise(draft, score, s, prior=mask)
+    assert loss(corrected) < loss(plain) - 0.2
+    for i in range(length):
+        draws = dlcore.categorical.sample(diffusion(guided), exclude=mask, key=dlcore.rng.key(13, i)).tokens
+        draft = torch.where(guided == mask, draws, guided)
+        guided = torch.where(
+            guidance.verify(autoregressive(draft), draft, guided == mask, exclude=mask), draft, guided
+        )
+    assert bool((guided != mask).all())
+    assert loss(guided) < loss(plain) - 0.2
 
 
 def test_compiles_whole_and_once() -> None:

@@ -35,6 +35,14 @@ def test_confidence_step_takes_the_largest_gains(parameterization: str) -> None:
     assert uniform.confidence_step(p.log(), z, 1 - 1e-9, 6).equal(z)
 
 
+def test_confidence_step_ranks_by_gain_not_by_doubt() -> None:
+    """The likelier token of the two gains more: its best alternative is far better."""
+    p = torch.tensor([[0.02, 0.9, 0.04, 0.04], [0.01, 0.33, 0.33, 0.33]])
+    z = torch.zeros(1, 2, dtype=torch.int64)
+    moved = uniform.confidence_step(p.log()[None], z, 0.5, 1, parameterization="denoiser")
+    assert moved.tolist() == [[1, 0]]
+
+
 def test_confidence_step_leaves_prompts_alone() -> None:
     z = torch.zeros(1, 4, dtype=torch.int64)
     logits = torch.tensor([0.0, 5.0, 9.0]).expand(1, 4, 3).clone()

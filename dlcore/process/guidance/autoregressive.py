@@ -113,6 +113,9 @@ def arpc_score(
     - "ar_nll": -log q(token); "ar_gap": log max q - log q(token); "ar_entropy": of q;
     - "entropy": of p; "confidence": -max p; "margin": -(p1 - p2), which need no autoregressive model.
 
+    Where a network of masked diffusion carries tokens over, p is a point mass at those already unmasked, and
+    their "kl" is infinite: take "reverse_kl" (-log q(token) there), "tv" or a score of q.
+
     Args:
         logits: (..., V), the diffusion model's that the draft came from, as the network gave them.
         ar_logits: (..., V), at l those of token l given the draft before l; for the first six.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore import categorical, rng
+from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 from dlcore.process.guidance import _sums as sums
@@ -330,15 +330,16 @@ def cbg_uniform_step(
         shift=heat * bonus if shift is None else heat * bonus + shift,
         temperature=heat,
         exclude=exclude,
-        key=rng.fold_in(keys, 0),
+        key=keys,
     )
     if isinstance(guide, LinearLogits):
         scaled: Logits = sums.linear_sum((g, guide))
     else:
         scaled = _scaled(rows.dense(op, guide, "guide"), g)
-    noise = categorical.sample(scaled, z, shift=bonus, exclude=exclude, key=rng.fold_in(keys, 1))
+    noise = categorical.sample(scaled, z, shift=bonus, exclude=exclude, key=keys)
     odds = s.log() - (1 - s).log() + terms.log(size).to(z.device)
     odds = odds + (signal.stats.logsumexp - lse).double() - noise.stats.logsumexp.double()
+    # Of the two draws one is taken, by a number of its own: they may share their noise.
     (route,) = rows.uniforms(keys, 1)
     drawn = torch.where(route < torch.sigmoid(odds), signal.tokens, noise.tokens)
     broken = (signal.tokens < 0) | (noise.tokens < 0)

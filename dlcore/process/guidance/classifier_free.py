@@ -34,7 +34,8 @@ def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
     Returns:
         (..., V): a Tensor in float32 or wider, or `LinearLogits` where both are: of one blended hidden vector
         where weight and bias are the very same tensors, as in one network; else of both side by side, with
-        the weights concatenated, and then biases must be finite. Differentiable.
+        the weights concatenated, and then biases must be finite. Hidden vectors are blended in float32 and
+        rounded to their dtype. Differentiable.
 
     Raises:
         TypeError: dtypes. ValueError: shapes that differ, a gamma that does not broadcast or is not finite.
