@@ -2,24 +2,32 @@
 
 from dlcore.process import (
     absorbing_uniform,
+    d3pm,
     distill,
     duo,
     flow,
     guidance,
+    hybrid,
     masked,
     metrics,
+    order,
+    score,
     uniform,
     unmask,
 )
 
 __all__ = [
     "absorbing_uniform",
+    "d3pm",
     "distill",
     "duo",
     "flow",
     "guidance",
+    "hybrid",
     "masked",
     "metrics",
+    "order",
+    "score",
     "uniform",
     "unmask",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -48,9 +49,37 @@ def slope(op: str, value: float | Tensor, lead: torch.Size, device: torch.device
     return checks.within(op, "dalpha", checks.number(op, "dalpha", value, lead, device), -torch.inf, 0, "(]")
 
 
+def together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, torch.device]:
+    """The shape that the tensors among values broadcast to, and their device."""
+    tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
+    device = next((v.device for v in tensors.values()), torch.device("cpu"))
+    try:
+        shapes = (v.shape for v in tensors.values())
+        return torch.broadcast_shapes(*shapes), device
+    except RuntimeError as error:
+        got = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
+        raise ValueError(f"{op}: {', '.join(tensors)} must broadcast together, got {got}") from error
+
+
 def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     """alpha_{t|s} = alpha_t / alpha_s, and 1 where both are 0: nothing changes between two pure noises."""
     return torch.where(alpha_s > 0, alpha_t / torch.where(alpha_s > 0, alpha_s, 1), 1)
+
+
+def log_odds(alpha: Tensor, size: int) -> Tensor:
+    """log c = log(size·α/(1-α)), for alpha below 1."""
+    return alpha.log() + math.log(size) - torch.log1p(-alpha)
+
+
+def log1p_scaled(x: Tensor) -> Tensor:
+    """log1p(exp(x)); of log c + log p that is log1p(c·p)."""
+    return torch.logaddexp(x, x.new_zeros(()))
+
+
+def logaddexp(a: Tensor, b: Tensor) -> Tensor:
+    """torch.logaddexp whose gradient is 0, not NaN, where both are -inf."""
+    empty = torch.isneginf(a) & torch.isneginf(b)
+    return torch.logaddexp(torch.where(empty, 0, a), torch.where(empty, 0, b)).masked_fill(empty, -torch.inf)
 
 
 def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor:

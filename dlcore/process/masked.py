@@ -201,7 +201,7 @@ def remask_probability(
         checks.floating(op, "confidence", confidence)
         lead, device = confidence.shape, confidence.device
     else:
-        lead, device = _together(op, alpha_t=alpha_t, alpha_s=alpha_s, eta=eta)
+        lead, device = rows.together(op, alpha_t=alpha_t, alpha_s=alpha_s, eta=eta)
     bound = _largest_remask(*rows.levels(op, alpha_t, alpha_s, lead, device))
     if confidence is not None:
         return bound * _shares(confidence.double())
@@ -209,18 +209,6 @@ def remask_probability(
         return bound
     share = rows.level(op, "eta", eta, lead, device)
     return share * bound if rule == "rescale" else torch.minimum(share, bound)
-
-
-def _together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, torch.device]:
-    """The shape that the tensors among values broadcast to, and their device."""
-    tensors = {name: v for name, v in values.items() if isinstance(v, Tensor)}
-    device = next((v.device for v in tensors.values()), torch.device("cpu"))
-    try:
-        shapes = (v.shape for v in tensors.values())
-        return torch.broadcast_shapes(*shapes), device
-    except RuntimeError as error:
-        got = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
-        raise ValueError(f"{op}: {', '.join(tensors)} must broadcast together, got {got}") from error
 
 
 def _shares(confidence: Tensor) -> Tensor:

@@ -142,7 +142,7 @@ def _log_mass(x: Tensor, logsumexp: Tensor, b: _Bridge) -> Tensor:
     """log(α_s·p(y) + (1-α_s)/V): what of the bridge depends on the predictor; finite at either end of α_s."""
     signal = b.alpha_s.log() - logsumexp.double()
     noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
-    return terms.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
+    return rows.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
 
 
 def cfg_uniform_log_probs(

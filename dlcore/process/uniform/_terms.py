@@ -34,11 +34,5 @@ def add_at(x: Tensor, z: Tensor, shift: Tensor) -> Tensor:
     return x.scatter_add(-1, z.unsqueeze(-1), shift.to(x.dtype).expand(z.shape).unsqueeze(-1))
 
 
-def logaddexp(a: Tensor, b: Tensor) -> Tensor:
-    """torch.logaddexp whose gradient is 0, not NaN, where both are -inf."""
-    empty = torch.isneginf(a) & torch.isneginf(b)
-    return torch.logaddexp(torch.where(empty, 0, a), torch.where(empty, 0, b)).masked_fill(empty, -torch.inf)
-
-
 def log(n: int) -> Tensor:
     return torch.log(torch.tensor(n, dtype=torch.float64))

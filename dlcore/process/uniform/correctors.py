@@ -22,7 +22,7 @@ def _selection_score(score: str, numbers: Tensor, at_argmax: Tensor, alpha: Tens
     """How ill a token fits its conditional π = α·p + (1-α)/V, in nats."""
 
     def log_pi(log_p: Tensor) -> Tensor:
-        return terms.logaddexp(
+        return rows.logaddexp(
             alpha.log() + log_p.double(), torch.log1p(-alpha) - terms.log(size).to(alpha.device)
         )
 
