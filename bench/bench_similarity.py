@@ -34,7 +34,7 @@ def _cosines(shape: Shape, dtype: torch.dtype, page_size: int | None) -> Work:
         """In the form of public code: the cached rows gathered, then compared."""
         held = values if table is None else values[table.long()].flatten(1, 2)
         held = held.gather(1, at[..., None, None].expand_as(new))
-        return F.cosine_similarity(new.flatten(2), held.flatten(2), dim=-1)
+        return F.cosine_similarity(new.flatten(2), held.flatten(2).to(new.dtype), dim=-1)
 
     def check(result: Tensor, new: Tensor, at: Tensor) -> None:
         rounding = torch.finfo(torch.float32 if result.dtype == torch.float32 else dtype).eps

@@ -82,7 +82,7 @@ def run_rows(tokens, rows, kv):
     """The same of some rows (B, n), the others' keys and values as they are cached."""
     x = WEIGHTS.embed[cache.take(tokens, rows)]
     for i, layer in enumerate(WEIGHTS.layers):
-        q, k = (rotated(heads(x, m), rows.index) for m in (layer.q, layer.k))
+        q, k = (rotated(heads(x, m), rows.positions) for m in (layer.q, layer.k))
         x = x + cache.attend(q, k, heads(x, layer.v), kv, i, rows).flatten(2) @ layer.out
         x = x + fed(x, layer)
     return logits(x)
@@ -97,8 +97,8 @@ def run_adaptively(tokens, rows, whole, kv, kept, ratio):
         changed = cache.similarity(v, kv, i, rows)
         slots = cache.rows(anew | cache.least_similar(changed, rows.live & ~anew, ratio))
         at, some = rows.among(slots), cache.take(x, slots)
-        kv.scatter(i, rows.index, None, v, rows.count)
-        q, k = (rotated(heads(some, m), at.index) for m in (layer.q, layer.k))
+        kv.scatter(i, rows.positions, None, v, rows.counts)
+        q, k = (rotated(heads(some, m), at.positions) for m in (layer.q, layer.k))
         cache.put(kept[i][0], at, cache.attend(q, k, None, kv, i, at).flatten(2) @ layer.out)
         x = x + cache.take(kept[i][0], rows)
         cache.put(kept[i][1], at, fed(cache.take(x, slots), layer))
@@ -276,8 +276,8 @@ def test_adaptive_steps_of_a_batch():
         for (tokens, whole, picked), (tokens_alone, _, picked_alone) in zip(together, alone, strict=True):
             assert torch.equal(tokens[b, : LENGTHS[b]], tokens_alone[0])
             for at, at_alone in zip(picked, picked_alone, strict=True):
-                found = at.index[b, : at.count[b]].tolist()
-                assert found == at_alone.index[0].tolist()
+                found = at.positions[b, : at.counts[b]].tolist()
+                assert found == at_alone.positions[0].tolist()
                 n, length = int(whole[b].sum()), int(LENGTHS[b] - PROMPT[b])
                 adaptive = 0 if n and whole[b, PROMPT[b]] else int(0.4 * length)
                 assert len(found) == n + adaptive
@@ -322,7 +322,7 @@ def test_rows_whose_values_changed_are_the_least_similar():
     chosen = cache.least_similar(similarity, rows.live & response, torch.tensor([0.28, 0.28, 0.28]))
     at = rows.among(cache.rows(chosen))
     found = torch.zeros_like(moved)
-    cache.put(found, at, torch.ones_like(at.index, dtype=torch.bool))
+    cache.put(found, at, torch.ones_like(at.positions, dtype=torch.bool))
     assert torch.equal(found, moved)
 
 
@@ -383,12 +383,12 @@ def test_rows_and_what_does_not_count():
     mask = torch.tensor([[0, 1, 0, 1, 1], [0, 0, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
     for size in (None, 3, 5, 9):
         rows = cache.rows(mask, size)
-        assert rows.index.tolist() == [
+        assert rows.positions.tolist() == [
             [1, 3, 4, *[0] * (min(size or 3, 5) - 3)],
-            [0] * rows.index.shape[1],
-            [0] * rows.index.shape[1],
+            [0] * rows.positions.shape[1],
+            [0] * rows.positions.shape[1],
         ]
-        assert rows.count.tolist() == [3, 0, 1]
+        assert rows.counts.tolist() == [3, 0, 1]
     x = torch.arange(15.0).view(3, 5)
     rows = cache.rows(mask, 4)
     assert cache.take(x, rows)[0].tolist() == [1, 3, 4, 0]
@@ -398,7 +398,7 @@ def test_rows_and_what_does_not_count():
     wide = torch.zeros(3, 2, 5).transpose(1, 2)
     cache.put(wide, rows, values.unsqueeze(-1).expand(3, 4, 2))
     assert torch.equal(wide, torch.where(mask, -1.0, 0.0).unsqueeze(-1).expand(3, 5, 2))
-    assert cache.rows(torch.zeros(2, 3, dtype=torch.bool)).index.shape == (2, 1)
+    assert cache.rows(torch.zeros(2, 3, dtype=torch.bool)).positions.shape == (2, 1)
 
 
 def test_slots_that_do_not_count_give_zero_and_write_nothing():
@@ -454,15 +454,15 @@ BAD = [
     (
         lambda: cache.take(TOKENS[:2], ROWS),
         ValueError,
-        "cache.take: rows.index must be (B, n) for (B, L, ...)",
+        "cache.take: rows.positions must be (B, n) for (B, L, ...)",
     ),
     (
         lambda: cache.take(TOKENS[:, :9], ROWS),
         ValueError,
-        "cache.take: rows.index must lie in [0, 9), got 15",
+        "cache.take: rows.positions must lie in [0, 9), got 15",
     ),
     (
-        lambda: cache.put(TOKENS, ROWS, ROWS.index.int()),
+        lambda: cache.put(TOKENS, ROWS, ROWS.positions.int()),
         TypeError,
         "cache.put: values must be a torch.int64 Tensor",
     ),

@@ -30,7 +30,7 @@ Example:
     ...     rows = cache.rows(cache.dkv_decode(decoded, lengths, step, interval=4))
     ...     decoded, masked = tokens != mask_id, cache.take(tokens == mask_id, rows)
     ...     x = embed[cache.take(tokens, rows)]
-    ...     q, k, v = (x @ project).unflatten(-1, (3, H, D)).unbind(2)  # RoPE: at positions rows.index
+    ...     q, k, v = (x @ project).unflatten(-1, (3, H, D)).unbind(2)  # RoPE: at positions rows.positions
     ...     x = x + cache.attend(q, k, v, kv, 0, rows).flatten(2)
     ...     confidence, drawn = (x @ embed[:mask_id].T).softmax(-1).max(-1)
     ...     chosen = unmask.select(confidence, masked & rows.live, top_k=2)
@@ -70,19 +70,19 @@ __all__ = [
 
 
 class Rows(NamedTuple):
-    """Positions of each sequence: the first `count` (B,) int64 of `index` (B, n) int64; the rest are 0."""
+    """Rows of each sequence: the first `counts` (B,) int64 of `positions` (B, n) int64; the rest are 0."""
 
-    index: Tensor
-    count: Tensor
+    positions: Tensor
+    counts: Tensor
 
     @property
     def live(self) -> Tensor:
         """(B, n) bool: what counts."""
-        return torch.arange(self.index.shape[1], device=self.index.device) < self.count.unsqueeze(1)
+        return torch.arange(self.positions.shape[1], device=self.positions.device) < self.counts.unsqueeze(1)
 
     def among(self, slots: Rows) -> Rows:
         """The positions of some of these rows, `slots` (B, k) counting in n."""
-        return Rows(take(self.index, slots), slots.count)
+        return Rows(take(self.positions, slots), slots.counts)
 
 
 def rows(mask: Tensor, size: int | None = None) -> Rows:
@@ -96,8 +96,8 @@ def rows(mask: Tensor, size: int | None = None) -> Rows:
         >>> import torch
         >>> from dlcore.process import cache
         >>> cache.rows(torch.tensor([[True, False, True], [False, False, True]]))
-        Rows(index=tensor([[0, 2],
-                [2, 0]]), count=tensor([2, 1]))
+        Rows(positions=tensor([[0, 2],
+                [2, 0]]), counts=tensor([2, 1]))
     """
     op = "cache.rows"
     _check_mask(op, "mask", mask)
@@ -120,7 +120,7 @@ def rows(mask: Tensor, size: int | None = None) -> Rows:
 def take(x: Tensor, rows: Rows) -> Tensor:
     """x (B, L, ...) at the rows: (B, n, ...); slots that don't count hold what position 0 has."""
     _check_rows("cache.take", x, rows)
-    return x.gather(1, _like(rows.index, x).expand(*rows.index.shape, *x.shape[2:]))
+    return x.gather(1, _like(rows.positions, x).expand(*rows.positions.shape, *x.shape[2:]))
 
 
 def put(x: Tensor, rows: Rows, values: Tensor) -> None:
@@ -136,13 +136,13 @@ def put(x: Tensor, rows: Rows, values: Tensor) -> None:
     """
     op = "cache.put"
     _check_rows(op, x, rows)
-    wanted = (*rows.index.shape, *x.shape[2:])
+    wanted = (*rows.positions.shape, *x.shape[2:])
     if not isinstance(values, Tensor) or values.dtype != x.dtype:
         raise TypeError(f"{op}: values must be a {x.dtype} Tensor, got {checks.describe(values)}")
     if values.shape != wanted:
         raise ValueError(f"{op}: values must have shape {wanted}, got {tuple(values.shape)}")
     live = rows.live
-    index = settled(rows.index, live, torch.zeros_like(rows.index[:, :1]))
+    index = settled(rows.positions, live, torch.zeros_like(rows.positions[:, :1]))
     x.scatter_(1, _like(index, x).expand(wanted), settled(values, live, x[:, :1]))
 
 
@@ -160,7 +160,7 @@ def attend(
     """Write the rows' keys and values into the cache, then let the rows see all `cache.lengths` positions.
 
     q (B, n, Hq, D), k (B, n, Hkv, D), v (B, n, Hkv, Dv), keys as they are to be compared (after RoPE at
-    `rows.index`); k or v None where they have been written. Returns (B, n, Hq, Dv), 0 in slots that don't
+    `rows.positions`); k or v None where they have been written. Returns (B, n, Hq, Dv), 0 in slots that don't
     count. No gradients. See `attention.intervals` for scores and errors.
     """
     op = "cache.attend"
@@ -169,7 +169,7 @@ def attend(
     _check_rows(op, q, rows, of_slots=True)
     keys, values = cache.layer_for(op, layer, k, v)
     if k is not None or v is not None:
-        cache.scatter(layer, rows.index, k, v, rows.count)
+        cache.scatter(layer, rows.positions, k, v, rows.counts)
     # A slot that doesn't count sees nothing.
     stops = torch.where(rows.live, cache.lengths.unsqueeze(1), 0)
     stops = F.pad(stops.unsqueeze(-1), (0, 1)).to(torch.int32)
@@ -323,7 +323,7 @@ def dllm_cache(
         anew = anew | cache.least_similar(changed, rows.live & ~anew, ratio=0.25)
         slots = cache.rows(anew, most)
         at = rows.among(slots)
-        kv.scatter(layer, rows.index, None, v, rows.count)
+        kv.scatter(layer, rows.positions, None, v, rows.counts)
         out = cache.attend(cache.take(q, slots), cache.take(k, slots), None, kv, layer, at)
         cache.put(attention_outputs[layer], at, out)
         x = x + cache.take(attention_outputs[layer], rows)  # the feed-forward likewise
@@ -369,7 +369,7 @@ def similarity(values: Tensor, cache: KVCache, layer: int, rows: Rows) -> Tensor
         raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
     _check_rows(op, values, rows, of_slots=True)
     _, held = cache.layer_for(op, layer, None, values)
-    return rows_similarity.cosine(values, held, rows.index, page_table=cache.page_table)
+    return rows_similarity.cosine(values, held, rows.positions, page_table=cache.page_table)
 
 
 def least_similar(similarity: Tensor, candidates: Tensor, ratio: float | Tensor) -> Tensor:
@@ -417,15 +417,15 @@ def _check_rows(op: str, x: object, rows: object, of_slots: bool = False) -> Non
         raise TypeError(f"{op}: takes a Tensor, got {checks.describe(x)}")
     if not isinstance(rows, Rows):
         raise TypeError(f"{op}: rows must be Rows, got {checks.describe(rows)}")
-    checks.tokens(op, "rows.index", rows.index)
-    wanted = rows.index.shape if of_slots else rows.index.shape[:1]
-    if rows.index.dim() != 2 or x.dim() < 2 or x.shape[: len(wanted)] != wanted:
-        got = f"{tuple(rows.index.shape)} for {tuple(x.shape)}"
+    checks.tokens(op, "rows.positions", rows.positions)
+    wanted = rows.positions.shape if of_slots else rows.positions.shape[:1]
+    if rows.positions.dim() != 2 or x.dim() < 2 or x.shape[: len(wanted)] != wanted:
+        got = f"{tuple(rows.positions.shape)} for {tuple(x.shape)}"
         kind = "n" if of_slots else "L"
-        raise ValueError(f"{op}: rows.index must be (B, n) for (B, {kind}, ...), got {got}")
-    checks.tokens(op, "rows.count", rows.count, rows.index.shape[:1])
+        raise ValueError(f"{op}: rows.positions must be (B, n) for (B, {kind}, ...), got {got}")
+    checks.tokens(op, "rows.counts", rows.counts, rows.positions.shape[:1])
     if not of_slots:
-        checks.token_range(op, "rows.index", rows.index, x.shape[1])
+        checks.token_range(op, "rows.positions", rows.positions, x.shape[1])
 
 
 def _per_sequence(
