@@ -10,8 +10,8 @@ response, and progresses by itself: no row is looked for by its place in the bat
 - `prefix_cache`, `dual_cache`: Fast-dLLM (Wu et al., arXiv 2505.22618).
 - `dllm_cache`, `least_similar`: dLLM-Cache (Liu et al., arXiv 2506.06295).
 
-A mask at which every row is computed makes a step of the uncached model, to the bit. Nothing here waits for a
-GPU's numbers where `rows` is given a size, and all of it compiles into a whole graph then.
+A mask of all rows makes the very step of the uncached model. Where `rows` is given a size nothing here waits
+for a GPU's numbers, and all of it compiles into a whole graph.
 
 Example:
     Two prompts, a random layer, dKV-Cache: the two most confident tokens of each sequence at every step.
@@ -200,7 +200,7 @@ def dkv_decode(
     Returns:
         (B, L) bool, the rows to compute.
 
-    Source: Ma et al., "dKV-Cache", arXiv 2505.15781, §3.2 and 3.3.
+    Source: Ma et al., "dKV-Cache", arXiv 2505.15781.
 
     Example:
         >>> import torch
@@ -239,7 +239,7 @@ def dkv_greedy(
     Returns:
         (B, L) bool, the rows to compute.
 
-    Source: Ma et al., "dKV-Cache", arXiv 2505.15781, §3.3.
+    Source: Ma et al., "dKV-Cache", arXiv 2505.15781; its code takes the nearest masks as the window.
 
     Example:
         >>> import torch
@@ -272,7 +272,7 @@ def prefix_cache(start: Tensor, lengths: Tensor, max_len: int, fresh: bool | Ten
     Returns:
         (B, L) bool, the rows to compute.
 
-    Source: Wu et al., "Fast-dLLM", arXiv 2505.22618, §3.2.
+    Source: Wu et al., "Fast-dLLM", arXiv 2505.22618.
 
     Example:
         >>> import torch
@@ -337,7 +337,8 @@ def dllm_cache(
     Returns:
         (B, L) bool, the rows to compute.
 
-    Source: Liu et al., "dLLM-Cache", arXiv 2506.06295, §3.3; its code counts steps from 1.
+    Source: Liu et al., "dLLM-Cache", arXiv 2506.06295; as in its code all of a response's values
+    are written, keys of the chosen rows only.
 
     Example:
         >>> import torch
@@ -380,7 +381,7 @@ def least_similar(similarity: Tensor, candidates: Tensor, ratio: float | Tensor)
         candidates: (B, S) bool.
         ratio: ρ in [0, 1], or (B,).
 
-    Source: Liu et al., "dLLM-Cache", arXiv 2506.06295, §3.3.
+    Source: Liu et al., "dLLM-Cache", arXiv 2506.06295.
 
     Example:
         >>> import torch
