@@ -24,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   bind_categorical(m);
   bind_linear_logits(m);
   bind_rng(m);
+  bind_similarity(m);
   bind_sphere(m);
   bind_sphere_dynamics(m);
   bind_sphere_velocity(m);

@@ -159,6 +159,17 @@ def kl_backward(
     p: View, q: View, temperature: Row, grad: int, numbers: int, p_out: View, q_out: View, threads: int
 ) -> None: ...
 
+# similarity
+def row_cosine(
+    fresh: View,
+    cached: View,
+    cached_rows: int,
+    positions: int,
+    pages: tuple[int, int] | None,
+    out: int,
+    threads: int,
+) -> None: ...
+
 # sphere
 def sphere_map(
     map: int,

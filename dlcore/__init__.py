@@ -1,6 +1,6 @@
 """dlcore: the compute core of diffusion language models."""
 
-from dlcore import attention, bits, categorical, process, rng, sphere
+from dlcore import attention, bits, categorical, process, rng, similarity, sphere
 from dlcore._dispatch import backends, explain, last_backend, use_backend
 from dlcore.linear_logits import LinearLogits
 
@@ -16,6 +16,7 @@ __all__ = [
     "last_backend",
     "process",
     "rng",
+    "similarity",
     "sphere",
     "use_backend",
 ]

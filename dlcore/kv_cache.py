@@ -9,6 +9,16 @@ from dlcore import _checks as checks
 from dlcore.reference import attention as reference
 
 
+def settled(x: Tensor, live: Tensor, held: Tensor) -> Tensor:
+    """x (B, n, ...) to be written with no harm: what is not `live` (B, n), a first part of each sequence,
+    becomes what slot 0 is, or `held` (B, 1, ...) where not even that is."""
+
+    def like_x(mask: Tensor) -> Tensor:
+        return mask.reshape(*mask.shape, *[1] * (x.dim() - 2))
+
+    return torch.where(like_x(live), x, torch.where(like_x(live[:, :1]), x[:, :1], held))
+
+
 class KVCache:
     """Post-RoPE keys and values of `batch` sequences for every layer, in one allocation.
 
@@ -103,22 +113,35 @@ class KVCache:
         position = first.long().unsqueeze(1) + torch.arange(k.shape[1], device=first.device)
         self._store(layer, position, k, v)
 
-    def layer_for(self, op: str, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """`view`, once k (batch, n, H, D) and v are found to be rows of it; errors name `op`."""
+    def layer_for(self, op: str, layer: int, k: Tensor | None, v: Tensor | None) -> tuple[Tensor, Tensor]:
+        """`view`, once k (batch, n, H, D) and v, if given, are found to be rows of it; errors name `op`."""
         layer = self._layer(op, layer)
         self._check_rows(op, k, v)
         return self._keys[layer], self._values[layer]
 
-    def scatter(self, layer: int, rows: Tensor, k: Tensor, v: Tensor) -> None:
+    def scatter(
+        self, layer: int, rows: Tensor, k: Tensor | None, v: Tensor | None, count: Tensor | None = None
+    ) -> None:
         """Overwrite single rows: `rows` (batch, n) int64 positions below `max_len`, k and v (batch, n, H, D).
 
         For what dLLM-Cache or dKV-Cache style schedules refresh; the positions of a sequence must differ.
+        Keys or values that are None stay. With `count` (batch,) int64 only the first so many rows of each
+        sequence are written, whatever the others hold.
         """
         op = "KVCache.scatter"
         self.layer_for(op, layer, k, v)
-        checks.tokens(op, "rows", rows, k.shape[:2])
-        checks.token_range(op, "rows", rows, self.max_len)
-        self._store(layer, rows, k, v)
+        given = k if k is not None else v
+        if given is None:
+            raise ValueError(f"{op}: give k or v, got neither")
+        checks.tokens(op, "rows", rows, given.shape[:2])
+        if count is None:
+            checks.token_range(op, "rows", rows, self.max_len)
+            return self._store(layer, rows, k, v)
+        checks.tokens(op, "count", count, torch.Size((self.batch,)))
+        checks.token_range(op, "count", count, rows.shape[1] + 1)
+        live = torch.arange(rows.shape[1], device=rows.device) < count.unsqueeze(1)
+        checks.token_range(op, "rows", torch.where(live, rows, 0), self.max_len)
+        self._store(layer, rows, k, v, live)
 
     def commit(self, n: int | Tensor) -> None:
         """Count the next `n` rows (int or (batch,)) of each sequence as committed."""
@@ -167,8 +190,10 @@ class KVCache:
         # So that no sum of lengths wraps.
         return rows.clamp(max=2**31 - 1).expand(lead)
 
-    def _check_rows(self, op: str, k: Tensor, v: Tensor) -> None:
+    def _check_rows(self, op: str, k: Tensor | None, v: Tensor | None) -> None:
         for name, x, like in (("k", k, self._keys), ("v", v, self._values)):
+            if x is None:
+                continue
             checks.floating(op, name, x)
             heads, size = like.shape[-2:]
             if x.dim() != 4 or x.shape[0] != self.batch or x.shape[2:] != (heads, size):
@@ -178,15 +203,24 @@ class KVCache:
                 raise TypeError(f"{op}: {name} must have the cache's dtype {like.dtype}, got {x.dtype}")
             if x.device != like.device:
                 raise ValueError(f"{op}: {name} must be on {like.device}, got {x.device}")
-        if k.shape[1] != v.shape[1]:
+        if k is not None and v is not None and k.shape[1] != v.shape[1]:
             raise ValueError(f"{op}: v must have k's {k.shape[1]} rows, got {v.shape[1]}")
 
     def _check_room(self, op: str, lengths: Tensor) -> None:
         if checks.reads_data(lengths):
             checks.room(op, self.max_len, int(lengths.max()))
 
-    def _store(self, layer: int, position: Tensor, k: Tensor, v: Tensor) -> None:
+    def _store(
+        self, layer: int, position: Tensor, k: Tensor | None, v: Tensor | None, live: Tensor | None = None
+    ) -> None:
         keys, values = self.view(layer)
-        row = reference.cache_rows(position, keys, self.page_table, self.max_len).flatten()
+        if live is not None:
+            position = settled(position, live, torch.zeros_like(position[:, :1]))
+        row = reference.cache_rows(position, keys, self.page_table, self.max_len)
         for store, x in ((keys, k), (values, v)):
-            store.flatten(0, 1).index_copy_(0, row, x.detach().flatten(0, 1))
+            if x is None:
+                continue
+            flat, x = store.flatten(0, 1), x.detach()
+            if live is not None:
+                x = settled(x, live, flat[row[:, :1]])
+            flat.index_copy_(0, row.flatten(), x.flatten(0, 1))

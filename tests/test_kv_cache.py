@@ -179,6 +179,7 @@ def test_nothing_to_write(page_size):
 
 
 K, V = rows(4)
+FIRST = torch.arange(4).expand(3, 4)
 BAD = [
     (lambda c: c.write(0, *rows(11)), ValueError, "the cache is full: max_len is 10, 11 are needed"),
     (lambda c: c.write(0, K, V, 7), ValueError, "the cache is full"),
@@ -203,6 +204,15 @@ BAD = [
     (lambda c: c.scatter(0, torch.full((3, 4), -1), K, V), ValueError, "rows must lie in"),
     (lambda c: c.scatter(0, torch.zeros(3, 3).long(), K, V), ValueError, "rows must have shape"),
     (lambda c: c.scatter(0, torch.zeros(3, 4), K, V), TypeError, "rows must be an int64"),
+    (lambda c: c.scatter(0, torch.zeros(3, 4).long(), None, None), ValueError, "give k or v, got neither"),
+    (
+        lambda c: c.scatter(0, FIRST, K, V, torch.tensor([0, 5, 0])),
+        ValueError,
+        r"count must lie in \[0, 5\), got 5",
+    ),
+    (lambda c: c.scatter(0, FIRST, K, V, torch.tensor([0, 0])), ValueError, "count must have shape"),
+    (lambda c: c.scatter(0, FIRST, K, V, 3), TypeError, "count must be an int64"),
+    (lambda c: c.scatter(0, FIRST + 9, K, V, torch.tensor([0, 2, 0])), ValueError, "rows must lie in"),
     (lambda c: c.reorder(torch.tensor([0, 1, 3])), ValueError, "index must lie in"),
     (lambda c: c.reorder(torch.tensor([0, 1])), ValueError, "index must have shape"),
     (lambda c: c.reorder([0, 1, 2]), TypeError, "index must be an int64"),
@@ -248,3 +258,22 @@ def test_huge_counts_do_not_wrap(huge):
     assert cache.lengths.tolist() == [5]
     with pytest.raises(TypeError, match="n must be an int"):
         cache.commit(None)
+
+
+@pytest.mark.parametrize("given", ["kv", "k", "v"])
+@pytest.mark.parametrize("count", [[0, 1, 2], [2, 2, 2], [0, 0, 0]])
+def test_scatter_of_a_part(count, given, page_size):
+    """Rows that don't count are not written, whatever they and their positions hold; nor is what is None."""
+    cache = filled(page_size)
+    k, v = rows(2)
+    at = torch.tensor([[9, 0], [0, 3], [5, 0]])
+    for b, n in enumerate(count):
+        at[b, n:], k[b, n:], v[b, n:] = -(2**40), torch.nan, torch.nan
+    cache.scatter(1, at, k if "k" in given else None, v if "v" in given else None, torch.tensor(count))
+    wanted = contents(filled())
+    for name, new, x in zip("kv", (k, v), wanted, strict=True):
+        for b, n in enumerate(count):
+            if name in given:
+                x[b, at[b, :n]] = new[b, :n]
+    same(contents(cache, 1), wanted)
+    same(contents(cache, 0), contents(filled()))

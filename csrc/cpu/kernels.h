@@ -10,6 +10,7 @@
 #include "categorical.h"
 #include "linear_logits.h"
 #include "rng.h"
+#include "similarity.h"
 #include "sphere_velocity.h"
 #include "uniform.h"
 
@@ -44,6 +45,7 @@ struct Kernels {
   void (*sphere_weights)(const SphereWeightsArguments&);
   void (*sphere_velocity_backward)(const SphereVelocityBackwardArguments&);
   void (*largest)(const LargestArguments&);
+  void (*row_cosine)(const CosineArguments&);
 };
 
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
@@ -79,6 +81,7 @@ void sphere_correct(const SphereCorrectArguments&);
 void sphere_weights(const SphereWeightsArguments&);
 void sphere_velocity_backward(const SphereVelocityBackwardArguments&);
 void largest(const LargestArguments&);
+void row_cosine(const CosineArguments&);
 }  // namespace DLCORE_ISA
 #endif
 

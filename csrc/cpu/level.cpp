@@ -36,6 +36,7 @@ const Kernels& level() {
       sphere_weights,
       sphere_velocity_backward,
       largest,
+      row_cosine,
   };
   return table;
 }

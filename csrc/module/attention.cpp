@@ -6,13 +6,6 @@
 namespace dlcore {
 namespace {
 
-// (address, dtype, shape, stride) of a (batch, rows, heads, columns) tensor with contiguous columns.
-Heads heads(const py::tuple& t) {
-  const auto stride = t[3].cast<std::array<int64_t, 4>>();
-  return {at<char>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), stride[0], stride[1],
-          stride[2]};
-}
-
 // (q, k, v, out, lse, (page table, pages) or None, scale, softcap).
 void read_attention(const py::tuple& t, AttentionArguments& a) {
   const auto q = t[0].cast<py::tuple>(), k = t[1].cast<py::tuple>(), v = t[2].cast<py::tuple>();

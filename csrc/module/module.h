@@ -47,6 +47,13 @@ inline View view(const py::tuple& t) {
   return v;
 }
 
+// (address, dtype, shape, stride) of a (batch, rows, heads, columns) tensor with contiguous columns.
+inline Heads heads(const py::tuple& t) {
+  const auto stride = t[3].cast<std::array<int64_t, 4>>();
+  return {at<char>(t[0].cast<Address>()), static_cast<DType>(t[1].cast<int>()), stride[0], stride[1],
+          stride[2]};
+}
+
 // (address, stride), or None.
 template <class T>
 PerRow<T> per_row(const py::object& o) {
@@ -100,6 +107,7 @@ void bind_bits(py::module_& m);
 void bind_categorical(py::module_& m);
 void bind_linear_logits(py::module_& m);
 void bind_rng(py::module_& m);
+void bind_similarity(py::module_& m);
 void bind_sphere(py::module_& m);
 void bind_sphere_dynamics(py::module_& m);
 void bind_sphere_velocity(py::module_& m);

@@ -1,12 +1,23 @@
 """Every op, declared once, a file for each family. Importing this declares them all."""
 
-from dlcore._ops import attention, bits, categorical, rng, sphere, sphere_dynamics, sphere_velocity, uniform
+from dlcore._ops import (
+    attention,
+    bits,
+    categorical,
+    rng,
+    similarity,
+    sphere,
+    sphere_dynamics,
+    sphere_velocity,
+    uniform,
+)
 
 __all__ = [
     "attention",
     "bits",
     "categorical",
     "rng",
+    "similarity",
     "sphere",
     "sphere_dynamics",
     "sphere_velocity",

@@ -2,6 +2,7 @@
 
 from dlcore.process import (
     absorbing_uniform,
+    cache,
     d3pm,
     distill,
     duo,
@@ -18,6 +19,7 @@ from dlcore.process import (
 
 __all__ = [
     "absorbing_uniform",
+    "cache",
     "d3pm",
     "distill",
     "duo",
