@@ -72,6 +72,16 @@ def _known(backend: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op on backend `name` inside the block; an op that cannot raises NotImplementedError.
 
+    The block is one of a context (contextvars): a thread that is started inside it begins without the choice
+    and must make its own, a coroutine or a task keeps it. A gradient is computed on the backend that was asked
+    for around its forward pass, wherever and in whichever thread autograd runs it; if none was, as the place
+    that calls for the gradient says. In a graph of torch.compile it is the call that asks, forward and backward
+    each anew, and backward passes of CUDA tensors run in autograd's own threads, which see no block: there
+    DLCORE_BACKEND chooses. None of this costs a compilation.
+
+    Raises:
+        ValueError: no such backend.
+
     Example:
         >>> import torch, dlcore
         >>> with dlcore.use_backend("reference"):
@@ -84,6 +94,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def asked_for() -> str | None:
+    """What use_backend says here, or None."""
+    return _chosen.get()
 
 
 def _requested() -> str | None:
