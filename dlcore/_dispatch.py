@@ -72,12 +72,12 @@ def _known(backend: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op on backend `name` inside the block; an op that cannot raises NotImplementedError.
 
-    The block is one of a context (contextvars): a thread that is started inside it begins without the choice
-    and must make its own, a coroutine or a task keeps it. A gradient is computed on the backend that was asked
-    for around its forward pass, wherever and in whichever thread autograd runs it; if none was, as the place
-    that calls for the gradient says. In a graph of torch.compile it is the call that asks, forward and backward
-    each anew, and backward passes of CUDA tensors run in autograd's own threads, which see no block: there
-    DLCORE_BACKEND chooses. None of this costs a compilation.
+    The choice belongs to the context (contextvars): a thread that starts inside the block begins without it
+    and makes its own, a task of asyncio keeps it. A gradient is computed on the backend that was asked for
+    around its forward pass, in whichever thread autograd runs it; if none was, on the one that is around the
+    backward pass. A graph of torch.compile asks whenever it runs, forward and backward each anew, and
+    autograd runs backward passes of CUDA tensors in threads of its own, which see no block: for these, set
+    DLCORE_BACKEND.
 
     Raises:
         ValueError: no such backend.
