@@ -10,6 +10,7 @@ from attention_oracles import normal, qkv, training_mask
 from conftest import DEVICE
 from test_attention import mask_of, random_intervals
 from test_attention_kernels import layouts, results
+from triton_calls import captured
 
 import dlcore
 from dlcore import attention
@@ -424,40 +425,17 @@ def test_long_sequences(dims, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("page_size", [None, 16])
-def test_decode_in_a_graph(page_size):
-    """Captured once, replayed with other rows and lengths."""
-    cache = KVCache(1, 2, 4096, 2, 128, dtype=torch.bfloat16, device="cuda", page_size=page_size)
-    for x in cache.view(0):
-        x.normal_()
-    rows = [x.cuda() for x in qkv(2, 32, 32, (8, 2), (128, 128), torch.bfloat16)]
-    attention.decode(*rows, cache, 0)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = attention.decode(*rows, cache, 0)
-    for lengths in ([0, 4000], [1234, 17]):
-        cache.lengths.copy_(torch.tensor(lengths))
-        for x in rows:
-            x.normal_()
-        graph.replay()
-        assert torch.equal(out, attention.decode(*rows, cache, 0))
-
-
-@pytest.mark.gpu
 def test_training_in_a_graph():
     """The intervals of a shape that is first seen while capturing are not kept."""
     leaves = [x.cuda().requires_grad_() for x in qkv(1, 514, 514, (4, 2), (64, 64), torch.bfloat16)]
-    training(16)(*leaves)[0].sum().backward()
+    training(16)(*leaves)
     attention._plain_training_intervals.cache_clear()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = training(16)(*leaves)[0]
+    replay = captured(lambda: training(16)(*leaves), warm=False)
     assert attention._plain_training_intervals.cache_info().currsize == 0
     with torch.no_grad():
         for x in leaves:
             x.normal_()
-    graph.replay()
-    assert torch.equal(out, training(16)(*leaves)[0])
+    assert torch.equal(replay()[0], training(16)(*leaves)[0])
 
 
 def test_every_kernel_was_launched():
