@@ -194,13 +194,14 @@ def main(names: list[str]) -> int:
         return 2
     device, now = torch.cuda.get_device_name(), datetime.now()
     path = RESULTS / f"{device.lower().replace(' ', '-')}-{now.date()}.json"
-    about = {"device": device, "versions": versions(), "cuda": torch.version.cuda, "ceilings": ceilings()}
-    print(*(f"{k}: {v / 1e12:.2f} T/s" for k, v in about["ceilings"].items()), HEADER, sep="\n")
+    ceiling = ceilings()
+    about = {"device": device, "versions": versions(), "cuda": torch.version.cuda, "ceilings": ceiling}
+    print(*(f"{k}: {v / 1e12:.2f} T/s" for k, v in ceiling.items()), HEADER, sep="\n")
     for case in CASES:
         if names and not any(n in case.name for n in names):
             continue
         rows = []
-        for row in measured(case, about["ceilings"]):
+        for row in measured(case, ceiling):
             print(line(row), flush=True)
             rows.append(row)
         merge(path, now.isoformat(timespec="seconds"), about, rows)

@@ -24,7 +24,8 @@ def chunked_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tup
     After Liger's fused linear cross-entropy (arXiv 2410.10989), by torch: a chunk's logits become its
     gradient in place, and products take it to hidden and weight before the next chunk is made.
     """
-    rows, count = len(hidden), rows_of_a_chunk(*hidden.shape, len(weight))
+    rows, depth = hidden.shape
+    count = rows_of_a_chunk(rows, depth, len(weight))
     loss = torch.zeros((), device=hidden.device)
     hidden_grad = torch.empty_like(hidden)
     weight_grad = torch.zeros(weight.shape, dtype=torch.float32, device=hidden.device)
