@@ -78,8 +78,9 @@ def test_noise_is_that_of_the_cpu(form, shape, own):
     got = triton("step", x, residual, sigma, 0.5 * sigma, **options)
     for a, b in zip(got, bits.step(x, residual, sigma, 0.5 * sigma, **options), strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=1e-6)
-    (got,) = triton("corrupt", x, sigma, key=key)
-    torch.testing.assert_close(got, bits.corrupt(x, sigma, key=key), rtol=1e-6, atol=1e-6)
+    for noiseless in (x.bfloat16(), x):
+        (got,) = triton("corrupt", noiseless, sigma, key=key)
+        torch.testing.assert_close(got, bits.corrupt(noiseless, sigma, key=key), rtol=1e-6, atol=1e-6)
     assert (got - x).std() > 0.2 or got.numel() < 9
     for kind in ("squared", "bce"):
         (got,) = triton("loss", residual, x, clean, sigma, kind=kind)

@@ -298,6 +298,6 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
             inputs = [t if a == "t" else x for a in arguments]
             function, backward = globals()[name], globals()[f"{name}_backward"]
             yield partial(function, *inputs)
+            yield partial(backward, t if name == "angle" else x, [True] * len(inputs), *inputs)
         for exponential in (True, False):
             yield partial(step, x, x, t, exponential)
-            yield partial(backward, t if name == "angle" else x, [True] * len(inputs), *inputs)
