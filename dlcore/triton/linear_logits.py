@@ -6,11 +6,11 @@ many tokens it has, in whole groups of 256:
 - 2^23 floats, 32 MiB, of 40 on an A100, 50 on an H100 and more since. Of 8192 rows that is 1024 tokens, two
   waves of a product's tiles on 132 units; smaller ones would cost more launches than they save traffic.
 - One in 21 of the head's logits, which with what a scan says of every group is less than 5 % of what they
-  would take in float32. Up to 1300 rows of 126,464 tokens, or 2500 of 65,536, this one binds. Below 1024
+  would take in float32. Up to 1390 rows of 126,464 tokens, or 2690 of 65,536, this one binds. Below 1024
   tokens it is not kept: a product of fewer columns is not worth a launch, and so little memory no care.
 
 A draw or a loss keeps one tile, a truncated draw the largest logits of groups and 4 KiB a row, too. A loss's
-gradient keeps two, as does a mean of a table or a KL between two heads; the gradients of these keep four.
+gradient keeps two, as do a mean of a table, a drift and a KL of two heads; the gradients of these keep four.
 Dense logits, which are there anyway, come in pieces by the first bound alone, and only where another buffer
 goes along with them.
 
