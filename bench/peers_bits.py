@@ -42,14 +42,14 @@ def bce_loss(residual: Tensor, x: Tensor, bits: Tensor, sigma: float) -> Tensor:
 
 def encode(tokens: Tensor, width: int) -> Tensor:
     """Most significant bit first."""
-    places = torch.arange(width - 1, -1, -1)
+    places = torch.arange(width - 1, -1, -1, device=tokens.device)
     return ((tokens.unsqueeze(-1) >> places) & 1).float()
 
 
 def decode(probs: Tensor, vocab: int) -> Tensor:
     """Bits above a half, weighed with powers of two, modulo the vocabulary."""
     width = probs.shape[-1]
-    weights = 2 ** torch.arange(width - 1, -1, -1)
+    weights = 2 ** torch.arange(width - 1, -1, -1, device=probs.device)
     return ((probs > 0.5).long() * weights).sum(-1) % vocab
 
 

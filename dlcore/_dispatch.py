@@ -72,6 +72,16 @@ def _known(backend: str, source: str) -> str:
 def use_backend(name: str) -> Iterator[None]:
     """Run every op on backend `name` inside the block; an op that cannot raises NotImplementedError.
 
+    The choice belongs to the context (contextvars): a thread that starts inside the block begins without it
+    and makes its own, a task of asyncio keeps it. A gradient is computed on the backend that was asked for
+    around its forward pass, in whichever thread autograd runs it; if none was, on the one that is around the
+    backward pass. A graph of torch.compile asks whenever it runs, forward and backward each anew, and
+    autograd runs backward passes of CUDA tensors in threads of its own, which see no block: for these, set
+    DLCORE_BACKEND.
+
+    Raises:
+        ValueError: no such backend.
+
     Example:
         >>> import torch, dlcore
         >>> with dlcore.use_backend("reference"):
@@ -84,6 +94,11 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+def asked_for() -> str | None:
+    """What use_backend says here, or None."""
+    return _chosen.get()
 
 
 def _requested() -> str | None:

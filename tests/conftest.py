@@ -14,16 +14,20 @@ from typing import Any
 import c_library
 import pytest
 import torch
+import triton_variants
 from torch.utils._pytree import tree_map_only
 
 import dlcore
 from dlcore import _C, _dispatch
 from dlcore.cpu import CAPABILITIES, choose_capability, tensors
+from dlcore.triton import launch
 
 #: Where Triton's kernels run: on a GPU, else in its interpreter, chosen before Triton is imported.
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
+
+launch.watch = triton_variants.note
 
 POISON = {True: float("nan"), False: -(2**31)}
 
@@ -101,8 +105,9 @@ ON_GPU = (
 #: The kernels that run there: Triton's, or with DLCORE_BACKEND=cuda the CUDA ones, where an op has them.
 ON_DEVICE = _dispatch._variable or "triton"
 GPU = [pytest.param(ON_DEVICE, marks=pytest.mark.gpu)] if DEVICE == "cuda" else []
-if DEVICE == "cuda":
-    _dispatch._variable = None  # it is asked for test by test
+# It is asked for test by test; neither these nor the processes that they start are to inherit it.
+_dispatch._variable = None
+os.environ.pop("DLCORE_BACKEND", None)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -163,6 +168,11 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     named = request.param in ("cpu", "reference")
     with dlcore.use_backend(request.param) if named else device_runs_cpu_tensors():
         yield request.param
+
+
+def expected_backend(op: str, backend: str) -> str:
+    """What runs an op where a test walks `backend`: the CPU's kernel, if the op has none there."""
+    return backend if backend in _dispatch._implementations[op] else "cpu"
 
 
 def run_python(code: str, **variables: str) -> str:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import threading
 import time
+from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import run_python
+from conftest import DEVICE, run_python
 
 import dlcore
-from dlcore import _C, _dispatch, categorical, rng
+from dlcore import _C, _dispatch, categorical, rng, sphere
 from dlcore._registry import REFERENCE, TRITON
 from dlcore.cpu import CAPABILITIES, choose_capability
 
@@ -29,6 +31,48 @@ def test_priority_then_variable_then_context(monkeypatch):
         assert dlcore.last_backend("categorical.stats") == "cpu"
     categorical.stats(X)
     assert dlcore.last_backend("categorical.stats") == "reference"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("name", ["cpu", "triton", "reference"])
+@pytest.mark.parametrize(
+    ("op", "function"),
+    [
+        ("categorical.log_probs", lambda x: categorical.cross_entropy(x, torch.tensor([1, 4]).to(x.device))),
+        ("categorical.kl", lambda x: categorical.kl(x, x.detach() + 1)),
+        ("sphere.normalize", sphere.normalize),
+    ],
+)
+def test_a_gradient_takes_the_backend_of_its_forward_pass(op, function, name):
+    """In another thread, where no context is, as in autograd's own; and under another choice."""
+    x = torch.randn(2, 5, device=DEVICE if name == "triton" else "cpu", requires_grad=True)
+    other = "cpu" if name == "reference" else "reference"
+
+    def in_a_thread(call: Callable[[], None]) -> None:
+        worker = threading.Thread(target=call)
+        worker.start()
+        worker.join()
+
+    def elsewhere(call: Callable[[], None]) -> None:
+        with dlcore.use_backend(other):
+            call()
+
+    for run in (in_a_thread, elsewhere):
+        with dlcore.use_backend(name):
+            total = function(x).sum()
+        x.grad, _dispatch._last[f"{op}_backward"] = None, other
+        run(total.backward)
+        assert x.grad is not None
+        assert dlcore.last_backend(f"{op}_backward") == name
+
+
+def test_without_a_choice_around_the_forward_pass_the_backward_call_chooses():
+    x = torch.randn(2, 5, requires_grad=True)
+    total = sphere.normalize(x).sum()
+    with dlcore.use_backend("reference"):
+        total.backward()
+    assert dlcore.last_backend("sphere.normalize") == "cpu"
+    assert dlcore.last_backend("sphere.normalize_backward") == "reference"
 
 
 def test_a_request_that_cannot_run_raises_with_every_reason():
@@ -187,8 +231,6 @@ def test_another_openmp_loaded_first_is_not_taken_for_torchs(tmp_path):
 
 def test_kernels_release_the_gil():
     """A Python thread goes on while a kernel runs."""
-    import threading
-
     logits = torch.zeros(3000, 50_000, dtype=torch.bfloat16)
     ticks, stop = [0], threading.Event()
 

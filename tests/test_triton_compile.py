@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEVICE, device_runs_cpu_tensors
+from conftest import DEVICE, ON_DEVICE, device_runs_cpu_tensors
 from test_compile import arguments
 from triton_calls import moved, quiet
 
@@ -37,6 +37,7 @@ def test_results_are_as_the_fake_says(op, linear):
         torch.library.opcheck(function, tuple(args), test_utils=("test_schema", "test_faketensor"))
 
 
+@pytest.mark.skipif(ON_DEVICE != "triton", reason="the tables walk on other kernels")
 def test_case_tables_that_walk_on_a_gpu():
     """What is on the CPU goes to Triton's kernels and comes back, and so does what they write."""
     x, rows = torch.randn(2, 300), torch.randn(3, 1, 2, 2, 16).unbind(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ import triton
 import triton.language as tl
 from conftest import DEVICE
 from test_rng import FROZEN, KNOWN
+from triton_variants import missed
 
 import dlcore
 from dlcore import rng
 from dlcore.reference import rng as reference
 from dlcore.triton import launch, noise
-from dlcore.triton.launch import kernels, launched
 
 
 @triton.jit
@@ -80,7 +81,6 @@ def test_fold_in_of_strided_keys():
     with dlcore.use_backend("triton"):
         assert torch.equal(rng.fold_in(keys.to(DEVICE), data.to(DEVICE)).cpu(), expected)
         assert rng.uniform(keys.to(DEVICE), (0,)).shape == (300, 2, 0)
-    assert kernels("rng").keys() <= launched
 
 
 def test_noise_of_given_bits():
@@ -102,10 +102,24 @@ def test_noise_of_given_bits():
     torch.testing.assert_close(cosine.cpu().double(), torch.cos(angle), rtol=0, atol=2**-23)
 
 
-def test_the_first_launch_is_logged(caplog, monkeypatch):
-    monkeypatch.setattr(launch, "launched", set())
-    key = rng.key(0, device=DEVICE)
-    with dlcore.use_backend("triton"), caplog.at_level("INFO", logger="dlcore"):
-        rng.normal(key, 3)
-        rng.normal(key, 5)
-    assert caplog.text.count("triton: compiling fill_kernel for its first call") == 1
+def test_the_first_launch_of_a_variant_is_logged(caplog, monkeypatch):
+    """As Triton hands it back: a compiled kernel for each variant."""
+    monkeypatch.setattr(launch, "watch", None)
+    variants = {16: object(), 32: object()}
+
+    class Kernel:
+        __name__, arg_names = "some_kernel", ("x", "BLOCK")
+
+        def __getitem__(self, _: tuple[int, ...]) -> Callable[..., object]:
+            return lambda x, BLOCK: variants[BLOCK]
+
+    x = torch.zeros(3, device=DEVICE)
+    with caplog.at_level("INFO", logger="dlcore"):
+        for block in (16, 32, 16, 32):
+            launch.launch(Kernel(), 1, x, x, BLOCK=block)
+    said = [r.message.split(" was")[0] for r in caplog.records]
+    assert said == ["triton: some_kernel [BLOCK=16]", "triton: some_kernel [BLOCK=32]"]
+
+
+def test_every_variant_was_launched():
+    assert missed("rng") == []

@@ -10,6 +10,7 @@ from conftest import DEVICE
 from sphere_points import normal, turned, unit
 from test_sphere import ANGLES, MAPS, ROWS, error, rounded, run
 from torch import Tensor
+from triton_variants import missed
 
 import dlcore
 from dlcore import sphere
@@ -236,27 +237,47 @@ def test_broadcasting_and_promotion() -> None:
         assert sphere.rotate(x, y[0], y[1]).shape == x.shape
 
 
-@pytest.mark.parametrize("retraction", ["exp", "normalize"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step(retraction: str, dtype: torch.dtype) -> None:
-    x, v = unit(5, 37, seed=1).to(dtype), normal(5, 37, seed=2).to(dtype)
-    delta = torch.linspace(0, 1, 5, dtype=torch.float64)
+def stepped(x: Tensor, v: Tensor, delta: float | Tensor, retraction: str) -> Tensor:
+    delta = delta.to(DEVICE) if isinstance(delta, Tensor) else delta
     with dlcore.use_backend("triton"):
-        got = sphere.step(x.to(DEVICE), v.to(DEVICE), delta.to(DEVICE), retraction=retraction)
+        got = sphere.step(x.to(DEVICE), v.to(DEVICE), delta, retraction=retraction).cpu()
     assert dlcore.last_backend("sphere.step") == "triton"
-    want = sphere.step(x.double(), v.double(), delta, retraction=retraction)
-    assert got.dtype == dtype
-    assert error(got.cpu(), want) < (1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps)
+    return got
 
 
-def test_only_the_gradients_asked_for() -> None:
-    """A needed gradient is the same whether the others are asked for or not."""
-    for name, (function, arguments) in MAPS.items():
-        inputs = [a.float().to(DEVICE) for a in arguments(5, 21)]
-        whole = here(name, tuple(inputs), torch.float32)[1:]
-        for i, want in enumerate(whole):
-            leaves = [a.clone().requires_grad_(i == j) for j, a in enumerate(inputs)]
-            with dlcore.use_backend("triton"):
-                result = function(*leaves)
-                grad = normal(*result.shape, seed=9).to(DEVICE)
-                assert torch.autograd.grad(result, leaves[i], grad)[0].cpu().equal(want)
+@pytest.mark.parametrize("retraction", ["exp", "normalize"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dim", [3, 37, 300])
+def test_step(retraction: str, dtype: torch.dtype, dim: int) -> None:
+    """Several rows a program and one; of strided rows, by one delta and by one per row."""
+    x, v = unit(5, dim, seed=1).to(dtype), normal(5, dim, seed=2).to(dtype)
+    near = 1e-6 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for delta in (0.3, torch.linspace(-0.2, 1, 5, dtype=torch.float64)):
+        got = stepped(x, v, delta, retraction)
+        want = sphere.step(x.double(), v.double(), delta, retraction=retraction)
+        assert got.dtype == dtype
+        assert error(got, want) < near
+        wide = torch.full((2, 5, dim + 2), torch.nan, dtype=dtype)
+        wide[0, :, 1:-1] = x
+        assert torch.equal(stepped(wide[0, :, 1:-1], v, delta, retraction), got)
+
+
+@pytest.mark.parametrize("retraction", ["exp", "normalize"])
+def test_ends_of_step(retraction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of any length, no move, nothing at all, NaN in its row alone; a row longer than a tile."""
+    x, v = unit(6, 20, seed=1), normal(6, 20, seed=2)
+    for a, b in ((x, -x * (1 - 1e-6)), (1e-25 * x, 1e-25 * v), (1e25 * x, 1e-25 * v), (x, 1e-30 * v)):
+        assert (stepped(a, b, 1.0, retraction).double().norm(dim=-1) - 1).abs().max() < 1e-6
+    assert torch.equal(stepped(0 * x, 0 * v, 1.0, retraction), torch.zeros(6, 20))
+    assert stepped(x[:0], v[:0], 1.0, retraction).shape == (0, 20)
+    whole, broken = stepped(x, v, 0.5, retraction), x.clone()
+    broken[1, 3] = math.nan
+    got = stepped(broken, v, 0.5, retraction)
+    assert got[1].isnan().all()
+    assert torch.equal(got[[0, 2, 3, 4, 5]], whole[[0, 2, 3, 4, 5]])
+    monkeypatch.setattr(compiled, "_TILE", 16)
+    torch.testing.assert_close(stepped(x, v, 0.5, retraction), whole, rtol=0, atol=3e-7)
+
+
+def test_every_variant_was_launched():
+    assert missed("sphere") == []

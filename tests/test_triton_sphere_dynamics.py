@@ -9,12 +9,12 @@ import torch
 from conftest import DEVICE
 from sphere_points import normal, unit
 from torch import Tensor
+from triton_variants import missed
 
 import dlcore
 from dlcore import rng, sphere
 from dlcore.sphere import cauchy, vmf
 from dlcore.triton import sphere as tiling
-from dlcore.triton.launch import kernels, launched
 
 LAWS = {"vmf": vmf, "cauchy": cauchy}
 KEY = rng.key(8)
@@ -67,7 +67,9 @@ def test_many_draws_choose_the_same_candidates(d: int, kappa: float) -> None:
 @pytest.mark.parametrize("law", LAWS)
 def test_draws_longer_than_a_tile(law: str) -> None:
     mean = unit(3, 75, seed=1)
-    torch.testing.assert_close(drawn(law, mean, 40.0).double(), exact(law, mean, 40.0), rtol=0, atol=1e-6)
+    got = drawn(law, mean, 40.0)
+    torch.testing.assert_close(got.double(), exact(law, mean, 40.0), rtol=0, atol=1e-6)
+    assert got.equal(drawn(law, mean, 40.0, rng.fold_in(KEY, torch.arange(3))))
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -89,6 +91,14 @@ def test_edges_of_draws() -> None:
     got, clean = drawn("vmf", broken, 7.0), drawn("vmf", mean, 7.0)
     assert bool(got[1].isnan().all())
     assert got[2:].equal(clean[2:])
+
+
+@pytest.mark.parametrize("law", LAWS)
+@pytest.mark.parametrize("d", [20, 300])
+def test_a_key_per_row_is_the_shared_one_folded(law: str, d: int) -> None:
+    mean, kappa = unit(6, d, seed=3), torch.linspace(0, 300, 6)
+    rows = rng.fold_in(KEY, torch.arange(6))
+    assert drawn(law, mean, kappa).equal(drawn(law, mean, kappa, rows))
 
 
 def test_points_follow_the_key() -> None:
@@ -138,12 +148,12 @@ def test_corrections_longer_than_a_tile() -> None:
     gradients_agree(x, score, torch.linspace(0.01, 0.1, 3))
 
 
-def gradients_agree(x: Tensor, score: Tensor, steps: Tensor) -> None:
+def gradients_agree(x: Tensor, score: Tensor, steps: Tensor, key: Tensor = KEY) -> None:
     grad = normal(*x.shape, seed=9)
 
     def gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
         leaves = [t.clone().requires_grad_() for t in tensors[:3]]
-        return torch.autograd.grad(sphere.correct(*leaves, key=KEY.to(x.device)), leaves, tensors[3])
+        return torch.autograd.grad(sphere.correct(*leaves, key=key.to(x.device)), leaves, tensors[3])
 
     with dlcore.use_backend("triton"):
         got = gradients(*(t.to(DEVICE) for t in (x, score, steps, grad.to(x.dtype))))
@@ -160,7 +170,9 @@ def gradients_agree(x: Tensor, score: Tensor, steps: Tensor) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_of_corrections(dim: int, dtype: torch.dtype) -> None:
     steps = torch.linspace(0.001, 0.5, 5)
-    gradients_agree(unit(5, dim, dtype=dtype), (3 * normal(5, dim, seed=1)).to(dtype), steps)
+    x, score = unit(5, dim, dtype=dtype), (3 * normal(5, dim, seed=1)).to(dtype)
+    for key in (KEY, rng.split(rng.key(2), 5)):
+        gradients_agree(x, score, steps, key)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
@@ -182,5 +194,5 @@ def test_corrections_of_any_length(dtype: torch.dtype) -> None:
     assert bool(there[[0, 1, 3, 4, 5]].isfinite().all())
 
 
-def test_every_kernel_was_launched() -> None:
-    assert (kernels("sphere_sample") | kernels("sphere_dynamics")).keys() <= launched
+def test_every_variant_was_launched() -> None:
+    assert missed("sphere_sample", "sphere_dynamics") == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -32,6 +33,30 @@ def call(op: str, backend: str, *args: Any, wide: bool = False) -> tuple[Tensor,
     with dlcore.use_backend(backend):
         result = function(*moved(args, DEVICE if backend in ("triton", "cuda") else "cpu", wide))
     return tuple(x.cpu() for x in (result if isinstance(result, (tuple, list)) else (result,)))
+
+
+def captured(call: Callable[[], tuple[Tensor, ...]], warm: bool = True) -> Callable[[], tuple[Tensor, ...]]:
+    """Replays of a CUDA graph of the call, which give what it gave, anew; without a GPU, the call.
+
+    `warm`: the call is made once before, for what is compiled or looked up at first.
+    """
+    if DEVICE == "cpu":
+        return call
+    if warm:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            call()
+        torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return results
+
+    return replay
 
 
 def assert_same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...], rtol: float, atol: float) -> None:

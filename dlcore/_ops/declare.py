@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -54,11 +55,19 @@ class _Once(torch.autograd.Function):
 
 
 def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
-    """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients."""
+    """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients.
+
+    What was asked for around the forward pass holds for the backward one, which may run in another thread.
+    """
+
+    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.backend = _dispatch.asked_for()
+        setup(ctx, inputs, output)
 
     def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        with torch.no_grad():
+        chosen = nullcontext() if ctx.backend is None else _dispatch.use_backend(ctx.backend)
+        with torch.no_grad(), chosen:
             results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
         if not torch.is_grad_enabled():
             return results
@@ -66,7 +75,7 @@ def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) 
         return handed
 
     name = "dlcore::" + op.replace(".", "_")
-    torch.library.register_autograd(name, once, setup_context=setup, lib=_library)
+    torch.library.register_autograd(name, once, setup_context=remember, lib=_library)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

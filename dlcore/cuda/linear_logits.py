@@ -34,7 +34,7 @@ def pairs(p: Head, q: Head) -> Iterator[tuple[int, Tensor, Tensor]]:
     if p[1] is not None or q[1] is not None:
         from dlcore.triton.linear_logits import tile_width
 
-        width = tile_width(p[0].shape[:-1].numel())
+        width = tile_width(q if p[1] is None else p)
     for (first, left), (_, right) in zip(tiles(p, width), tiles(q, width), strict=True):
         if left.dtype != right.dtype:
             left, right = left.float(), right.float()

@@ -73,7 +73,8 @@ def vmf_series(kappa: Tensor, dim: int) -> Series:
     rows = w * w * slopes + (level - flat * w.squeeze(-1)).unsqueeze(-1) * values
     matrix = torch.cat([rows, -q * w], -1)
     scale = matrix.abs().amax(-1)
-    solution = torch.linalg.solve(matrix / scale.unsqueeze(-1), q * (m - z) / scale)
+    # Never singular, and not asked whether it is: that would wait for a GPU.
+    solution, _ = torch.linalg.solve_ex(matrix / scale.unsqueeze(-1), q * (m - z) / scale)
     return Series(m.squeeze(-1), rest.squeeze(-1), solution[..., :-1])
 
 

@@ -316,13 +316,17 @@ def _select(
         block = power_of_two(groups, 16, _MOST_GROUPS)
         launch(floor_kernel, rows, tops, tops, groups, *top_k, selection.floor, BLOCK=block)
     bins = torch.empty((2, rows, _BINS.value), dtype=torch.int64, device=device)
-    block = power_of_two(vocab, GROUP, 1024)
     for bit in range(8 * (_DIGITS - 1), -1, -8):
-        bins.zero_()
-        for first, columns, logits in tiles(head):
-            parts = ceil_div(columns, block)
-            read = (*logits, first, columns, *softmax.args, state.numbers, rows, parts)
-            found = (selection.prefix, selection.floor, bit, bins)
-            launch(histogram_kernel, rows * parts, bins, *read, *found, BLOCK=block)
+        _count(head, softmax, state, selection, bit, bins)
         launch(narrow_kernel, rows, bins, bins, rows, bit, *selection[:5])
     return selection
+
+
+def _count(head: Head, softmax: Softmax, state: State, selection: Selection, bit: int, bins: Tensor) -> None:
+    rows, block = bins.shape[1], power_of_two(vocab_size(head), GROUP, 1024)
+    bins.zero_()
+    for first, columns, logits in tiles(head):
+        parts = ceil_div(columns, block)
+        read = (*logits, first, columns, *softmax.args, state.numbers, rows, parts)
+        found = (selection.prefix, selection.floor, bit, bins)
+        launch(histogram_kernel, rows * parts, bins, *read, *found, BLOCK=block)

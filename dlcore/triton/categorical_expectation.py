@@ -125,11 +125,12 @@ def _weigh(
     What is summed refers to the largest logit so far, and is scaled down when a larger one appears.
     """
     lead, device = head[0].shape[:-1], head[0].device
-    rows, width = lead.numel(), tile_width(lead.numel())
+    rows, width = lead.numel(), tile_width(head)
     mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32, device=device)
     reference = torch.empty(rows, dtype=torch.float64, device=device)
     factor = torch.empty((rows, 1), dtype=torch.float32, device=device)
     lse = torch.empty(lead, dtype=torch.float64, device=device)
+    room = torch.empty(rows * min(width, len(table)), dtype=table.dtype, device=device)
     state = new_state(head)
 
     def follow(first: int, last: bool) -> None:
@@ -141,17 +142,17 @@ def _weigh(
         first, columns, _ = tile
         scan_tile(tile, rows, softmax, state, key=key)
         follow(first, False)
-        p = _probabilities(tile, softmax, reference, rows, table.dtype)
+        p = _probabilities(tile, softmax, reference, room)
         matmul(p, table[first : first + columns], mean, add=True)
     follow(0, True)
     return state, mean.view(*lead, table.shape[1]), lse
 
 
-def _probabilities(
-    tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, rows: int, dtype: torch.dtype
-) -> Tensor:
+def _probabilities(tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, room: Tensor) -> Tensor:
+    """exp(logits / temperature - reference) of a tile (rows, columns), in `room`."""
     first, columns, logits = tile
-    p = torch.empty((rows, columns), dtype=dtype, device=reference.device)
+    rows = reference.numel()
+    p = room[: rows * columns].view(rows, columns)
     block, parts = split(columns)
     read = (*logits, first, columns, *softmax.args, reference, p, columns, parts)
     launch(softmax_tile_kernel, rows * parts, p, *read, BLOCK=block)
@@ -212,12 +213,16 @@ def expectation_backward(
     narrow = flat.to(torch.promote_types(logits.dtype, table.dtype)).contiguous()
     result = HeadGradient(head)
     table_grad = torch.empty(table.shape, dtype=torch.float32, device=table.device)
-    for tile in tiles(head, tile_width(rows)):
+    width = tile_width(head)
+    size = rows * min(width, len(table))
+    room = torch.empty(size, dtype=narrow.dtype, device=table.device)
+    pulls = torch.empty(size, dtype=torch.float32, device=table.device)
+    for tile in tiles(head, width):
         first, columns, view = tile
         tokens = slice(first, first + columns)
-        p = _probabilities(tile, softmax, lse, rows, narrow.dtype)
+        p = _probabilities(tile, softmax, lse, room)
         matmul(p.mT, narrow, table_grad[tokens])
-        pull = torch.empty((rows, columns), dtype=torch.float32, device=table.device)
+        pull = pulls[: rows * columns].view(rows, columns)
         matmul(narrow, table[tokens].mT, pull)
         out = result.tile(first, columns)
         block, parts = split(columns)

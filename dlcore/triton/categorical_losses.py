@@ -339,7 +339,7 @@ def split(columns: int) -> tuple[int, int]:
 
 def _pairs(p: Head, q: Head) -> Iterator[tuple[int, int, tuple[object, ...]]]:
     """(first token, how many, both views) of tiles of two heads side by side."""
-    width = None if p[1] is None and q[1] is None else tile_width(p[0].shape[:-1].numel())
+    width = None if p[1] is None and q[1] is None else tile_width(q if p[1] is None else p)
     for (first, columns, left), (_, _, right) in zip(tiles(p, width), tiles(q, width), strict=True):
         yield first, columns, (*left, *right)
 

@@ -73,13 +73,17 @@ def modules() -> list[str]:
 @lru_cache
 def launches(family: str) -> list[Launch]:
     """Every variant that the family's examples launch."""
+    found = {(x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in made(family)}
+    return list(found.values())
+
+
+def made(family: str) -> list[Launch]:
+    """The launches of the family's examples."""
     with recording() as found:
         examples = getattr(import_module(f"dlcore.triton.{family}"), "examples", lambda _: ())
         for call in examples("meta"):
             call()
-    return list(
-        {(x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in found}.values()
-    )
+    return found
 
 
 def missed(found: Iterable[Launch]) -> list[str]:

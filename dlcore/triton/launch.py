@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -17,8 +18,8 @@ logger = logging.getLogger("dlcore")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: The kernels that were launched so far, by name.
-launched: set[str] = set()
+#: Compiled variants that were launched before.
+_compiled: set[Any] = set()
 
 
 class Launch(NamedTuple):
@@ -29,7 +30,28 @@ class Launch(NamedTuple):
     meta: dict[str, Any]
 
 
+class Variant(NamedTuple):
+    """What a kernel is compiled for, alignment and options aside: the arguments' types, and constants."""
+
+    kernel: str
+    types: tuple[tuple[str, str], ...]
+    constants: tuple[tuple[str, Any], ...]
+
+
+#: Told of every launch that is made, if set.
+watch: Callable[[Launch], None] | None = None
 _recorded: list[Launch] | None = None
+
+
+def variant(x: Launch) -> Variant:
+    """The variant that a launch needs: absent arguments and tensors by dtype, numbers not at all."""
+    names = x.kernel.arg_names
+    types = tuple(
+        (name, "none" if a is None else str(a.dtype).removeprefix("torch."))
+        for name, a in zip(names, x.args, strict=False)
+        if a is None or isinstance(a, Tensor)
+    )
+    return Variant(x.kernel.__name__, types, tuple(sorted((k, v) for k, v in x.meta.items() if k in names)))
 
 
 def interpreting() -> bool:
@@ -64,14 +86,21 @@ def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, *
     if _recorded is not None:
         _recorded.append(Launch(kernel, args, meta))
         return
-    if kernel.__name__ not in launched:
-        launched.add(kernel.__name__)
-        logger.info("triton: compiling %s for its first call", kernel.__name__)
+    if watch is not None:
+        watch(Launch(kernel, args, meta))
+    start = time.perf_counter()
     if like.is_cuda and like.device.index != torch.cuda.current_device():
         with torch.cuda.device(like.device):
-            kernel[grid](*args, **meta)
+            compiled = kernel[grid](*args, **meta)
     else:
-        kernel[grid](*args, **meta)
+        compiled = kernel[grid](*args, **meta)
+    if compiled is not None and compiled not in _compiled:
+        _compiled.add(compiled)
+        took, constants = time.perf_counter() - start, variant(Launch(kernel, args, meta)).constants
+        shown = ", ".join(f"{k}={v}" for k, v in constants)
+        logger.info(
+            "triton: %s [%s] was made ready for its first call in %.2f s", kernel.__name__, shown, took
+        )
 
 
 @contextmanager

@@ -1,11 +1,22 @@
 """Linear heads on the GPU: logits tile by tile, and the gradients that come back from them.
 
-A tile is made by cuBLAS and read by the categorical kernels out of the second-level cache: 2^23 floats are
-32 MiB, of 40 on an A100, 50 on an H100 and more since. Of 8192 rows that is 1024 tokens, two waves of a
-product's tiles on 132 units; smaller ones would cost more launches than they save traffic. With thousands of
-rows such a product runs at the rate of the matrix units, which one fused with the reduction would not; with
-few rows the weights, read once, are all that matters, and a tile holds most of the vocabulary, so that its
-logits are little beside them; where one read will do, linear_logits_scan makes no tile at all.
+A tile is made by cuBLAS and read by the categorical kernels out of the second-level cache. Two bounds say how
+many tokens it has, in whole groups of 256:
+
+- 2^23 floats, 32 MiB, of 40 on an A100, 50 on an H100 and more since. Of 8192 rows that is 1024 tokens, two
+  waves of a product's tiles on 132 units; smaller ones would cost more launches than they save traffic.
+- One in 21 of the head's logits, which with what a scan says of every group is less than 5 % of what they
+  would take in float32. Up to 1390 rows of 126,464 tokens, or 2690 of 65,536, this one binds. Below 1024
+  tokens it is not kept: a product of fewer columns is not worth a launch, and so little memory no care.
+
+A draw or a loss keeps one tile, a truncated draw the largest logits of groups and 4 KiB a row, too. A loss's
+gradient keeps two, as do a mean of a table, a drift and a KL of two heads; the gradients of these keep four.
+Dense logits, which are there anyway, come in pieces by the first bound alone, and only where another buffer
+goes along with them.
+
+With thousands of rows such a product runs at the rate of the matrix units, which one fused with the reduction
+would not; of fewer rows it waits for the weights, each read once; where one read will do and rows are few,
+linear_logits_scan makes no tile at all.
 """
 
 from __future__ import annotations
@@ -19,21 +30,26 @@ from dlcore.triton.rows import Rows, rows_of
 
 Head = tuple[Tensor, Tensor | None, Tensor | None]
 
-#: Floats in a tile.
+#: Floats in a tile at most.
 _TILE = 1 << 23
+#: The part of a head's logits that a tile is at most, and the tokens that it may have in any case.
+_SHARE, _LEAST = 21, 1024
 #: Tokens that share a Gumbel number; tiles start at its multiples.
 GROUP = 256
-
-
-def tile_width(rows: int) -> int:
-    """How many tokens a tile of so many rows has: whole groups, at least one."""
-    return max(GROUP, _TILE // max(rows, 1) // GROUP * GROUP)
 
 
 def vocab_size(head: Head) -> int:
     """V."""
     logits, weight, _ = head
     return logits.shape[-1] if weight is None else weight.shape[0]
+
+
+def tile_width(head: Head) -> int:
+    """How many tokens a tile, or a piece of dense logits, has: whole groups, at least one."""
+    width = _TILE // max(head[0].shape[:-1].numel(), 1)
+    if head[1] is not None:
+        width = min(width, max(_LEAST, vocab_size(head) // _SHARE))
+    return max(GROUP, width // GROUP * GROUP)
 
 
 def tiles(head: Head, width: int | None = None) -> Iterator[tuple[int, int, Rows]]:
@@ -50,7 +66,7 @@ def tiles(head: Head, width: int | None = None) -> Iterator[tuple[int, int, Rows
             yield first, count, view._replace(data=view.data[..., first:])
         return
     hidden, weight = logits.detach().reshape(-1, logits.shape[-1]), weight.detach()
-    rows, width = hidden.shape[0], width or tile_width(hidden.shape[0])
+    rows, width = hidden.shape[0], width or tile_width(head)
     shape = (rows, min(width, weight.shape[0]))
     buffer = torch.empty(shape, dtype=torch.float32, device=hidden.device).view(-1)
     for first in range(0, weight.shape[0], width):
@@ -88,7 +104,7 @@ class HeadGradient:
             self.out = torch.empty_like(self.logits, memory_format=torch.contiguous_format)
             return
         self.flat = self.logits.reshape(-1, self.logits.shape[-1])
-        rows, width = self.flat.shape[0], tile_width(self.flat.shape[0])
+        rows, width = self.flat.shape[0], tile_width(head)
         self.hidden_grad = torch.zeros(self.flat.shape, dtype=torch.float32, device=device)
         self.weight_grad = torch.empty(self.weight.shape, dtype=torch.float32, device=device)
         self.bias_grad = None if self.bias is None else torch.empty_like(self.bias, dtype=torch.float32)

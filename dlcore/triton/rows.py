@@ -49,7 +49,7 @@ def rows_of(x: Tensor) -> Rows:
 
 
 def per_row(x: Tensor | None, lead: torch.Size) -> tuple[Tensor | None, int]:
-    """One element for all rows with step 0, or a contiguous one per row with step 1."""
-    if x is None or x.numel() == 1:
+    """One element for all rows, expanded or not, with step 0, or a contiguous one per row with step 1."""
+    if x is None or all(size == 1 or step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
         return x, 0
     return x.expand(lead).contiguous(), 1

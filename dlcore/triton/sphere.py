@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from dlcore._ops.sphere import MAPS
-from dlcore.triton.functions import power_of_two_below
+from dlcore.triton.functions import over, power_of_two_below
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.rows import per_row, row_offset, rows_of
-from dlcore.triton.sphere_maps import antipodal, combine, measure
+from dlcore.triton.sphere_maps import antipodal, combine, measure, sinc_cosine
 
 #: Columns of a tile: a longer row takes several, and is read twice or three times.
 _TILE = 4096
@@ -150,6 +150,28 @@ def sphere_map_kernel(
         tl.store(t_out + row, number, live)
 
 
+@triton.jit(do_not_specialize=["rows", "x_inner", "v_inner"])
+def sphere_step_kernel(
+    x, x_inner, x_outer, x_step, v, v_inner, v_outer, v_step, t, t_step, out, rows, columns,
+    EXPONENTIAL: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """x moved by t·v, along the great circle or straight on, and back to length 1; one tile holds a row."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    live, lane = row < rows, tl.arange(0, BLOCK)[None, :]
+    y = _load(x, row_offset(row, x_inner, x_outer, x_step), lane, live, columns)
+    move = _load(v, row_offset(row, v_inner, v_outer, v_step), lane, live, columns)
+    move = move * tl.load(t + row * t_step, live, 0.0).to(tl.float32)
+    if EXPONENTIAL:
+        sinc, cosine = sinc_cosine(tl.sqrt_rn(tl.sum(move * move, 1, keep_dims=True)))
+        y = y * cosine + move * sinc
+    else:
+        y = y + move
+    # Of any length: the largest entry is brought next to 1.
+    y = y * power_of_two_below(tl.max(tl.abs(y), 1, keep_dims=True))
+    y = y * over(1.0, tl.sqrt_rn(tl.sum(y * y, 1, keep_dims=True)))
+    tl.store(out + row * columns + lane, y.to(out.dtype.element_ty), live & (lane < columns))
+
+
 def tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, dict[str, Any]]:
     """So many programs, and their constants: several short rows each, or a tile of a long one at a time.
 
@@ -256,9 +278,16 @@ def slerp_backward(
 
 def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
     """x moved by t·v in float32, along the great circle or straight on, and back to length 1."""
-    start, move = x.float(), t.float().unsqueeze(-1) * v
-    moved: Tensor = normalize(exp_map(start, move) if exponential else start + move)
-    return moved.to(x.dtype)
+    columns, rows = x.shape[-1], x.shape[:-1].numel()
+    programs, constants = tiling(rows, columns)
+    if not constants.pop("WHOLE"):
+        start, move = x.float(), t.float().unsqueeze(-1) * v
+        moved: Tensor = normalize(exp_map(start, move) if exponential else start + move)
+        return moved.to(x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    read = (*rows_of(x), *rows_of(v), *per_row(t, x.shape[:-1]))
+    launch(sphere_step_kernel, programs, x, *read, out, rows, columns, EXPONENTIAL=exponential, **constants)
+    return out
 
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
@@ -270,3 +299,5 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
             function, backward = globals()[name], globals()[f"{name}_backward"]
             yield partial(function, *inputs)
             yield partial(backward, t if name == "angle" else x, [True] * len(inputs), *inputs)
+        for exponential in (True, False):
+            yield partial(step, x, x, t, exponential)

@@ -179,14 +179,15 @@ def _angle_backward(x, y, grad, near, far):
 
 
 @triton.jit
-def _sinc(n):
+def sinc_cosine(n):
+    """sin(n) / n and cos(n)."""
     sine, cosine = sine_cosine(n * (1 / PI))
     return tl.where(n < 1e-4, 1.0 - n * n / 6.0, over(sine, n)), cosine
 
 
 @triton.jit
 def _exp_backward(x, y, g, square, g_x, g_y):
-    sinc, cosine = _sinc(tl.sqrt_rn(square))
+    sinc, cosine = sinc_cosine(tl.sqrt_rn(square))
     slope = tl.where(square < 1e-2, square / 30.0 - 1 / 3, over(cosine - sinc, square))
     return g * cosine, y * (slope * g_y - sinc * g_x) + g * sinc
 
@@ -242,7 +243,7 @@ def combine(
         if BACKWARD:
             x, y = _exp_backward(x, y, g, s0, s1, s2)
         else:
-            sinc, cosine = _sinc(tl.sqrt_rn(s0))
+            sinc, cosine = sinc_cosine(tl.sqrt_rn(s0))
             x = x * cosine + y * sinc
     elif MAP == "rotate":
         if BACKWARD:

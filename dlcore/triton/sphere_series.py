@@ -88,7 +88,7 @@ def _tables(size: int, padded: int, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _solve_large(kappa: Tensor, dim: int) -> Tensor:
-    """The same rows by torch's solver, which waits for the GPU."""
+    """The same rows by torch's solver."""
     m, rest, sums = vmf_series(kappa, dim)
     n = torch.arange(sums.shape[-1], device=kappa.device)
     lower = (n > n.unsqueeze(-1)) & ((n - n.unsqueeze(-1)) % 2 == 1)

@@ -208,12 +208,13 @@ def velocity(
     """
     lead, dim, device = logits.shape[:-1], table.shape[1], logits.device
     rows, table, flat = lead.numel(), table.detach(), x.detach().reshape(-1, dim)
-    radial, width = _radial_of(kappa, lead, dim), tile_width(rows)
+    head = (logits.detach(), weight, bias)
+    radial, width = _radial_of(kappa, lead, dim), tile_width(head)
     cosines = _Cosines(flat, table, width)
     mean = torch.zeros((rows, dim), dtype=torch.float32, device=device)
     total = torch.zeros(rows, dtype=torch.float32, device=device)
     reference = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
-    for first, count, tile in tiles((logits.detach(), weight, bias), width):
+    for first, count, tile in tiles(head, width):
         spans, constants = _blocks(count)
         peaks, sums = torch.empty((2, rows, spans), dtype=torch.float32, device=device)
         launch(sphere_peak_kernel, rows * spans, flat, *tile, peaks, count, spans, **constants)
@@ -269,7 +270,7 @@ def velocity_backward(
     """
     lead, head, dim = logits.shape[:-1], (logits, weight, bias), table.shape[1]
     rows, flat, lse = lead.numel(), x.reshape(-1, dim), lse.contiguous()
-    radial, width, state = _radial_of(kappa, lead, dim), tile_width(rows), flat.float()
+    radial, width, state = _radial_of(kappa, lead, dim), tile_width(head), flat.float()
     grad, along = grad.reshape(rows, dim).float(), along.reshape(rows, 1)
     mean = output.reshape(rows, dim) + along * state
     pulled = (grad * state).sum(-1, keepdim=True)
@@ -321,7 +322,7 @@ def velocity_backward(
 def largest(logits: Tensor, weight: Tensor | None, bias: Tensor | None, count: int) -> Tensor:
     """Ids (..., count) of the largest logits, descending, ties to the lowest id; -1 in invalid rows."""
     lead, head = logits.shape[:-1], (logits.detach(), weight, bias)
-    rows, width = lead.numel(), tile_width(lead.numel())
+    rows, width = lead.numel(), tile_width(head)
     kept = torch.empty((rows, 0), dtype=torch.int64, device=logits.device)
     for first, columns, tile in tiles(head, width):
         keys = torch.empty((rows, columns), dtype=torch.int64, device=logits.device)
