@@ -15,6 +15,12 @@ NAMES = (
     "udm_loo",
     "udm_predictor_corrector",
     "absorbing_uniform",
+    "bitstream",
+    "elf",
+    "flm",
+    "langflow",
+    "slerp",
+    "vmf",
 )
 
 
