@@ -7,22 +7,39 @@ import math
 import torch
 from matplotlib.image import imsave
 from sklearn.datasets import load_digits
-from torch import Tensor
+from torch import Tensor, nn
 
+from bench.systems.network import Network
 from bench.systems.sequences import Outcome, main
 from bench.systems.training import Data
 from bench.systems.udm_loo import LeaveOneOut
+from dlcore import LinearLogits
 from dlcore.demo.options import UserError
 
 #: Grey levels, the pixels of a side, and images in a row of the picture.
 LEVELS, SIDE, ROW = 17, 8, 16
 
 
+class Placed(nn.Module):
+    """A network that is told where a pixel is, for text's knows distances alone."""
+
+    def __init__(self, pixels: int) -> None:
+        super().__init__()
+        self.network = Network(max(LEVELS, pixels), LEVELS, pixels, streams=2)
+
+    def forward(self, z: Tensor, level: float | Tensor) -> LinearLogits:
+        logits: LinearLogits = self.network(z, torch.arange(z.shape[1]).expand_as(z), level=level)
+        return logits
+
+
 class Digits(LeaveOneOut):
-    """The leave-one-out system as it is, on rows of pixels joined to one; it isn't told which digit."""
+    """The leave-one-out system, on rows of pixels joined to one; it isn't told which digit."""
 
     name = "digits"
     title = "uniform diffusion of 8×8 digits"
+
+    def build(self) -> nn.Module:
+        return Placed(self.length)
 
 
 def read() -> Data:

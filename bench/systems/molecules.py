@@ -11,7 +11,7 @@ from bench.systems.sequences import Outcome, main
 from bench.systems.training import Data
 
 #: Strings, and the characters of each with its padding.
-COUNT, LENGTH = 20_000, 32
+COUNT, LENGTH = 20_000, 24
 
 
 class Molecules(MDLM):

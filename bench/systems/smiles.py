@@ -100,7 +100,7 @@ class _Bonds:
 def _grow(source: random.Random) -> list[_Atom]:
     """A tree of atoms, mostly a chain, then rings of five and six."""
     atoms = [_Atom("C", 4)]
-    for _ in range(source.randint(3, 13)):
+    for _ in range(source.randint(3, 9)):
         open_ = [i for i, atom in enumerate(atoms) if atom.free]
         parent = open_[-1] if source.random() < 0.75 else source.choice(open_)
         element = source.choices("CNOSF", (60, 14, 14, 5, 7))[0]
