@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from bench.systems import network
 from bench.systems.command import main
 from bench.systems.system import System
 from dlcore.demo import block_transformer
@@ -22,7 +23,8 @@ class BlockDiffusion(System):
     network: BlockTransformer
 
     def build(self) -> nn.Module:
-        return BlockTransformer(self.vocab_size, length=self.length, block_size=BLOCK, layers=3, width=96)
+        sizes = dict(layers=network.LAYERS, width=network.WIDTH)
+        return BlockTransformer(self.vocab_size, length=self.length, block_size=BLOCK, **sizes)
 
     def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
         return block_transformer.nelbo(self.network, x, key).mean()

@@ -1,10 +1,11 @@
-"""One network for two block sizes: blocks drafted at once, redone where its autoregressive side disagrees."""
+"""One network for two block sizes: blocks drafted at once, redone where its autoregressive side doubts them."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from bench.systems import network
 from bench.systems.command import main
 from bench.systems.system import System, levels
 from dlcore import LinearLogits, attention, categorical, rng
@@ -20,8 +21,9 @@ AUTOREGRESSIVE = 0.5
 class BlockNetwork(nn.Module):
     """Logits of noisy blocks given the clean tokens before them, for any block size."""
 
-    def __init__(self, vocab_size: int, length: int, width: int = 96, layers: int = 3) -> None:
+    def __init__(self, vocab_size: int, length: int) -> None:
         super().__init__()
+        width, layers = network.WIDTH, network.LAYERS
         self.embedding = nn.Embedding(vocab_size + 1, width)
         self.trunk = Trunk(length, layers=layers, width=width)
         self.head = nn.Linear(width, vocab_size + 1, bias=False)
@@ -43,7 +45,7 @@ class BlockNetwork(nn.Module):
 
 
 class BlockGen(System):
-    """BlockGen with masks; the corrector redoes the tokens on which its two sides disagree most (ARPC)."""
+    """BlockGen with masks; the corrector redoes the tokens that its autoregressive side finds unlikely (ARPC)."""
 
     name = "blockgen_arpc"
     title = "block diffusion, AR-informed corrector"
@@ -90,7 +92,7 @@ class BlockGen(System):
         logits = _rows(self.network(whole, whole, BLOCK), start)
         draft = masked.step(logits, z, 0.0, 1.0, self.mask_id, key=key)
         ar = _rows(self.autoregressive(torch.cat((clean, draft), 1)), start)
-        score = guidance.arpc_score(logits, ar, exclude=self.mask_id)
+        score = guidance.arpc_score(logits, ar, draft, score="ar_nll", exclude=self.mask_id)
         return guidance.renoise(draft, score, alpha_s, prior=self.mask_id)
 
 

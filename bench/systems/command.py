@@ -65,10 +65,13 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def parser(prog: str, description: str, seconds: int) -> argparse.ArgumentParser:
-    """The options of every system's command."""
+def parser(prog: str, description: str, seconds: int, length: int | None = None) -> argparse.ArgumentParser:
+    """The options of every system's command; those of a text are left out if sequences have a `length`."""
     made = _Parser(prog=prog, description=description)
-    made.add_argument("--text", type=Path, help="a UTF-8 file; this Python's own documentation if not given")
+    if length is None:
+        _add_text(made)
+    else:
+        made.set_defaults(text=None, length=length)
     made.add_argument(
         "--seconds",
         type=lambda s: whole(s, 1),
@@ -81,14 +84,18 @@ def parser(prog: str, description: str, seconds: int) -> argparse.ArgumentParser
     made.add_argument(
         "--batch", type=lambda s: whole(s, 1), default=64, help="sequences written (%(default)s)"
     )
-    made.add_argument(
-        "--length", type=lambda s: whole(s, SHORTEST), default=64, help="tokens of a sequence (%(default)s)"
-    )
     made.add_argument("--seed", type=lambda s: whole(s, 0), default=0, help="of all noise (%(default)s)")
     made.add_argument(
         "--out", type=Path, default=Path("out/systems"), help="folder of the checkpoints (%(default)s)"
     )
     return made
+
+
+def _add_text(made: argparse.ArgumentParser) -> None:
+    made.add_argument("--text", type=Path, help="a UTF-8 file; this Python's own documentation if not given")
+    made.add_argument(
+        "--length", type=lambda s: whole(s, SHORTEST), default=64, help="tokens of a sequence (%(default)s)"
+    )
 
 
 def main(system: type[System]) -> NoReturn:

@@ -12,6 +12,8 @@ from dlcore.demo.transformer import HEAD_DIM, Trunk
 
 #: Octaves in which a network sees a noise level in [0, 1].
 OCTAVES = 8
+#: Depth, and d, of a network that isn't told them.
+LAYERS, WIDTH = 3, 96
 
 
 class Network(nn.Module):
@@ -23,7 +25,7 @@ class Network(nn.Module):
         length: L, the most positions.
         streams: sequences of tokens that come in together, their embeddings added.
         vectors: whether (B, L, inputs) comes in instead.
-        layers, width: depth, and d, a multiple of 32.
+        layers, width: depth, and d, a multiple of 32; LAYERS and WIDTH if None.
 
     Raises:
         ValueError: a width that is no such multiple.
@@ -37,10 +39,11 @@ class Network(nn.Module):
         *,
         streams: int = 1,
         vectors: bool = False,
-        layers: int = 3,
-        width: int = 96,
+        layers: int | None = None,
+        width: int | None = None,
     ) -> None:
         super().__init__()
+        layers, width = layers or LAYERS, width or WIDTH
         if width % HEAD_DIM:
             raise ValueError(f"Network: width must be a multiple of {HEAD_DIM}, got {width}")
         self.embeddings = nn.ModuleList(_embedding(inputs, width, vectors) for _ in range(streams))

@@ -23,7 +23,10 @@ LEARNING_RATE = 3e-3
 
 @dataclass(frozen=True)
 class Data:
-    """Tokens (N,) below `vocab_size`, cut into training and held-out parts."""
+    """Tokens below `vocab_size`, cut into training and held-out parts.
+
+    They are (N,) of a text, of which sequences are windows, or (N, L), the sequences themselves.
+    """
 
     tokens: Tensor
     vocab_size: int
@@ -56,7 +59,9 @@ class Trained(NamedTuple):
 
 
 def windows(tokens: Tensor, length: int, count: int, key: Tensor) -> Tensor:
-    """Random windows (count, length) of tokens (N,)."""
+    """Random windows (count, length) of tokens (N,), or rows of tokens (N, length)."""
+    if tokens.dim() == 2:
+        return tokens[(rng.uniform(key, (count,)) * len(tokens)).long()]
     starts = (rng.uniform(key, (count,)) * (len(tokens) - length + 1)).long()
     return tokens[starts.unsqueeze(1) + torch.arange(length)]
 
