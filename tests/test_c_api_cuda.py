@@ -73,6 +73,23 @@ def _workspace(query: Callable[..., None], *given: Any) -> Tensor:
     return room[: int(size) // 8]
 
 
+@pytest.mark.parametrize("name", ["uniform", "normal", "gumbel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_noise(cuda_c: Library, name: str, dtype: torch.dtype) -> None:
+    c, keys, out = cuda_c, _per_row_keys(), empty(ROWS, 501, dtype=dtype)
+    kind = {torch.float32: c.FLOAT32, torch.float64: c.FLOAT64}[dtype]
+    getattr(c, f"cuda_rng_{name}")(keys, ROWS, 501, kind, out, None)
+    same(out, getattr(rng, name)(keys, 501, dtype=dtype))
+
+
+def test_fold_in(cuda_c: Library) -> None:
+    c, data = cuda_c, torch.tensor([0, 5, -(2**62), 7, 9])
+    for key in (KEY, _per_row_keys()):
+        out = empty(ROWS, 2, dtype=torch.int64)
+        c.cuda_rng_fold_in(c.keys_of(key), c.ints(data=data, stride=1), ROWS, out, None)
+        same(out, rng.fold_in(key, data))
+
+
 def _softmax_memory(c: Library, softmax: Any, how: Any = None) -> Tensor:
     return _workspace(c.cuda_categorical_workspace, softmax, how)
 
@@ -427,6 +444,10 @@ def _grad(c: Library) -> Any:
 
 #: A call of every function that is taken.
 CALLS: dict[str, Callable[[Library], list[Any]]] = {
+    "rng_fold_in": lambda c: [c.keys_of(KEY), c.ints(data=INDEX, stride=1), ROWS, _out(), 0],
+    **{
+        f"rng_{name}": lambda c: [KEY, 1, 5, c.FLOAT32, _out(), 0] for name in ("uniform", "normal", "gumbel")
+    },
     "categorical_workspace": lambda c: [_softmax(c), c.sampling(), _out()],
     "categorical_stats": lambda c: [_softmax(c), _out(), _out(), _out(), 0],
     "categorical_sample": lambda c: [
@@ -521,7 +542,7 @@ def test_null_is_refused_wherever_it_is_not_a_default(cuda_c: Library, name: str
         arguments = CALLS[name](c)
         if isinstance(value, int) or (name, place) in OPTIONAL:
             continue
-        by_value = type(value).__name__ in ("dlcore_floats", "dlcore_doubles", "dlcore_keys")
+        by_value = type(value).__name__ in ("dlcore_floats", "dlcore_doubles", "dlcore_ints", "dlcore_keys")
         if by_value and name.startswith("categorical_kl"):
             continue
         if by_value:
@@ -540,8 +561,9 @@ def test_no_rows_need_no_arrays(cuda_c: Library, name: str) -> None:
             arguments[place] = None
         elif isinstance(argument, ctypes.Structure):
             _empty_matrices(argument)
-    if name == "bits_encode":
-        arguments[2] = 0
+    counts = {"bits_encode": 2, "rng_fold_in": 2}.get(name, 1 if name.startswith("rng") else None)
+    if counts is not None:
+        arguments[counts] = 0
     getattr(c, f"cuda_{name}")(*arguments)
 
 

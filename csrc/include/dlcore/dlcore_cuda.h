@@ -1,6 +1,6 @@
 /*
- * dlcore on CUDA devices: dlcore::cuda is the library of all functions, these included. dlcore.h includes this
- * where DLCORE_CUDA is defined, as dlcore::cuda has it.
+ * dlcore on CUDA devices: dlcore::cuda is the library of all functions, these included. dlcore.h includes
+ * this where DLCORE_CUDA is defined, as dlcore::cuda has it.
  *
  * Structs are the host's, and so are the ids that `exclude` and `prior` point to; all else that they point
  * to, and every result, is the current device's, on whose `stream`, a cudaStream_t, the work is queued.
@@ -21,6 +21,14 @@
 extern "C" {
 #endif
 
+DLCORE_API dlcore_status dlcore_cuda_rng_fold_in(dlcore_keys keys, dlcore_ints data, int64_t count,
+                                                 dlcore_key* out, void* stream);
+DLCORE_API dlcore_status dlcore_cuda_rng_uniform(const dlcore_key* keys, int64_t num_keys, int64_t count,
+                                                 int32_t dtype, void* out, void* stream);
+DLCORE_API dlcore_status dlcore_cuda_rng_normal(const dlcore_key* keys, int64_t num_keys, int64_t count,
+                                                int32_t dtype, void* out, void* stream);
+DLCORE_API dlcore_status dlcore_cuda_rng_gumbel(const dlcore_key* keys, int64_t num_keys, int64_t count,
+                                                int32_t dtype, void* out, void* stream);
 
 /* How many bytes of workspace the functions of these logits take; `how` is what is to be sampled with, NULL
  * for draws without truncation and for the other functions. */
