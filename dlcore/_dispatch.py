@@ -23,8 +23,8 @@ _variable = os.environ.get("DLCORE_BACKEND")
 #: Every backend, the preferred first.
 PRIORITY = ("cpu", "triton", "cuda", "reference")
 
-#: The backends that are tried unasked for tensors of a device, the preferred first; an op may have a preference
-#: of its own for CUDA tensors.
+#: The backends that are tried unasked for tensors of a device, the preferred first; an op may have a
+#: preference of its own for CUDA tensors.
 AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 #: The op that serves each public function without one of its own name.

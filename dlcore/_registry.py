@@ -222,7 +222,7 @@ CUDA: dict[str, tuple[str, ...]] = {
 
 
 #: What runs CUDA tensors unasked where an op has kernels of both kinds, op by op. Who has measured an op on a
-#: device adds a line to the second dict: "bits.step": Preference("cuda", "triton", "1.2 times as fast, H200").
+#: device adds a line to the second dict: "bits.step": Preference("cuda", "triton", "1.2 times as fast").
 PREFERRED: dict[str, Preference] = {
     op: Preference("triton", "cuda", "cuda has not been measured faster on a device")
     for ops in CUDA.values()

@@ -175,7 +175,7 @@ def test_nan_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("d", [48, 1200])
+@pytest.mark.parametrize("d", [44, 46, 47, 48, 1200])
 def test_strides_and_addresses(name: str, d: int, caplog: pytest.LogCaptureFixture) -> None:
     """Rows with gaps, at addresses that packets cannot be read from: the same bits, no copies."""
     function, arguments = MAPS[name]
@@ -196,7 +196,7 @@ def test_strides_and_addresses(name: str, d: int, caplog: pytest.LogCaptureFixtu
 
     want = results(inputs)
     with caplog.at_level("INFO", logger="dlcore"):
-        for offsets in ((0, 0, 0), (1, 1, 1), (0, 2, 8), (8, 1, 0)):
+        for offsets in ((0, 0, 0), (1, 1, 1), (2, 2, 2), (4, 4, 4), (0, 2, 8), (8, 1, 0)):
             placed = [
                 spread(a, o) if a.dim() > 1 else a.view(3, 2) for a, o in zip(inputs, offsets, strict=False)
             ]

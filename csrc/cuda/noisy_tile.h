@@ -56,7 +56,7 @@ class NoisyTile {
         const int64_t at = place(tile, p);
 #pragma unroll
         for (int o = 0; o < O; ++o)
-          store_packet(output[o].data + at, packed[o].word, left(at), output[o].aligned, dtype_);
+          store_packet(output[o].data + at, packed[o].word, left(at), output[o].aligned);
       }
     }
   }
@@ -94,7 +94,7 @@ class NoisyTile {
       const int64_t at = place(tile, p), first = at / static_cast<int64_t>(sizeof(T));
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        packed_[k][p].word = load_packet(vector_[k].data + at, left(at), vector_[k].aligned, dtype_);
+        packed_[k][p].word = load_packet(vector_[k].data + at, left(at), vector_[k].aligned);
 #pragma unroll
       for (int e = 0; e < kPacketEntries<T>; e += 2) {
         const NormalPair pair = N(key_, (first + e) / 2);

@@ -40,7 +40,7 @@ struct Tile {
       const int at = place(team, p);
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        packet[k][p] = load_packet(vector[k].data + first + at, left - at, vector[k].aligned, dtype);
+        packet[k][p] = load_packet(vector[k].data + first + at, left - at, vector[k].aligned);
     }
   }
 
@@ -83,7 +83,7 @@ __device__ void combine(const Tile<Map::vectors>& tile, int p, int64_t first, in
 #pragma unroll
   for (int o = 0; o < Map::outputs; ++o)
     if (output[o].data)
-      store_packet(output[o].data + first + at, result[o].word, left - at, output[o].aligned, dtype);
+      store_packet(output[o].data + first + at, result[o].word, left - at, output[o].aligned);
 }
 
 template <class Map>
