@@ -21,9 +21,9 @@ constexpr int kMostKept = kKept * kMostThreads;
 template <class T, int V, NormalPair (*N)(Key, int64_t), bool WHOLE = false>
 class NoisyTile {
  public:
-  __device__ NoisyTile(const Teams& teams, const Team& team, int64_t columns, DType dtype, Key key,
+  __device__ NoisyTile(const Teams& teams, const Team& team, int64_t columns, Key key,
                        const Vector (&vector)[V])
-      : teams_(teams), team_(team), columns_(columns), dtype_(dtype), key_(key), vector_(vector) {
+      : teams_(teams), team_(team), columns_(columns), key_(key), vector_(vector) {
     if (WHOLE) make(0);
   }
 
@@ -107,7 +107,6 @@ class NoisyTile {
   const Teams& teams_;
   const Team& team_;
   int64_t columns_;
-  DType dtype_;
   Key key_;
   const Vector (&vector_)[V];
   Packed<T, kPacketEntries<T>> packed_[V][kKeptPackets<T>];
