@@ -1,3 +1,4 @@
+// The running reference of each row is its largest logit so far.
 #include "weighing.h"
 
 #include <cmath>

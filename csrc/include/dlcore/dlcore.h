@@ -397,7 +397,8 @@ DLCORE_API dlcore_status dlcore_sphere_sample(const dlcore_matrix* mean, dlcore_
                                               dlcore_keys keys, void* out, int32_t threads);
 
 /* Gradients of the maps: of each input, from `grad`, the gradient by the map's result and its like. Any may
- * be NULL: it is not wanted. That of t is a number per row. (The Langevin step has one on CUDA alone.) */
+ * be NULL: it is not wanted. That of t is a number per row. (dlcore_sphere_correct's is there on
+ * CUDA alone: the CPU has no kernel of it.) */
 DLCORE_API dlcore_status dlcore_sphere_normalize_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
                                                           void* x_grad, int32_t threads);
 DLCORE_API dlcore_status dlcore_sphere_project_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
