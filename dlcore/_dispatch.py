@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ _variable = os.environ.get("DLCORE_BACKEND")
 #: Every backend, the preferred first.
 PRIORITY = ("cpu", "triton", "cuda", "reference")
 
-#: The backends that are tried unasked for tensors of a device, the preferred first.
+#: The backends that are tried unasked for tensors of a device, the preferred first; an op may have a
+#: preference of its own for CUDA tensors.
 AT_HOME = {"cpu": ("cpu", "reference"), "cuda": ("triton", "cuda", "reference")}
 
 #: The op that serves each public function without one of its own name.
@@ -46,7 +47,20 @@ SERVED_BY = {
     "absorbing_uniform.nelbo": "categorical.log_probs",
 }
 
+
+class Preference(NamedTuple):
+    """Which of two backends goes first, and what says so."""
+
+    first: str
+    then: str
+    because: str
+
+    def __str__(self) -> str:
+        return f"{self.first} before {self.then}: {self.because}"
+
+
 _implementations: dict[str, dict[str, tuple[Implementation, Reasons]]] = {}
+_preferences: dict[str, Preference] = {}
 _chosen: ContextVar[str | None] = ContextVar("dlcore_backend", default=None)
 _last: dict[str, str] = {}
 _logged: set[tuple[str, str]] = set()
@@ -55,6 +69,11 @@ _logged: set[tuple[str, str]] = set()
 def implement(op: str, backend: str, function: Implementation, reasons: Reasons) -> None:
     """Stand `function` behind `op`; `reasons(*args)` lists why it cannot take these arguments."""
     _implementations.setdefault(op, {})[backend] = (function, reasons)
+
+
+def prefer(op: str, preference: Preference) -> None:
+    """Say which kernels run `op` on CUDA tensors unasked, where it has both kinds."""
+    _preferences[op] = preference
 
 
 def ops() -> list[str]:
@@ -122,17 +141,25 @@ def _report(op: str, args: tuple[Any, ...]) -> str:
     lines = [f"{op}({_summary(args)})"]
     for backend, reasons in _refusals(op, args).items():
         lines.append(f"  {backend}: " + ("can run" if not reasons else "; ".join(reasons)))
+    if args and args[0].is_cuda and op in _preferences:
+        lines.append(f"  {_preferences[op]}")
     return "\n".join(lines)
+
+
+def _at_home(op: str, x: Tensor) -> tuple[str, ...]:
+    """The backends that are tried unasked, the preferred first."""
+    # What a small call pays for is_cpu is half of what it pays for device.type.
+    if x.is_cpu:
+        return AT_HOME["cpu"]
+    if x.is_cuda and op in _preferences:
+        return (_preferences[op].first, _preferences[op].then, "reference")
+    return AT_HOME.get(x.device.type, ("reference",))
 
 
 def choose(op: str, args: tuple[Any, ...]) -> str:
     """The backend that takes these arguments; raises NotImplementedError with every backend's reasons."""
     table, requested = _implementations[op], _requested()
-    if requested is not None:
-        candidates: tuple[str, ...] = (requested,)
-    else:
-        # What a small call pays for is_cpu is half of what it pays for device.type.
-        candidates = AT_HOME.get("cpu" if args[0].is_cpu else args[0].device.type, ("reference",))
+    candidates = (requested,) if requested is not None else _at_home(op, args[0])
     for backend in candidates:
         entry = table.get(backend)
         if entry is None:
@@ -184,6 +211,8 @@ def backends(op: str | None = None) -> dict[str, list[str]] | list[str]:
 
 def explain(op: str, *args: Any, **kwargs: Any) -> str:
     """Which backend would run `op` on these arguments, and why the others would not.
+
+    Of CUDA tensors also why one kind of kernels goes before the other, where the op has both.
 
     Example:
         >>> import torch, dlcore

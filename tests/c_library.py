@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-HEADER = ROOT / "csrc" / "include" / "dlcore" / "dlcore.h"
+HEADERS = ROOT / "csrc" / "include" / "dlcore"
 #: Kept between runs, so that the kernels are compiled once.
 BUILD = ROOT / "build" / "c-api"
 
@@ -26,9 +28,17 @@ _NUMBERS = {
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
 
 
+def tool(name: str) -> str | None:
+    """Where a program is that this environment or the machine has."""
+    beside = Path(sys.executable).parent
+    return shutil.which(name, path=os.pathsep.join([str(beside), os.environ.get("PATH", os.defpath)]))
+
+
 def cmake(*arguments: object) -> None:
     """Run CMake; what it said is in the error if it fails."""
-    done = subprocess.run(["cmake", *map(str, arguments)], capture_output=True, text=True, check=False)
+    found = tool("cmake")
+    assert found is not None, "the tests of the C library need CMake: pip install cmake"
+    done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -50,14 +60,14 @@ def install(prefix: Path) -> Path:
 
 
 class Library:
-    """Constants, structs and functions of the header; a function that fails raises CError."""
+    """Constants, structs and functions of the headers; a function that fails raises CError."""
 
     def __init__(self, path: Path, cuda: bool = False) -> None:
         self.library = ctypes.CDLL(str(path))
         self.types: dict[str, Any] = dict(_NUMBERS)
-        text = re.sub(r"/\*.*?\*/", "", HEADER.read_text(), flags=re.S)
-        if not cuda:
-            text = text.partition("#if defined(DLCORE_CUDA)")[0]
+        headers = ["dlcore.h", "dlcore_cuda.h"] if cuda else ["dlcore.h"]
+        text = "\n".join((HEADERS / name).read_text() for name in headers)
+        text = re.sub(r"/\*.*?\*/", "", text, flags=re.S)
         self.constants = {n: int(v) for n, v in re.findall(r"(DLCORE_\w+) = (\d+)", text)}
         for body, name in re.findall(r"typedef struct \w+ \{(.*?)\} (\w+);", text, re.S):
             self.types[name] = type(name, (ctypes.Structure,), {"_fields_": self._fields(body)})

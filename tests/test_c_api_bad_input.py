@@ -32,13 +32,17 @@ def _logits(c: Library) -> Any:
     return c.logits(values=_matrix(c))
 
 
-def _softmax(c: Library) -> Any:
+def _softmax(c: Library, temperature: float | None = 1.0) -> Any:
     return c.categorical(
         logits=_logits(c),
         index=_ids(0, 1, 2),
         shift=c.row_numbers(torch.zeros(ROWS)),
-        temperature=c.row_numbers(torch.ones(ROWS)),
+        temperature=c.row_numbers(None if temperature is None else torch.full((ROWS,), temperature)),
     )
+
+
+def _grad(c: Library) -> Any:
+    return c.logits_grad(values=_out())
 
 
 def _linear(c: Library) -> Any:
@@ -103,20 +107,40 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
         _out(),
     ],
     "categorical_log_probs": lambda c: [_softmax(c), _ids(0, 1, -1), _out()],
+    "categorical_log_probs_backward": lambda c: [
+        _softmax(c, None),
+        _ids(0, 1, -1),
+        *(_out(), _out(), _grad(c)),
+    ],
     "categorical_kl": lambda c: [_logits(c), _logits(c), c.floats(), _out(), 0],
-    "categorical_expectation": lambda c: [_softmax(c), c.matrix_of(torch.zeros(VOCAB, 4)), _out()],
+    "categorical_kl_backward": lambda c: [
+        *(_logits(c), _logits(c), c.floats(), _out(), _out()),
+        *(_grad(c), _grad(c), 0),
+    ],
+    "categorical_expectation": lambda c: [_softmax(c), c.matrix_of(torch.zeros(VOCAB, 4)), _out(), _out()],
+    "categorical_expectation_backward": lambda c: [
+        *(_softmax(c), c.matrix_of(torch.zeros(VOCAB, 4)), _out(), _out(), _out()),
+        *(_grad(c), _out()),
+    ],
     "categorical_sample_expectation": lambda c: [
         _softmax(c),
         c.matrix_of(torch.zeros(VOCAB, 4)),
         _keys(c),
-        *(_out(), _out(), _out(), _out()),
+        *(_out(), _out(), _out(), _out(), _out()),
     ],
     "uniform_nelbo": lambda c: [
         c.categorical(logits=_logits(c), index=_ids(0, 1, 2)),
         _ids(0, 0, 0),
         c.doubles_of(0.5),
         c.doubles_of(-1.0),
-        _out(),
+        *(_out(), _out()),
+    ],
+    "uniform_nelbo_backward": lambda c: [
+        c.categorical(logits=_logits(c), index=_ids(0, 1, 2)),
+        _ids(0, 0, 0),
+        c.doubles_of(0.5),
+        c.doubles_of(-1.0),
+        *(_out(), _out(), _grad(c)),
     ],
     "bits_encode": lambda c: [_code(c), _ids(0, 1, 63), ROWS, _out(), 0],
     "bits_decode": lambda c: [_code(c), _matrix(c), 0, _out(), 0],
@@ -130,6 +154,7 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
     ],
     "bits_perturb": lambda c: [_matrix(c), c.doubles_of(0.5), _keys(c), _out(), 0],
     "bits_loss": lambda c: [_state(c), _matrix(c), 0, _out()],
+    "bits_loss_backward": lambda c: [_state(c), _matrix(c), 0, _out(), _out(), _out()],
     "sphere_normalize": lambda c: [_matrix(c), _out(), 0],
     **{
         f"sphere_{name}": lambda c: [_matrix(c), _matrix(c), _out(), 0]
@@ -140,6 +165,30 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
     "sphere_step": lambda c: [_matrix(c), _matrix(c), c.row_numbers(0.5), 0, _out(), 0],
     "sphere_correct": lambda c: [_matrix(c), _matrix(c), c.doubles_of(0.5), _keys(c), _out(), 0],
     "sphere_sample": lambda c: [_matrix(c), c.doubles_of(0.5), 0, _keys(c), _out(), 0],
+    "sphere_normalize_backward": lambda c: [_matrix(c), _matrix(c), _out(), 0],
+    "sphere_angle_backward": lambda c: [_out(), _matrix(c), _matrix(c), _out(), _out(), 0],
+    "sphere_slerp_backward": lambda c: [
+        *(_matrix(c), _matrix(c), _matrix(c), c.row_numbers(0.5)),
+        *(_out(), _out(), _out(), 0),
+    ],
+    **{
+        f"sphere_{name}_backward": lambda c: [_matrix(c), _matrix(c), _matrix(c), _out(), _out(), 0]
+        for name in ("project", "log_map", "exp_map")
+    },
+    "sphere_rotate_backward": lambda c: [*(_matrix(c) for _ in range(4)), _out(), _out(), _out(), 0],
+    "sphere_velocity": lambda c: [
+        *(_logits(c), _matrix(c, 4), c.matrix_of(torch.zeros(VOCAB, 4)), c.doubles_of(2.0)),
+        *(_out(), _out(), _out(), 0),
+    ],
+    "sphere_velocity_backward": lambda c: [
+        *(_logits(c), _matrix(c, 4), c.matrix_of(torch.zeros(VOCAB, 4)), c.doubles_of(2.0)),
+        *(_out(), _out(), _out(), _out(), _grad(c), _out(), _out(), 0),
+    ],
+    "sphere_largest": lambda c: [_logits(c), 2, _out(), 0],
+    "attention_intervals_backward": lambda c: [
+        *(_attention(c), _bounds(), _bounds() + 2, 1),
+        *(_out() for _ in range(7)),
+    ],
     "attention_intervals": lambda c: [_attention(c), _bounds(), _bounds() + 2, 1, _out(), _out()],
     "attention_decode": lambda c: [_attention(c), _cache(c), _out(), _out()],
 }
@@ -167,11 +216,25 @@ def test_what_is_taken(c: Library, name: str) -> None:
 OPTIONAL = {
     ("categorical_sample", 3),
     ("categorical_sample", 4),
-    ("categorical_sample_expectation", 5),
+    ("categorical_sample_expectation", 4),
     ("categorical_sample_expectation", 6),
+    ("categorical_sample_expectation", 7),
+    ("categorical_expectation", 3),
+    ("categorical_expectation_backward", 6),
+    ("uniform_nelbo", 5),
+    ("bits_loss_backward", 5),
+    ("sphere_normalize_backward", 2),
+    *((f"sphere_{name}_backward", place) for name in ("project", "log_map", "exp_map") for place in (3, 4)),
+    *(("sphere_angle_backward", place) for place in (3, 4)),
+    *((f"sphere_{name}_backward", place) for name in ("slerp", "rotate") for place in (4, 5, 6)),
+    *(("sphere_velocity", place) for place in (5, 6)),
+    *(("sphere_velocity_backward", place) for place in (9, 10)),
 }
 #: Numbers per row with a default.
-DEFAULTS = {("categorical_kl", 2)}
+DEFAULTS = {
+    *((f"categorical_kl{suffix}", 2) for suffix in ("", "_backward")),
+    *((f"sphere_velocity{suffix}", 3) for suffix in ("", "_backward")),
+}
 
 
 @calls
@@ -274,6 +337,8 @@ NAN, INF = float("nan"), float("inf")
 DRAWS = ("categorical_sample", "categorical_sample_mixture")
 SOFTMAXES = (*DRAWS, "categorical_stats", "categorical_log_probs", "categorical_expectation")
 MAPS = ("sphere_slerp", "sphere_log_map", "sphere_rotate", "sphere_correct", "sphere_sample")
+GRADIENTS = ("categorical_log_probs_backward", "uniform_nelbo_backward")
+VELOCITIES = ("sphere_velocity", "sphere_velocity_backward")
 _one = torch.tensor
 
 CASES: list[tuple[str | tuple[str, ...], Change, str, str]] = [
@@ -361,6 +426,25 @@ CASES: list[tuple[str | tuple[str, ...], Change, str, str]] = [
     ("sphere_correct", _set(2, "", _wide(1, -1, 1)), "INVALID_VALUE", "step_size .*got -1"),
     ("sphere_sample", _set(1, "", _wide(1, 1e39, 1)), "INVALID_VALUE", r"kappa .*got 1e\+39"),
     ("sphere_sample", _set(2, "", -1), "INVALID_VALUE", r"law must lie in \[0, 1\], got -1"),
+    (
+        "categorical_log_probs_backward",
+        _set(0, "temperature", _numbers(1, 1, 1)),
+        "INVALID_VALUE",
+        "temperature must be none",
+    ),
+    *(
+        (GRADIENTS, _set(-1, member, _one([0.0])), "INVALID_VALUE", f"logits_grad->{member} must be NULL")
+        for member in ("weight", "bias")
+    ),
+    (GRADIENTS, _set(-1, "values", None), "NULL_POINTER", "logits_grad->values must not be NULL"),
+    ("categorical_kl_backward", _set(6, "bias", _one([0.0])), "INVALID_VALUE", "q_grad->bias must be NULL"),
+    (VELOCITIES, _set(1, "columns", 3), "INVALID_SHAPE", r"x must be \(3, 4\), got \(3, 3\)"),
+    (VELOCITIES, _set(2, "rows", 5), "INVALID_SHAPE", "table->rows must be the vocabulary, 6, got 5"),
+    (VELOCITIES, _set(3, "", _wide(1, NAN, 1)), "INVALID_VALUE", "kappa .*got nan"),
+    (VELOCITIES, _set(3, "", _wide(1, 1e9, 1)), "INVALID_VALUE", r"kappa .*got 1e\+09"),
+    ("sphere_largest", _set(1, "", 0), "INVALID_VALUE", r"count must lie in \[1, 6\], got 0"),
+    ("sphere_largest", _set(1, "", 7), "INVALID_VALUE", r"count must lie in \[1, 6\], got 7"),
+    ("sphere_slerp_backward", _set(0, "dtype", 1), "INVALID_DTYPE", "grad->dtype must be that of the first"),
     ("rng_fold_in", _set(2, "", -1), "INVALID_SHAPE", "count must be at least 0, got -1"),
     ("rng_fold_in", _set(1, "stride", -1), "INVALID_SHAPE", "data.stride must be at least 0, got -1"),
     ("rng_normal", _set(1, "", -1), "INVALID_SHAPE", "num_keys must be at least 0, got -1"),
@@ -494,7 +578,7 @@ def test_no_rows_need_no_arrays(c: Library, name: str) -> None:
         if isinstance(argument, Tensor):
             arguments[place] = None
         elif type(argument).__name__ == "dlcore_attention":
-            argument.rows = 0
+            argument.rows = argument.keys = 0
             argument.q.data = None
     for place in {"rng_fold_in": [2], "bits_encode": [2]}.get(name, [1, 2] if name.startswith("rng") else []):
         arguments[place] = 0

@@ -1,72 +1,137 @@
-"""The CUDA functions of the C library, their kernels on the host: what the CPU functions give."""
+"""The CUDA functions of the C library, their kernels on the host: the bits of Python on such kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import ctypes
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from c_arguments import (
+    DTYPES,
+    KEY,
+    ROWS,
+    bits_of,
+    empty,
+    index_of,
+    levels,
+    logits_of,
+    normal,
+    points,
+    same,
+    softmax_of,
+    strided,
+)
 from c_library import CError, Library
 from torch import Tensor
 
-from dlcore import categorical, rng
+import dlcore
+from dlcore import bits, categorical, rng, sphere
+from dlcore._dispatch import run
+from dlcore.bits.levels import slope
 from dlcore.process import uniform
+from dlcore.sphere import cauchy, vmf
 
 pytestmark = pytest.mark.slow
 
-ROWS, VOCAB = 4, 3001
-KEY = rng.key(-7, 11)
-INDEX = torch.arange(ROWS) * 37
+VOCAB = 3001
+INDEX = index_of(torch.empty(ROWS, VOCAB))
 
 
-def _logits(dtype: torch.dtype = torch.float32) -> Tensor:
-    wide = torch.full((ROWS, VOCAB + 5), torch.nan, dtype=dtype)
-    wide[:, :VOCAB] = 3 * rng.normal(rng.key(1), (ROWS, VOCAB))
-    return wide[:, :VOCAB]
+@pytest.fixture(autouse=True)
+def cuda_python(cuda_kernels: None) -> Iterator[None]:
+    """Python's ops on the CUDA kernels of the host."""
+    with dlcore.use_backend("cuda"):
+        yield
 
 
-def _softmax(c: Library, logits: Tensor, index: Tensor | None = None, **given: Any) -> Any:
-    members = {name: c.row_numbers(given[name]) for name in ("shift", "temperature") if name in given}
-    exclude = torch.tensor(given["exclude"]) if "exclude" in given else None
-    softcap = given.get("softcap", 0.0)
-    values = c.logits(values=c.matrix_of(logits))
-    return c.categorical(logits=values, index=index, exclude=exclude, softcap=softcap, **members)
+def _inputs(make: Callable[[], Any]) -> Any:
+    """What is made on the CPU's backend."""
+    with dlcore.use_backend("cpu"):
+        return make()
 
 
-def _workspace(c: Library, softmax: Any, how: Any = None) -> Tensor:
+def _logits(dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
+    return _inputs(lambda: strided((3 * normal(seed, ROWS, VOCAB)).to(dtype)))
+
+
+def _rows(seed: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return _inputs(lambda: strided(normal(seed, ROWS, columns, dtype=dtype)))
+
+
+def _per_row_keys() -> Tensor:
+    return _inputs(lambda: rng.split(KEY, ROWS))
+
+
+def _workspace(query: Callable[..., None], *given: Any) -> Tensor:
+    """As much as is asked for, poisoned, between margins of which nothing may be written."""
     size = torch.zeros(1, dtype=torch.int64)
-    c.cuda_categorical_workspace(softmax, how, size)
-    return torch.full((int(size) // 8,), -1, dtype=torch.int64)
+    query(*given, size)
+    room = torch.full((int(size) // 8 + 64,), -1, dtype=torch.int64)
+    room = room[-room.data_ptr() % 256 // 8 :]
+    return room[: int(size) // 8]
 
 
-def _numbers(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full((count, ROWS), torch.nan, dtype=dtype)
+@pytest.mark.parametrize("name", ["uniform", "normal", "gumbel"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_noise(cuda_c: Library, name: str, dtype: torch.dtype) -> None:
+    c, keys, out = cuda_c, _per_row_keys(), empty(ROWS, 501, dtype=dtype)
+    kind = {torch.float32: c.FLOAT32, torch.float64: c.FLOAT64}[dtype]
+    getattr(c, f"cuda_rng_{name}")(keys, ROWS, 501, kind, out, None)
+    same(out, getattr(rng, name)(keys, 501, dtype=dtype))
+
+
+def test_fold_in(cuda_c: Library) -> None:
+    c, data = cuda_c, torch.tensor([0, 5, -(2**62), 7, 9])
+    for key in (KEY, _per_row_keys()):
+        out = empty(ROWS, 2, dtype=torch.int64)
+        c.cuda_rng_fold_in(c.keys_of(key), c.ints(data=data, stride=1), ROWS, out, None)
+        same(out, rng.fold_in(key, data))
+
+
+def _softmax_memory(c: Library, softmax: Any, how: Any = None) -> Tensor:
+    return _workspace(c.cuda_categorical_workspace, softmax, how)
 
 
 GIVEN: dict[str, Any] = {
-    "temperature": torch.tensor([0.5, 1.0, 1.5, 0.7]),
+    "temperature": torch.linspace(0.5, 1.5, ROWS),
     "softcap": 8.0,
     "shift": 1.5,
     "exclude": 3,
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("given", [{}, GIVEN], ids=["plain", "all"])
 def test_draws_and_statistics(cuda_c: Library, dtype: torch.dtype, given: dict[str, Any]) -> None:
     c, logits = cuda_c, _logits(dtype)
-    softmax = _softmax(c, logits, INDEX, **given)
-    workspace, argmax = _workspace(c, softmax), torch.full((ROWS,), -7)
-    numbers = _numbers(c.NUM_STATS)
+    softmax = softmax_of(c, logits, INDEX, **given)
+    workspace, argmax = _softmax_memory(c, softmax), empty(ROWS, dtype=torch.int64)
+    numbers = empty(c.NUM_STATS, ROWS)
     c.cuda_categorical_stats(softmax, argmax, numbers, workspace, None)
+    wanted = run("categorical.stats", *_op_arguments(logits, given))
+    same(argmax, wanted[0])
+    same(numbers, wanted[1])
     draw = categorical.sample(logits, INDEX, **given, key=KEY)
-    assert torch.equal(argmax, draw.stats.argmax)
-    torch.testing.assert_close(numbers, draw._numbers[:6])
-    tokens, numbers = torch.full((2, ROWS), -7), _numbers(c.NUM_SAMPLE_STATS)
+    tokens, numbers = empty(2, ROWS, dtype=torch.int64), empty(c.NUM_SAMPLE_STATS, ROWS)
     c.cuda_categorical_sample(softmax, c.sampling(keys=c.keys_of(KEY)), tokens, numbers, workspace, None)
-    assert torch.equal(tokens, draw._tokens)
-    torch.testing.assert_close(numbers, draw._numbers)
+    same(tokens, draw._tokens)
+    same(numbers, draw._numbers)
+
+
+def _op_arguments(logits: Tensor, given: dict[str, Any]) -> tuple[Any, ...]:
+    shift = None if "shift" not in given else torch.tensor(given["shift"])
+    return (
+        logits,
+        None,
+        None,
+        INDEX,
+        shift,
+        given.get("temperature"),
+        given.get("softcap"),
+        given.get("exclude"),
+    )
 
 
 CUTS: list[dict[str, Any]] = [
@@ -80,59 +145,269 @@ CUTS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("cut", CUTS, ids=",".join)
 def test_truncated_draws(cuda_c: Library, cut: dict[str, Any]) -> None:
     c, logits = cuda_c, _logits(torch.bfloat16)
-    softmax = _softmax(c, logits, INDEX, **GIVEN)
-    tokens, numbers = torch.full((2, ROWS), -7), _numbers(c.NUM_SAMPLE_STATS)
+    softmax = softmax_of(c, logits, INDEX, **GIVEN)
+    tokens, numbers = empty(2, ROWS, dtype=torch.int64), empty(c.NUM_SAMPLE_STATS, ROWS)
     how = c.sampling(
         keys=c.keys_of(KEY),
         top_k=c.row_numbers(cut.get("top_k"), torch.int64),
         top_p=c.row_numbers(cut.get("top_p")),
         min_p=c.row_numbers(cut.get("min_p")),
     )
-    c.cuda_categorical_sample(softmax, how, tokens, numbers, _workspace(c, softmax, how), None)
+    c.cuda_categorical_sample(softmax, how, tokens, numbers, _softmax_memory(c, softmax, how), None)
     draw = categorical.sample(logits, INDEX, **GIVEN, **cut, key=KEY)
-    assert torch.equal(tokens, draw._tokens)
-    torch.testing.assert_close(numbers, draw._numbers)
+    same(tokens, draw._tokens)
+    same(numbers, draw._numbers)
 
 
 @pytest.mark.parametrize("prior", [None, 5], ids=["uniform", "a token"])
 def test_mixtures(cuda_c: Library, prior: int | None) -> None:
     c, logits = cuda_c, _logits()
-    softmax = _softmax(c, logits, INDEX, **GIVEN)
+    softmax = softmax_of(c, logits, INDEX, **GIVEN)
     # A draw, what is kept unread, the prior, and what depends on p(z).
     routes = [[1, 0, 0, 0, 1, 0], [1, 0, 1, 0, 0, 0], [1, 0, 0, 0, 0, 0], [0, 1, 0, 0.3, 0, 0.4]]
-    coefficients = torch.tensor(routes, dtype=torch.float64)
-    for key in (KEY, rng.split(KEY, ROWS)):
+    coefficients = torch.tensor([*routes, routes[0]], dtype=torch.float64)
+    for key in (KEY, _per_row_keys()):
         how = c.mixture(
             keys=c.keys_of(key),
             coefficients=c.doubles(data=coefficients, stride=6),
             prior=None if prior is None else torch.tensor(prior),
         )
-        tokens = torch.full((ROWS,), -7)
-        c.cuda_categorical_sample_mixture(softmax, how, tokens, _workspace(c, softmax), None)
+        tokens = empty(ROWS, dtype=torch.int64)
+        c.cuda_categorical_sample_mixture(softmax, how, tokens, _softmax_memory(c, softmax), None)
         wanted = categorical.sample_mixture(
             logits, INDEX, coefficients, prior="uniform" if prior is None else prior, **GIVEN, key=key
         )
-        assert torch.equal(tokens, wanted)
+        same(tokens, wanted)
 
 
-def test_losses(cuda_c: Library) -> None:
-    c, logits, target = cuda_c, _logits(), INDEX.flip(0).clone()
-    target[2] = -100
-    softmax, numbers = _softmax(c, logits), _numbers(3, torch.float64)
-    c.cuda_categorical_log_probs(softmax, target, numbers, _workspace(c, softmax), None)
-    torch.testing.assert_close(-numbers[0].float(), categorical.cross_entropy(logits, target))
-    x, alpha, dalpha = INDEX.flip(0), torch.linspace(0.1, 0.9, ROWS).double(), torch.tensor(-1.5).double()
-    softmax, loss = _softmax(c, logits, INDEX), _numbers(1)[0]
-    levels = c.doubles_of(alpha), c.doubles_of(dalpha)
-    c.cuda_uniform_nelbo(softmax, x, *levels, loss, _workspace(c, softmax), None)
-    torch.testing.assert_close(loss, uniform.nelbo(logits, INDEX, x, alpha, dalpha))
+def _doubles(*shape: int) -> Tensor:
+    return _inputs(lambda: normal(5, *shape).double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_log_probs(cuda_c: Library, dtype: torch.dtype) -> None:
+    c, logits, target = cuda_c, _logits(dtype), INDEX.flip(0).clone()
+    target[2] = -1
+    shift = torch.linspace(-1, 1, ROWS)
+    given = (logits, None, None, target, INDEX, shift, 6.0, None)
+    softmax, numbers = (
+        softmax_of(c, logits, INDEX, shift=shift, softcap=6.0),
+        empty(3, ROWS, dtype=torch.float64),
+    )
+    c.cuda_categorical_log_probs(softmax, target, numbers, _softmax_memory(c, softmax), None)
+    same(numbers, run("categorical.log_probs", *given))
+    grad, logits_grad = _doubles(3, ROWS), empty(ROWS, VOCAB, dtype=dtype)
+    grads = c.logits_grad(values=logits_grad)
+    c.cuda_categorical_log_probs_backward(softmax, target, grad, numbers, grads, None)
+    same(logits_grad, run("categorical.log_probs_backward", grad, numbers, *given)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("temperature", [None, torch.linspace(0.5, 2, ROWS)], ids=["plain", "per row"])
+def test_kl(cuda_c: Library, dtype: torch.dtype, temperature: Tensor | None) -> None:
+    c, p, q = cuda_c, _logits(dtype), _logits(dtype, seed=2)
+    pair = logits_of(c, p), logits_of(c, q), c.row_numbers(temperature)
+    numbers = empty(3, ROWS, dtype=torch.float64)
+    memory = _workspace(c.cuda_categorical_kl_workspace, pair[0])
+    c.cuda_categorical_kl(*pair, numbers, memory, None)
+    given = (p, None, None, q, None, None, temperature)
+    same(numbers, run("categorical.kl", *given))
+    grad, grads = _doubles(3, ROWS), [empty(ROWS, VOCAB, dtype=dtype) for _ in range(2)]
+    structs = [c.logits_grad(values=g) for g in grads]
+    c.cuda_categorical_kl_backward(*pair, grad, numbers, *structs, None)
+    wanted = run("categorical.kl_backward", grad, numbers, *given)
+    same(grads[0], wanted[0])
+    same(grads[1], wanted[3])
+
+
+@pytest.mark.parametrize("parameterization", ["loo", "denoiser"])
+def test_nelbo(cuda_c: Library, parameterization: str) -> None:
+    c, logits, x = cuda_c, _logits(), INDEX.flip(0)
+    alpha, dalpha = torch.linspace(0.1, 0.9, ROWS).double(), torch.tensor(-1.5).double()
+    shift = -torch.log1p(VOCAB * alpha / (1 - alpha)) if parameterization == "denoiser" else None
+    softmax, levels = softmax_of(c, logits, INDEX, shift=shift), (c.doubles_of(alpha), c.doubles_of(dalpha))
+    loss, saved = empty(ROWS), empty(5, ROWS, dtype=torch.float64)
+    memory = _softmax_memory(c, softmax)
+    c.cuda_uniform_nelbo(softmax, x, *levels, loss, None, memory, None)
+    same(loss, uniform.nelbo(logits, INDEX, x, alpha, dalpha, parameterization=parameterization))
+    c.cuda_uniform_nelbo(softmax, x, *levels, loss, saved, memory, None)
+    given = (logits, None, None, INDEX, x, alpha, dalpha, None if shift is None else shift.float())
+    same(saved, run("uniform.nelbo", *given)[1])
+    grad, logits_grad = _rows(5, 1).flatten().contiguous(), empty(ROWS, VOCAB)
+    grads = c.logits_grad(values=logits_grad)
+    c.cuda_uniform_nelbo_backward(softmax, x, *levels, grad, saved, grads, None)
+    same(logits_grad, run("uniform.nelbo_backward", grad, saved, *given)[0])
+
+
+# --- bits ---
+
+
+@pytest.mark.parametrize("order", ["msb", "lsb"])
+@pytest.mark.parametrize("gray", [False, True])
+@pytest.mark.parametrize("coding", ["01", "pm1"])
+@pytest.mark.parametrize("width", [1, 17, 62])
+def test_codes(cuda_c: Library, order: str, gray: bool, coding: str, width: int) -> None:
+    c, tokens = cuda_c, torch.arange(300) * (2**62 // 300) % 2**width
+    code = c.bit_code(
+        width=width, order=["msb", "lsb"].index(order), gray=gray, coding=["01", "pm1"].index(coding)
+    )
+    written = empty(300, width)
+    c.cuda_bits_encode(code, tokens, 300, written, None)
+    same(written, bits.encode(tokens, width, order=order, gray=gray, coding=coding))
+    noisy = _inputs(lambda: strided(written + 0.3 * normal(1, 300, width)))
+    noisy[3, 0] = torch.nan
+    for vocab in (0, 2**width // 2 + 1):
+        read = empty(300, dtype=torch.int64)
+        c.cuda_bits_decode(code, c.matrix_of(noisy), vocab, read, None)
+        same(read, bits.decode(noisy, vocab_size=vocab or None, order=order, gray=gray, coding=coding))
+
+
+def _bits_memory(c: Library, x: Tensor) -> Tensor:
+    return _workspace(c.cuda_bits_workspace, c.matrix_of(x))
+
+
+@levels
+@pytest.mark.parametrize("coding", ["01", "pm1"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("columns", [33, 5000])
+def test_posteriors(cuda_c: Library, sigma: Any, coding: str, dtype: torch.dtype, columns: int) -> None:
+    c = cuda_c
+    for make in (lambda x: x, lambda x: x.contiguous()):
+        x, residual = (make(_rows(seed, columns, dtype)) for seed in (1, 2))
+        out, memory = empty(ROWS, columns), _bits_memory(c, x)
+        c.cuda_bits_matched_filter(bits_of(c, x, None, sigma, coding, 0), out, memory, None)
+        same(out, bits.matched_filter(x, sigma, coding=coding))
+        for given in (None, residual):
+            c.cuda_bits_posterior(bits_of(c, x, given, sigma, coding, 3.0), out, memory, None)
+            same(out, bits.posterior(x, sigma, given, coding=coding, clip=3.0))
+
+
+@levels
+@pytest.mark.parametrize("coding", ["01", "pm1"])
+@pytest.mark.parametrize("gamma", [None, 0.2], ids=["plain", "churned"])
+@pytest.mark.parametrize("scale", [None, 1.01], ids=["default", "scaled"])
+def test_step(cuda_c: Library, sigma: Any, coding: str, gamma: float | None, scale: float | None) -> None:
+    c, x, residual = cuda_c, _rows(1, 700), _rows(2, 700, torch.bfloat16)
+    following, probs = empty(ROWS, 700), empty(ROWS, 700)
+    update = c.bits_update(
+        sigma_next=c.doubles_of(0.25),
+        gamma_next=c.doubles_of(gamma),
+        noise_scale=c.doubles_of(scale),
+        keys=c.keys_of(KEY),
+    )
+    state = bits_of(c, x, residual, sigma, coding, 0)
+    c.cuda_bits_step(state, update, following, probs, _bits_memory(c, x), None)
+    churn = {} if gamma is None else {"gamma_next": gamma, "key": KEY}
+    churn |= {} if scale is None else {"noise_scale": scale}
+    wanted = bits.step(x, residual, sigma, 0.25, **churn, coding=coding)
+    same(following, wanted[0])
+    same(probs, wanted[1])
+
+
+@levels
+def test_perturb(cuda_c: Library, sigma: Any) -> None:
+    c, x, out = cuda_c, _rows(1, 700, torch.float16), empty(ROWS, 700)
+    for key in (KEY, _per_row_keys()):
+        spread = c.doubles_of(sigma), c.keys_of(key)
+        c.cuda_bits_perturb(c.matrix_of(x), *spread, out, _bits_memory(c, x), None)
+        same(out, bits.corrupt(x, sigma, key=key))
+
+
+@levels
+@pytest.mark.parametrize("kind", ["squared", "bce"])
+@pytest.mark.parametrize("columns", [33, 20_000])
+def test_bits_loss(cuda_c: Library, sigma: Any, kind: str, columns: int) -> None:
+    c, x, residual = cuda_c, _rows(1, columns), _rows(2, columns, torch.bfloat16)
+    clean, loss = (_rows(3, columns) > 0).to(torch.bfloat16), empty(ROWS)
+    state, memory = bits_of(c, x, residual, sigma, "01", 0), _bits_memory(c, x)
+    what = c.matrix_of(clean), ["squared", "bce"].index(kind)
+    c.cuda_bits_loss(state, *what, loss, memory, None)
+    same(loss, bits.loss(residual, x, clean, sigma, kind=kind))
+    gain = torch.as_tensor(slope(sigma, (0.0, 1.0))).float()
+    gain = gain.unsqueeze(-1) if gain.dim() else gain
+    grad = _rows(4, 1).flatten().contiguous()
+    for with_x in (True, False):
+        residual_grad, x_grad = empty(ROWS, columns, dtype=residual.dtype), empty(ROWS, columns)
+        c.cuda_bits_loss_backward(state, *what, grad, residual_grad, x_grad if with_x else None, memory, None)
+        wanted = run(
+            "bits.loss_backward", grad, residual, x, clean, gain, 0.0, 1.0, 30.0, kind == "squared", with_x
+        )
+        same(residual_grad, wanted[0])
+        same(x_grad, wanted[1] if with_x else torch.full_like(x_grad, torch.nan))
+
+
+# --- sphere ---
+
+#: How many vectors a map takes.
+MAPS = {"normalize": 1, "project": 2, "angle": 2, "slerp": 2, "log_map": 2, "exp_map": 2, "rotate": 3}
+
+
+def _points(seed: int, dtype: torch.dtype) -> Tensor:
+    return _inputs(lambda: points(seed, dtype))
+
+
+@pytest.mark.parametrize("name", MAPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_maps(cuda_c: Library, name: str, dtype: torch.dtype) -> None:
+    c, x = cuda_c, [_points(seed, dtype) for seed in range(MAPS[name])]
+    t = [torch.linspace(0.1, 0.9, ROWS)] if name == "slerp" else []
+    numbers, vectors = [c.row_numbers(v) for v in t], [c.matrix_of(v) for v in x]
+    out = empty(ROWS) if name == "angle" else empty(ROWS, 70, dtype=dtype)
+    getattr(c, f"cuda_sphere_{name}")(*vectors, *numbers, out, None)
+    same(out, getattr(sphere, name)(*x, *t))
+    grad = _rows(9, 1).flatten().contiguous() if name == "angle" else _rows(9, 70, dtype)
+    backward, count = getattr(c, f"cuda_sphere_{name}_backward"), len(x) + len(t)
+    for needed in ([True] * count, [i == count - 1 for i in range(count)]):
+        found = run(f"sphere.{name}_backward", grad, needed, *x, *t)
+        wanted = found if isinstance(found, tuple) else (found,)
+        like = [*x, *(torch.empty(ROWS) for _ in t)]
+        mine = [empty(*v.shape, dtype=v.dtype) if n else None for v, n in zip(like, needed, strict=True)]
+        backward(grad if name == "angle" else c.matrix_of(grad), *vectors, *numbers, *mine, None)
+        for got, right in zip(mine, wanted, strict=True):
+            if got is not None:
+                same(got, right)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_steps_and_draws_on_the_sphere(cuda_c: Library, dtype: torch.dtype) -> None:
+    c, x, y, out = cuda_c, _points(1, dtype), _points(2, dtype), empty(ROWS, 70, dtype=dtype)
+    pair = c.matrix_of(x), c.matrix_of(y)
+    for code, retraction in enumerate(("exp", "normalize")):
+        c.cuda_sphere_step(*pair, c.row_numbers(0.3), code, out, None)
+        same(out, sphere.step(x, y, 0.3, retraction=retraction))
+    for size, key in ((torch.tensor(0.125), KEY), (torch.linspace(0, 1, ROWS), _per_row_keys())):
+        step, keys = c.doubles_of(size), c.keys_of(key)
+        c.cuda_sphere_correct(*pair, step, keys, out, None)
+        same(out, sphere.correct(x, y, size, key=key))
+        grad, grads = _rows(9, 70, dtype), [empty(ROWS, 70, dtype=dtype) for _ in range(2)]
+        by_step = empty(ROWS, dtype=torch.float64)
+        c.cuda_sphere_correct_backward(c.matrix_of(grad), *pair, step, keys, *grads, by_step, None)
+        wanted = run("sphere.correct_backward", grad, x, y, size.double(), key)
+        for got, right in zip((*grads, by_step), wanted, strict=True):
+            same(got, right)
+        kappa = 100 * size.double()
+        for law, draw in ((c.VON_MISES_FISHER, vmf.sample), (c.SPHERICAL_CAUCHY, cauchy.sample)):
+            c.cuda_sphere_sample(pair[0], c.doubles_of(kappa), law, keys, out, None)
+            same(out, draw(x, kappa, key=key))
+
+
+def test_a_corrector_of_long_rows_has_no_gradient(cuda_c: Library) -> None:
+    c, x = cuda_c, torch.zeros(ROWS, 4097)
+    vectors, out = [c.matrix_of(x)] * 3, torch.zeros(ROWS, 4097)
+    step, keys = c.doubles_of(0.1), c.keys_of(KEY)
+    with pytest.raises(CError, match="x->columns must be at most 4096, got 4097") as error:
+        c.cuda_sphere_correct_backward(*vectors, step, keys, out, out, out, None)
+    assert error.value.status == "UNSUPPORTED"
+
+
+# --- What is refused, and what is not ---
 
 
 def test_an_id_out_of_range_is_read_nowhere(cuda_c: Library) -> None:
     c = cuda_c
-    softmax = _softmax(c, _logits(), INDEX + 2**40)
-    argmax, numbers = torch.zeros(ROWS, dtype=torch.int64), _numbers(c.NUM_STATS)
-    c.cuda_categorical_stats(softmax, argmax, numbers, _workspace(c, softmax), None)
+    softmax = softmax_of(c, _logits(), INDEX + 2**40)
+    argmax, numbers = torch.zeros(ROWS, dtype=torch.int64), empty(c.NUM_STATS, ROWS)
+    c.cuda_categorical_stats(softmax, argmax, numbers, _softmax_memory(c, softmax), None)
     assert numbers[c.INDEX_LOGPROB].isnan().all()
     assert numbers[c.ENTROPY].isfinite().all()
 
@@ -140,54 +415,191 @@ def test_an_id_out_of_range_is_read_nowhere(cuda_c: Library) -> None:
 def test_the_cpus_functions_are_there_too(cuda_c: Library) -> None:
     out = torch.zeros(3)
     cuda_c.rng_normal(KEY, 1, 3, cuda_c.FLOAT32, out, 0)
-    assert torch.equal(out, rng.normal(KEY, 3))
+    same(out, _inputs(lambda: rng.normal(KEY, 3)))
 
 
 def _out() -> Tensor:
-    return torch.zeros(8 * ROWS, dtype=torch.float64)
+    return torch.zeros(ROWS * VOCAB, dtype=torch.float64)
 
 
+def _matrix(c: Library, columns: int = VOCAB) -> Any:
+    return c.matrix_of(torch.zeros(ROWS, columns))
+
+
+def _softmax(c: Library, **members: Any) -> Any:
+    return c.categorical(**{"logits": c.logits(values=_matrix(c)), "index": INDEX, **members})
+
+
+def _mixture(c: Library) -> Any:
+    return c.mixture(keys=c.keys_of(KEY), coefficients=c.doubles(data=torch.ones(6).double()))
+
+
+def _state(c: Library) -> Any:
+    return c.bits(x=_matrix(c), residual=_matrix(c), sigma=c.doubles_of(0.5))
+
+
+def _grad(c: Library) -> Any:
+    return c.logits_grad(values=_out())
+
+
+#: A call of every function that is taken.
 CALLS: dict[str, Callable[[Library], list[Any]]] = {
-    "workspace": lambda c: [c.sampling(), _out()],
-    "stats": lambda c: [_out(), _out(), _out(), 0],
-    "sample": lambda c: [c.sampling(keys=c.keys_of(KEY)), _out(), _out(), _out(), 0],
-    "sample_mixture": lambda c: [
-        c.mixture(keys=c.keys_of(KEY), coefficients=c.doubles(data=torch.ones(6).double())),
-        *(_out(), _out(), 0),
+    "rng_fold_in": lambda c: [c.keys_of(KEY), c.ints(data=INDEX, stride=1), ROWS, _out(), 0],
+    **{
+        f"rng_{name}": lambda c: [KEY, 1, 5, c.FLOAT32, _out(), 0] for name in ("uniform", "normal", "gumbel")
+    },
+    "categorical_workspace": lambda c: [_softmax(c), c.sampling(), _out()],
+    "categorical_stats": lambda c: [_softmax(c), _out(), _out(), _out(), 0],
+    "categorical_sample": lambda c: [
+        *(_softmax(c), c.sampling(keys=c.keys_of(KEY)), _out(), _out(), _out(), 0)
     ],
-    "log_probs": lambda c: [INDEX, _out(), _out(), 0],
+    "categorical_sample_mixture": lambda c: [_softmax(c), _mixture(c), _out(), _out(), 0],
+    "categorical_log_probs": lambda c: [_softmax(c), INDEX, _out(), _out(), 0],
+    "categorical_log_probs_backward": lambda c: [_softmax(c), INDEX, _out(), _out(), _grad(c), 0],
+    "categorical_kl_workspace": lambda c: [c.logits(values=_matrix(c)), _out()],
+    "categorical_kl": lambda c: [
+        *(c.logits(values=_matrix(c)), c.logits(values=_matrix(c)), c.floats(), _out(), _out(), 0)
+    ],
+    "categorical_kl_backward": lambda c: [
+        *(c.logits(values=_matrix(c)), c.logits(values=_matrix(c)), c.floats()),
+        *(_out(), _out(), _grad(c), _grad(c), 0),
+    ],
+    "uniform_nelbo": lambda c: [
+        *(_softmax(c), INDEX, c.doubles_of(0.5), c.doubles_of(-1.0)),
+        *(_out(), _out(), _out(), 0),
+    ],
+    "uniform_nelbo_backward": lambda c: [
+        *(_softmax(c), INDEX, c.doubles_of(0.5), c.doubles_of(-1.0)),
+        *(_out(), _out(), _grad(c), 0),
+    ],
+    "bits_workspace": lambda c: [_matrix(c), _out()],
+    "bits_encode": lambda c: [c.bit_code(width=9), INDEX, ROWS, _out(), 0],
+    "bits_decode": lambda c: [c.bit_code(width=9), _matrix(c, 9), 0, _out(), 0],
+    "bits_matched_filter": lambda c: [c.bits(x=_matrix(c), sigma=c.doubles_of(0.5)), _out(), _out(), 0],
+    "bits_posterior": lambda c: [_state(c), _out(), _out(), 0],
+    "bits_step": lambda c: [
+        *(_state(c), c.bits_update(sigma_next=c.doubles_of(0.2)), _out(), _out(), _out(), 0)
+    ],
+    "bits_perturb": lambda c: [_matrix(c), c.doubles_of(0.5), c.keys_of(KEY), _out(), _out(), 0],
+    "bits_loss": lambda c: [_state(c), _matrix(c), 0, _out(), _out(), 0],
+    "bits_loss_backward": lambda c: [_state(c), _matrix(c), 0, _out(), _out(), _out(), _out(), 0],
+    **{
+        f"sphere_{name}": lambda c, name=name: [
+            *(_matrix(c) for _ in range(MAPS[name])),
+            *([c.row_numbers(0.5)] if name == "slerp" else []),
+            *(_out(), 0),
+        ]
+        for name in MAPS
+    },
+    **{
+        f"sphere_{name}_backward": lambda c, name=name: [
+            _out() if name == "angle" else _matrix(c),
+            *(_matrix(c) for _ in range(MAPS[name])),
+            *([c.row_numbers(0.5)] if name == "slerp" else []),
+            *(_out() for _ in range(MAPS[name] + (name == "slerp"))),
+            0,
+        ]
+        for name in MAPS
+    },
+    "sphere_step": lambda c: [_matrix(c), _matrix(c), c.row_numbers(0.5), 0, _out(), 0],
+    "sphere_correct": lambda c: [_matrix(c), _matrix(c), c.doubles_of(0.5), c.keys_of(KEY), _out(), 0],
+    "sphere_correct_backward": lambda c: [
+        *(_matrix(c), _matrix(c), _matrix(c), c.doubles_of(0.5), c.keys_of(KEY)),
+        *(_out(), _out(), _out(), 0),
+    ],
+    "sphere_sample": lambda c: [_matrix(c), c.doubles_of(0.5), 0, c.keys_of(KEY), _out(), 0],
 }
 calls = pytest.mark.parametrize("name", CALLS)
 
+#: Arguments that may be NULL: by function, and by place.
+OPTIONAL = {
+    ("categorical_workspace", 1),
+    ("uniform_nelbo", 5),
+    ("bits_loss_backward", 5),
+    *(
+        (f"sphere_{name}_backward", 1 + n + (name == "slerp") + i)
+        for name, n in MAPS.items()
+        for i in range(n + 1)
+    ),
+}
+
+
+def test_every_function_is_here(cuda_c: Library) -> None:
+    known = {f"dlcore_cuda_{name}" for name in CALLS}
+    assert known == {name for name in cuda_c.functions if name.startswith("dlcore_cuda_")}
+
+
+def _refused(c: Library, name: str, arguments: list[Any], status: str, message: str) -> None:
+    with pytest.raises(CError, match=f"dlcore_cuda_{name}: {message}") as error:
+        getattr(c, f"cuda_{name}")(*arguments)
+    assert error.value.status == status
+
 
 @calls
-def test_bad_input(cuda_c: Library, name: str) -> None:
-    c, function = cuda_c, getattr(cuda_c, f"cuda_categorical_{name}")
-
-    def refused(arguments: list[Any], status: str, message: str) -> None:
-        with pytest.raises(CError, match=f"dlcore_cuda_categorical_{name}: {message}") as error:
-            function(*arguments)
-        assert error.value.status == status
-
-    def softmax(**members: Any) -> Any:
-        return c.categorical(**{"logits": c.logits(values=c.matrix_of(_logits())), "index": INDEX, **members})
-
-    refused([None, *CALLS[name](c)], "NULL_POINTER", "softmax must not be NULL")
-    for place in range(len(CALLS[name](c))):
-        if (name, place) == ("workspace", 0) or isinstance(CALLS[name](c)[place], int):
+def test_null_is_refused_wherever_it_is_not_a_default(cuda_c: Library, name: str) -> None:
+    c = cuda_c
+    for place, value in enumerate(CALLS[name](c)):
+        arguments = CALLS[name](c)
+        if isinstance(value, int) or (name, place) in OPTIONAL:
             continue
-        given = CALLS[name](c)
-        given[place] = None
-        refused([softmax(), *given], "NULL_POINTER", ".* must not be NULL")
-    head = c.logits(values=c.matrix_of(_logits()), weight=c.matrix_of(_logits()))
-    refused([softmax(logits=head), *CALLS[name](c)], "UNSUPPORTED", "logits.weight must be none on CUDA")
-    refused([softmax(softcap=-1.0), *CALLS[name](c)], "INVALID_VALUE", "softcap must lie in")
-    refused([softmax(exclude=torch.tensor(VOCAB)), *CALLS[name](c)], "INVALID_VALUE", "exclude must lie in")
+        by_value = type(value).__name__ in ("dlcore_floats", "dlcore_doubles", "dlcore_ints", "dlcore_keys")
+        if by_value and name.startswith("categorical_kl"):
+            continue
+        if by_value:
+            arguments[place].data = None
+        else:
+            arguments[place] = None
+        _refused(c, name, arguments, "NULL_POINTER", ".* must not be NULL")
+
+
+@calls
+def test_no_rows_need_no_arrays(cuda_c: Library, name: str) -> None:
+    c = cuda_c
+    arguments = CALLS[name](c)
+    for place, argument in enumerate(arguments):
+        if isinstance(argument, Tensor) and not name.endswith("workspace"):
+            arguments[place] = None
+        elif isinstance(argument, ctypes.Structure):
+            _empty_matrices(argument)
+    counts = {"bits_encode": 2, "rng_fold_in": 2}.get(name, 1 if name.startswith("rng") else None)
+    if counts is not None:
+        arguments[counts] = 0
+    getattr(c, f"cuda_{name}")(*arguments)
+
+
+def _empty_matrices(struct: Any) -> None:
+    for name, _ in struct._fields_:
+        member = getattr(struct, name)
+        if name == "rows":
+            struct.rows, struct.data = 0, None
+        elif isinstance(member, ctypes.Structure):
+            _empty_matrices(member)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n.startswith(("categorical", "uniform"))])
+def test_what_devices_do_not_take(cuda_c: Library, name: str) -> None:
+    c, arguments = cuda_c, CALLS[name](cuda_c)
+    kl = "kl" in name
+    head = c.logits(values=_matrix(c), weight=_matrix(c))
+    arguments[0] = head if kl else _softmax(c, logits=head)
+    _refused(c, name, arguments, "UNSUPPORTED", ".*weight must be none on CUDA")
+    if name.endswith("backward"):
+        arguments = CALLS[name](c)
+        place = next(i for i, a in enumerate(arguments) if type(a).__name__ == "dlcore_logits_grad")
+        arguments[place] = c.logits_grad(values=_out(), bias=_out())
+        _refused(c, name, arguments, "UNSUPPORTED", ".*bias must be NULL on CUDA")
+    if kl:
+        return
+    for members, message in (
+        ({"softcap": -1.0}, "softcap must lie in"),
+        ({"exclude": torch.tensor(VOCAB)}, "exclude must lie in"),
+    ):
+        arguments = CALLS[name](c)
+        arguments[0] = _softmax(c, **members)
+        _refused(c, name, arguments, "INVALID_VALUE", message)
 
 
 def test_nelbo_needs_its_tokens(cuda_c: Library) -> None:
-    c, half = cuda_c, cuda_c.doubles_of(0.5)
-    for index, x in ((None, INDEX), (INDEX, None)):
-        softmax = _softmax(c, _logits(), index)
-        with pytest.raises(CError, match=r"(index|x) must not be NULL"):
-            c.cuda_uniform_nelbo(softmax, x, half, half, _out(), _workspace(c, softmax), None)
+    arguments = CALLS["uniform_nelbo"](cuda_c)
+    arguments[0] = _softmax(cuda_c, index=None)
+    _refused(cuda_c, "uniform_nelbo", arguments, "NULL_POINTER", "index must not be NULL")

@@ -175,7 +175,7 @@ def test_nan_stays_in_its_row() -> None:
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("d", [48, 1200])
+@pytest.mark.parametrize("d", [44, 46, 47, 48, 1200])
 def test_strides_and_addresses(name: str, d: int, caplog: pytest.LogCaptureFixture) -> None:
     """Rows with gaps, at addresses that packets cannot be read from: the same bits, no copies."""
     function, arguments = MAPS[name]
@@ -196,7 +196,7 @@ def test_strides_and_addresses(name: str, d: int, caplog: pytest.LogCaptureFixtu
 
     want = results(inputs)
     with caplog.at_level("INFO", logger="dlcore"):
-        for offsets in ((0, 0, 0), (1, 1, 1), (0, 2, 8), (8, 1, 0)):
+        for offsets in ((0, 0, 0), (1, 1, 1), (2, 2, 2), (4, 4, 4), (0, 2, 8), (8, 1, 0)):
             placed = [
                 spread(a, o) if a.dim() > 1 else a.view(3, 2) for a, o in zip(inputs, offsets, strict=False)
             ]
@@ -389,8 +389,9 @@ FAULTS = [
     ("csrc/cuda/team.h", "    __syncthreads();\n", ""),
     (
         "csrc/cuda/team.h",
-        "if (4 * k < left) reinterpret_cast<unsigned*>(p)[k] = word[k];",
-        "if (4 * k <= left) reinterpret_cast<unsigned*>(p)[k] = word[k];",
+        "if (4 * k + 4 <= left && address % 4 == 0) {\n      reinterpret_cast<unsigned*>(p)[k] = word[k];",
+        "if (4 * k + 2 * (left % 4) <= left && address % 4 == 0) {\n"
+        "      reinterpret_cast<unsigned*>(p)[k] = word[k];",
     ),
     ("csrc/common/noise.h", "normals(key, Domain::kDirection, pair)", "normals(key, Domain::kElement, pair)"),
 ]
@@ -403,7 +404,7 @@ def test_faults_show() -> None:
     module = cuda_on_host.build(edits=FAULTS)
     code = f"import pytest; pytest.main(['-q', '-rfE', '--tb=line', '-m', 'not slow', {__file__!r}])"
     said = run_python(code, DLCORE_CUDA_ON_HOST=str(module))
-    # Each of these has one fault alone: numbers of 2 bytes are stored right, 64 numbers end with a packet.
+    # Each of these has one fault alone: odd numbers of halves are stored right, 64 numbers end with a packet.
     assert "FAILED tests/test_cuda_sphere.py::test_maps_and_gradients[dtype1-2-1301-slerp]" in said
     assert "a kernel wrote past a buffer" in said
     assert "FAILED tests/test_cuda_sphere.py::test_points_are_the_references[dtype0-64-cauchy]" in said

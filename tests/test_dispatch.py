@@ -11,10 +11,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from conftest import DEVICE, run_python
+from torch._subclasses import FakeTensorMode
 
 import dlcore
 from dlcore import _C, _dispatch, categorical, rng, sphere
-from dlcore._registry import REFERENCE, TRITON
+from dlcore._dispatch import Preference
+from dlcore._registry import CUDA, PREFERRED, REFERENCE, TRITON
 from dlcore.cpu import CAPABILITIES, choose_capability
 
 X = torch.zeros(2, 5)
@@ -95,7 +97,7 @@ def test_a_fallback_is_logged_once(caplog):
 
 def test_questions():
     assert dlcore.backends() == ["cpu", "triton", "cuda", "reference"]
-    assert dlcore.backends("rng.fold_in") == {
+    assert dlcore.backends("attention.decode") == {
         "cpu": [],
         "triton": [],
         "cuda": ["not written for this op"],
@@ -151,6 +153,40 @@ def test_a_tensor_is_taken_by_the_backend_of_its_device(caplog):
 
 def test_every_op_stands_in_triton():
     assert {op for ops in TRITON.values() for op in ops} == REFERENCE.keys()
+
+
+@pytest.fixture
+def on_cuda():
+    """A tensor of a CUDA device, which need not be there, and backends that all can run."""
+    with FakeTensorMode(), pytest.MonkeyPatch.context() as patch:
+        for op in ("bits.step", "attention.decode"):
+            able = {name: (function, lambda *_: []) for name, (function, _) in _table(op).items()}
+            patch.setitem(_dispatch._implementations, op, able)
+        yield torch.empty(2, 5, device="cuda")
+
+
+def _table(op):
+    return _dispatch._implementations[op]
+
+
+def test_what_goes_first_on_a_device_is_said_and_can_be_turned_round(on_cuda, monkeypatch):
+    report = dlcore.explain("bits.step", on_cuda)
+    assert "\n  triton before cuda: cuda has not been measured faster on a device\n" in report
+    assert report.endswith("chosen: triton")
+    turned = Preference("cuda", "triton", "1.2 times as fast")
+    monkeypatch.setitem(_dispatch._preferences, "bits.step", turned)
+    report = dlcore.explain("bits.step", on_cuda)
+    assert "\n  cuda before triton: 1.2 times as fast\n" in report
+    assert report.endswith("chosen: cuda")
+    # What has one kind of kernels, or is elsewhere, prefers nothing.
+    assert "before" not in dlcore.explain("attention.decode", on_cuda)
+    assert _dispatch.choose("attention.decode", (on_cuda,)) == "triton"
+    assert "before" not in dlcore.explain("categorical.stats", X)
+
+
+def test_every_op_with_both_kinds_of_kernels_has_a_preference():
+    assert {op for ops in CUDA.values() for op in ops} == PREFERRED.keys() <= REFERENCE.keys()
+    assert all({p.first, p.then} == {"triton", "cuda"} for p in PREFERRED.values())
 
 
 def test_without_triton_or_its_interpreter():

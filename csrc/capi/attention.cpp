@@ -1,4 +1,4 @@
-// Attention over key intervals, and a step against a cache.
+// Attention over key intervals and its gradient, and a step against a cache.
 #include <algorithm>
 #include <cmath>
 
@@ -99,9 +99,9 @@ void check_intervals(const AttentionArguments& a) {
   }
 }
 
-void intervals(const dlcore_attention* attention, const int32_t* starts, const int32_t* stops,
-               int32_t shared_bounds, void* out, float* lse) {
-  AttentionArguments a;
+// What attention and its gradient take; false if there is nothing to do.
+bool start_intervals(AttentionArguments& a, const dlcore_attention* attention, const int32_t* starts,
+                     const int32_t* stops, int32_t shared_bounds, void* out, float* lse) {
   start(a, attention, out, lse);
   a.k = heads("k", attention->k, a.q.dtype, {a.batch, a.keys, a.kv_heads, a.head_dim});
   a.v = heads("v", attention->v, a.q.dtype, {a.batch, a.keys, a.kv_heads, a.value_dim});
@@ -114,7 +114,35 @@ void intervals(const dlcore_attention* attention, const int32_t* starts, const i
   a.stops = stops;
   check_intervals(a);
   a.threads = threads_of(a, attention->threads);
-  if (rows > 0) kernels().attention(a);
+  return rows > 0;
+}
+
+void intervals(const dlcore_attention* attention, const int32_t* starts, const int32_t* stops,
+               int32_t shared_bounds, void* out, float* lse) {
+  AttentionArguments a;
+  if (start_intervals(a, attention, starts, stops, shared_bounds, out, lse)) kernels().attention(a);
+}
+
+void intervals_backward(const dlcore_attention* attention, const int32_t* starts, const int32_t* stops,
+                        int32_t shared_bounds, const void* out, const float* lse, const void* grad,
+                        const float* grad_lse, void* q_grad, void* k_grad, void* v_grad) {
+  AttentionBackwardArguments a;
+  const bool any = start_intervals(a, attention, starts, stops, shared_bounds, const_cast<void*>(out),
+                                   const_cast<float*>(lse));
+  const DType dtype = a.q.dtype;
+  const Shape keys{a.batch, a.keys, a.kv_heads, a.head_dim}, values{a.batch, a.keys, a.kv_heads, a.value_dim};
+  const int64_t queries = a.batch * a.rows, seen = a.batch * a.keys;
+  needed("grad", grad, queries);
+  needed("grad_lse", grad_lse, queries);
+  needed("q_grad", q_grad, queries);
+  needed("k_grad", k_grad, seen);
+  needed("v_grad", v_grad, seen);
+  a.grad_out = contiguous(const_cast<void*>(grad), dtype, {a.batch, a.rows, a.heads, a.value_dim});
+  a.grad_lse = grad_lse;
+  a.grad_q = contiguous(q_grad, dtype, {a.batch, a.rows, a.heads, a.head_dim});
+  a.grad_k = contiguous(k_grad, dtype, keys);
+  a.grad_v = contiguous(v_grad, dtype, values);
+  if (any || seen > 0) kernels().attention_backward(a);
 }
 
 void check_cache(const dlcore_cache& c, const AttentionArguments& a) {
@@ -195,4 +223,15 @@ dlcore_status dlcore_attention_intervals(const dlcore_attention* attention, cons
 dlcore_status dlcore_attention_decode(const dlcore_attention* attention, const dlcore_cache* cache, void* out,
                                       float* lse) {
   return capi::guarded(__func__, [&] { capi::decode(attention, cache, out, lse); });
+}
+
+dlcore_status dlcore_attention_intervals_backward(const dlcore_attention* attention, const int32_t* starts,
+                                                  const int32_t* stops, int32_t shared_bounds,
+                                                  const void* out, const float* lse, const void* grad,
+                                                  const float* grad_lse, void* q_grad, void* k_grad,
+                                                  void* v_grad) {
+  return capi::guarded(__func__, [&] {
+    capi::intervals_backward(attention, starts, stops, shared_bounds, out, lse, grad, grad_lse, q_grad,
+                             k_grad, v_grad);
+  });
 }

@@ -50,6 +50,9 @@ dlcore_status guarded(const char* function, Body body) noexcept {
 
 // --- Checks ---
 
+// Where arguments lie: what a device has, the host cannot check by value.
+enum class Memory { kHost, kDevice };
+
 constexpr double kLargest = std::numeric_limits<float>::max();
 constexpr double kSmallest = std::numeric_limits<float>::min();
 constexpr double kMost = std::numeric_limits<double>::max();
@@ -102,17 +105,20 @@ int64_t values(const PerRow<T>& numbers, int64_t rows) {
 
 // The same with every value in [low, high]; NaN never is.
 template <class Numbers>
-auto per_row(const char* name, const Numbers& numbers, int64_t rows, double low, double high) {
+auto per_row(const char* name, const Numbers& numbers, int64_t rows, double low, double high,
+             Memory memory = Memory::kHost) {
   const auto checked = per_row(name, numbers);
+  if (memory == Memory::kDevice) return checked;
   for (int64_t r = 0; r < values(checked, rows); ++r)
     in_range(name, static_cast<double>(checked[r]), low, high);
   return checked;
 }
 
 template <class Numbers>
-auto needed_per_row(const char* name, const Numbers& numbers, int64_t rows, double low, double high) {
+auto needed_per_row(const char* name, const Numbers& numbers, int64_t rows, double low, double high,
+                    Memory memory = Memory::kHost) {
   needed(name, numbers.data, rows);
-  return per_row(name, numbers, rows, low, high);
+  return per_row(name, numbers, rows, low, high, memory);
 }
 
 // Token ids (count) in [low, vocab); null if they may be.

@@ -1,4 +1,4 @@
-// Statistics, draws and log-probabilities of softmax.
+// Statistics and draws of softmax.
 #include "categorical.h"
 
 #include <algorithm>
@@ -11,14 +11,6 @@ namespace {
 int64_t optional_id(const char* name, const int64_t* id, int64_t vocab) {
   token_ids(name, id, 1, vocab);
   return id ? *id : -1;
-}
-
-// Positive, with a float32 inverse; or 0 where that means the argmax.
-PerRow<float> temperature_of(const dlcore_floats& temperature, int64_t rows, bool greedy) {
-  const auto checked = per_row("temperature", temperature);
-  for (int64_t r = 0; r < values(checked, rows); ++r)
-    if (!(greedy && checked[r] == 0)) in_range("temperature", checked[r], kSmallest, kLargest);
-  return checked;
 }
 
 // Per row the last entry that a truncated draw keeps, by a radix search over the logits' ordered bits.
@@ -111,42 +103,14 @@ void sample_mixture(const Rows& a, const dlcore_mixture& how, int64_t* tokens) {
   finish_mixture(m, state.data(), skip.get(), tokens);
 }
 
-void log_probs(const Rows& a, const int64_t* target, double* numbers) {
-  const int64_t rows = a.rows();
-  needed("target", target, rows);
-  token_ids("target", target, rows, a.logits.vocab(), std::numeric_limits<int64_t>::min());
-  needed("numbers", numbers, rows);
-  Summaries state(static_cast<size_t>(rows));
-  ScanArguments read;
-  read.target = {target, 1};
-  read.state = state.data();
-  a.scan(read);
-  finish_log_probs(state.data(), read.target, static_cast<bool>(a.softmax.index), rows, numbers);
-}
-
-void kl(const Logits& p, const Logits& q, const dlcore_floats& temperature, double* numbers) {
-  const int64_t rows = p.rows();
-  if (q.rows() != rows || q.vocab() != p.vocab())
-    refuse(DLCORE_INVALID_SHAPE, "q must have the rows and the vocabulary of p, ", rows, " and ", p.vocab(),
-           ", got ", q.rows(), " and ", q.vocab());
-  if (q.dtype() != p.dtype())
-    refuse(DLCORE_INVALID_DTYPE, "q.values.dtype must be that of p, ", static_cast<int>(p.dtype()), ", got ",
-           static_cast<int>(q.dtype()));
-  std::vector<KLSummary> state(static_cast<size_t>(rows));
-  KLArguments a;
-  a.temperature = temperature_of(temperature, rows, false);
-  a.state = state.data();
-  needed("numbers", numbers, rows);
-  Logits::pairs(p, q, [&](const View& p_tile, const View& q_tile) {
-    a.p = p_tile;
-    a.q = q_tile;
-    a.threads = p.threads(rows * p_tile.columns);
-    kernels().kl(a);
-  });
-  finish_kl(state.data(), rows, numbers);
-}
-
 }  // namespace
+
+PerRow<float> temperature_of(const dlcore_floats& temperature, int64_t rows, bool greedy) {
+  const auto checked = per_row("temperature", temperature);
+  for (int64_t r = 0; r < values(checked, rows); ++r)
+    if (!(greedy && checked[r] == 0)) in_range("temperature", checked[r], kSmallest, kLargest);
+  return checked;
+}
 
 Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory) {
   const bool readable = memory == Memory::kHost;
@@ -247,18 +211,5 @@ dlcore_status dlcore_categorical_sample_mixture(const dlcore_categorical* softma
   return guarded(__func__, [&] {
     const Rows a(softmax, true);
     sample_mixture(a, pointed("how", how), tokens);
-  });
-}
-
-dlcore_status dlcore_categorical_log_probs(const dlcore_categorical* softmax, const int64_t* target,
-                                           double* numbers) {
-  return guarded(__func__, [&] { log_probs(Rows(softmax, false), target, numbers); });
-}
-
-dlcore_status dlcore_categorical_kl(const dlcore_logits* p, const dlcore_logits* q, dlcore_floats temperature,
-                                    double* numbers, int32_t threads) {
-  return guarded(__func__, [&] {
-    const Logits left("p", pointed("p", p), threads), right("q", pointed("q", q), threads);
-    kl(left, right, temperature, numbers);
   });
 }

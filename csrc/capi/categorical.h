@@ -5,8 +5,8 @@
 
 namespace dlcore::capi {
 
-// Where arguments lie: what a device has, the host cannot check by value.
-enum class Memory { kHost, kDevice };
+// Positive, with a float32 inverse; or 0 where that means the argmax.
+PerRow<float> temperature_of(const dlcore_floats& temperature, int64_t rows, bool greedy);
 
 // Softmax's parameters, checked; `greedy`: temperature 0 is taken.
 Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory);

@@ -1,104 +1,8 @@
-// The categorical family on CUDA devices, whose memory the host cannot read.
-#include "../cuda/categorical.h"
-#include "../cuda/launch.h"
-#include "../cuda/uniform.h"
-#include "categorical.h"
+// Statistics and draws of softmax on CUDA devices.
+#include "cuda_categorical.h"
 
 namespace dlcore::capi {
 namespace {
-
-template <class Body>
-dlcore_status queued(const char* function, Body body) noexcept {
-  return guarded(function, [&] {
-    try {
-      body();
-    } catch (const cuda::Error& error) {
-      refuse(DLCORE_CUDA_ERROR, error.what());
-    }
-  });
-}
-
-cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
-
-// Hands out parts of the caller's device memory; without any it counts what they take.
-class Workspace {
- public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
-
-  template <class T>
-  T* take(int64_t count) {
-    constexpr int64_t kAlignment = 256;
-    char* part = memory_ ? memory_ + used_ : nullptr;
-    const int64_t bytes = product("workspace", {count, static_cast<int64_t>(sizeof(T))});
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<T*>(part);
-  }
-  int64_t used() const { return used_; }
-
- private:
-  char* memory_;
-  int64_t used_ = 0;
-};
-
-bool truncates(const dlcore_sampling* how) {
-  return how && (how->top_k.data || how->top_p.data || how->min_p.data);
-}
-
-// Dense rows, and what a call keeps of them on the device.
-struct DeviceRows {
-  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory)
-      : DeviceRows(pointed("softmax", softmax), truncates(how), memory) {}
-
-  int64_t rows() const { return logits.rows; }
-  int64_t vocab() const { return logits.columns; }
-
-  void scan(ScanArguments a, cudaStream_t stream) const {
-    a.logits = logits;
-    a.softmax = softmax;
-    if (!a.state) a.state = state;
-    cuda::scan(a, a.cuts ? ends : nullptr, scratch, stream);
-  }
-
-  View logits;
-  Softmax softmax;
-  Workspace memory;
-  Summary *state, *drawn = nullptr;
-  uint8_t* skip;
-  double* saved;
-  char* scratch;
-  // To truncate draws.
-  Selection *selections = nullptr, *inner = nullptr;
-  Bin* bins = nullptr;
-  Cut* cuts = nullptr;
-  int64_t* ends = nullptr;
-
- private:
-  DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace)
-      : logits(view("logits.values", a.logits.values)), memory(workspace) {
-    if (a.logits.weight.data || a.logits.bias)
-      refuse(DLCORE_UNSUPPORTED, "logits.weight must be none on CUDA");
-    softmax = softmax_of(a, rows(), vocab(), true, Memory::kDevice);
-    state = memory.take<Summary>(rows());
-    skip = memory.take<uint8_t>(rows());
-    saved = memory.take<double>(5 * rows());
-    scratch =
-        memory.take<char>(std::max(cuda::scan_bytes(rows(), vocab()), cuda::nelbo_bytes(rows(), vocab())));
-    if (!truncated) return;
-    drawn = memory.take<Summary>(rows());
-    selections = memory.take<Selection>(rows());
-    inner = memory.take<Selection>(rows());
-    bins = memory.take<Bin>(rows() * kBins);
-    cuts = memory.take<Cut>(rows());
-    ends = memory.take<int64_t>(rows());
-  }
-};
-
-// The same, ready to be scanned.
-DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace) {
-  const DeviceRows a(softmax, how, workspace);
-  needed("workspace", static_cast<char*>(workspace), a.rows());
-  return a;
-}
 
 // The last kept entry of every row, by a radix search over the logits' ordered bits.
 void select(const DeviceRows& a, PerRow<int64_t> top_k, PerRow<float> top_p, const Selection* within,
@@ -162,42 +66,32 @@ void sample_mixture(const DeviceRows& a, const dlcore_mixture& how, int64_t* tok
   cuda::finish_mixture(m, a.state, a.skip, tokens, stream);
 }
 
-void log_probs(const DeviceRows& a, const int64_t* target, double* numbers, cudaStream_t stream) {
-  needed("target", target, a.rows());
-  needed("numbers", numbers, a.rows());
-  ScanArguments read;
-  read.target = {target, 1};
-  a.scan(read, stream);
-  const bool with_index = static_cast<bool>(a.softmax.index);
-  cuda::finish_log_probs(a.state, read.target, with_index, a.rows(), numbers, stream);
-}
-
-void nelbo(const DeviceRows& a, const int64_t* x, const dlcore_doubles& alpha, const dlcore_doubles& dalpha,
-           float* loss, cudaStream_t stream) {
-  const int64_t* z = a.softmax.index.data;
-  if (a.softmax.temperature || a.softmax.softcap != 0 || a.softmax.exclude >= 0)
-    refuse(DLCORE_INVALID_VALUE, "temperature, softcap and exclude must be none");
-  needed("index", z, a.rows());
-  needed("x", x, a.rows());
-  needed("alpha", alpha.data, a.rows());
-  needed("dalpha", dalpha.data, a.rows());
-  needed("loss", loss, a.rows());
-  NelboArguments n;
-  n.logits = a.logits;
-  n.vocab = a.vocab();
-  n.softmax = a.softmax;
-  n.alpha = per_row("alpha", alpha);
-  n.saved = a.saved;
-  const auto slope = per_row("dalpha", dalpha);
-  ScanArguments read;
-  read.target = {x, 1};
-  a.scan(read, stream);
-  cuda::start_nelbo(a.state, a.rows(), a.saved, stream);
-  cuda::nelbo(n, a.scratch, stream);
-  cuda::finish_nelbo(a.saved, a.rows(), a.vocab(), z, x, n.alpha, slope, loss, stream);
-}
-
 }  // namespace
+
+DeviceRows::DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace)
+    : logits(view("logits.values", a.logits.values)), memory(workspace) {
+  if (a.logits.weight.data || a.logits.bias) refuse(DLCORE_UNSUPPORTED, "logits.weight must be none on CUDA");
+  softmax = softmax_of(a, rows(), vocab(), true, Memory::kDevice);
+  state = memory.take<Summary>(rows());
+  skip = memory.take<uint8_t>(rows());
+  saved = memory.take<double>(5 * rows());
+  scratch =
+      memory.take<char>(std::max(cuda::scan_bytes(rows(), vocab()), cuda::nelbo_bytes(rows(), vocab())));
+  if (!truncated) return;
+  drawn = memory.take<Summary>(rows());
+  selections = memory.take<Selection>(rows());
+  inner = memory.take<Selection>(rows());
+  bins = memory.take<Bin>(rows() * kBins);
+  cuts = memory.take<Cut>(rows());
+  ends = memory.take<int64_t>(rows());
+}
+
+DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace) {
+  const DeviceRows a(softmax, how, workspace);
+  needed("workspace", static_cast<char*>(workspace), a.rows());
+  return a;
+}
+
 }  // namespace dlcore::capi
 
 using namespace dlcore;
@@ -236,19 +130,5 @@ dlcore_status dlcore_cuda_categorical_sample_mixture(const dlcore_categorical* s
   return queued(__func__, [&] {
     const DeviceRows a = scanned(softmax, nullptr, workspace);
     sample_mixture(a, pointed("how", how), tokens, stream_of(stream));
-  });
-}
-
-dlcore_status dlcore_cuda_categorical_log_probs(const dlcore_categorical* softmax, const int64_t* target,
-                                                double* numbers, void* workspace, void* stream) {
-  return queued(__func__,
-                [&] { log_probs(scanned(softmax, nullptr, workspace), target, numbers, stream_of(stream)); });
-}
-
-dlcore_status dlcore_cuda_uniform_nelbo(const dlcore_categorical* softmax, const int64_t* x,
-                                        dlcore_doubles alpha, dlcore_doubles dalpha, float* loss,
-                                        void* workspace, void* stream) {
-  return queued(__func__, [&] {
-    nelbo(scanned(softmax, nullptr, workspace), x, alpha, dalpha, loss, stream_of(stream));
   });
 }

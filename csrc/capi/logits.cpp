@@ -2,41 +2,14 @@
 #include "logits.h"
 
 #include <algorithm>
-#include <cstring>
+
+#include "halves.h"
 
 namespace dlcore::capi {
 namespace {
 
 // A tile of logits stays in the cache: 2^20 floats.
 constexpr int64_t kTile = 1 << 20;
-
-float float_of(uint32_t bits) {
-  float x;
-  std::memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-float widened(DType dtype, uint16_t half) {
-  if (dtype == DType::kBFloat16) return float_of(static_cast<uint32_t>(half) << 16);
-  const float magnitude = float_of((half & 0x7FFFu) << 13);
-  // 2^112 moves the exponent's bias, and makes subnormals right; infinities and NaN want the top exponent.
-  const float size =
-      magnitude < 0x1p-96f ? magnitude * 0x1p112f : float_of((half & 0x7FFFu) << 13 | 0x7F800000u);
-  return half & 0x8000u ? -size : size;
-}
-
-// `count` numbers as floats.
-void widen(DType dtype, const char* from, int64_t count, float* to) {
-  if (dtype == DType::kFloat32) {
-    std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    uint16_t half;
-    std::memcpy(&half, from + 2 * i, sizeof half);
-    to[i] = widened(dtype, half);
-  }
-}
 
 }  // namespace
 
@@ -74,12 +47,7 @@ int64_t Logits::tile_width() const {
 
 View Logits::tile(int64_t first, int64_t width, float softcap) const {
   width = std::min(width, vocab() - first);
-  if (dense()) {
-    View v = values_;
-    v.data += first * size_of(v.dtype);
-    v.columns = width;
-    return v;
-  }
+  if (dense()) return columns_of(values_, first, width);
   const View out = result(tile_.get(), DType::kFloat32, rows(), width);
   MatmulArguments m;
   m.a = hidden_.data();
@@ -96,6 +64,39 @@ View Logits::tile(int64_t first, int64_t width, float softcap) const {
   m.threads = threads(rows() * m.depth / 16 * width);
   kernels().matmul(m);
   return out;
+}
+
+View rows_of(const View& v, int64_t first, int64_t count) {
+  View r = v;
+  r.data += first * v.lead_stride[0] * size_of(v.dtype);
+  r.rows = r.lead_size[0] = count;
+  return r;
+}
+
+View columns_of(const View& v, int64_t first, int64_t count) {
+  View r = v;
+  r.data += first * size_of(v.dtype);
+  r.columns = count;
+  return r;
+}
+
+void Logits::multiply(const View& a, Order a_order, const View& b, Order b_order, float* out,
+                      bool add) const {
+  MatmulArguments m;
+  m.a = a.row<const float>(0);
+  m.a_stride = a.lead_stride[0];
+  m.a_by_column = a_order == Order::kTransposed;
+  m.rows = m.a_by_column ? a.columns : a.rows;
+  m.depth = m.a_by_column ? a.rows : a.columns;
+  m.b = b.data;
+  m.b_dtype = b.dtype;
+  m.b_stride = b.lead_stride[0];
+  m.b_by_column = b_order == Order::kTransposed;
+  m.out = out;
+  m.out_stride = m.columns = m.b_by_column ? b.rows : b.columns;
+  m.add = add;
+  m.threads = threads(m.rows * m.depth / 16 * m.columns);
+  kernels().matmul(m);
 }
 
 }  // namespace dlcore::capi

@@ -1,51 +1,70 @@
-// Noise.
-#include "capi.h"
+// Noise on the host.
+#include "rng.h"
 
 namespace dlcore::capi {
 namespace {
 
-// Checks what uniform, normal and gumbel share; calls fill(keys, wide, threads) if there is anything to fill.
-template <class Fill>
-void fill_with(const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype, void* out,
-               int32_t threads, Fill fill) {
+// One draw costs about as much as reading sixteen floats.
+int used_threads(int32_t threads, int64_t num_keys, int64_t count) {
+  return threads_for(threads, 16 * num_keys * count);
+}
+
+void fill_plain(Noise noise, const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype,
+                void* out, int32_t threads) {
+  const bool any = check_noise(keys, num_keys, count, dtype, out);
+  const int used = used_threads(threads, num_keys, count);
+  if (!any) return;
+  if (dtype == DLCORE_FLOAT64)
+    fill_noise(noise, &keys->seed, num_keys, count, static_cast<double*>(out), used);
+  else
+    fill_noise(noise, &keys->seed, num_keys, count, static_cast<float*>(out), used);
+}
+
+void fill_normal(const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype, void* out,
+                 int32_t threads) {
+  const bool any = check_noise(keys, num_keys, count, dtype, out);
+  NormalArguments a;
+  a.threads = used_threads(threads, num_keys, count);
+  if (!any) return;
+  a.keys = &keys->seed;
+  a.key_count = num_keys;
+  a.count = count;
+  a.wide = dtype == DLCORE_FLOAT64;
+  a.out = out;
+  kernels().normal(a);
+}
+
+}  // namespace
+
+bool check_noise(const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype, const void* out) {
   if (dtype != DLCORE_FLOAT32 && dtype != DLCORE_FLOAT64)
     refuse(DLCORE_INVALID_DTYPE, "dtype must be DLCORE_FLOAT32 or DLCORE_FLOAT64, got ", dtype);
   at_least("num_keys", num_keys, 0);
   at_least("count", count, 0);
   const int64_t numbers = product("out", {num_keys, count});
-  // One draw costs about as much as reading sixteen floats.
-  const int used = threads_for(threads, 16 * numbers);
-  if (numbers == 0) return;
-  needed("keys", keys);
-  needed("out", out);
-  fill(&keys->seed, dtype == DLCORE_FLOAT64, used);
+  needed("keys", keys, numbers);
+  needed("out", out, numbers);
+  return numbers > 0;
 }
 
-void fill_plain(Noise noise, const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype,
-                void* out, int32_t threads) {
-  fill_with(keys, num_keys, count, dtype, out, threads, [&](const int64_t* words, bool wide, int used) {
-    if (wide)
-      fill_noise(noise, words, num_keys, count, static_cast<double*>(out), used);
-    else
-      fill_noise(noise, words, num_keys, count, static_cast<float*>(out), used);
-  });
+FoldIn::FoldIn(const dlcore_keys& from, const dlcore_ints& with, int64_t count, const dlcore_key* out) {
+  at_least("count", count, 0);
+  product("out", {count, 2});
+  keys = capi::keys(from, count);
+  needed("data.data", with.data, count);
+  data = per_row("data", with);
+  needed("out", out, count);
 }
 
-}  // namespace
 }  // namespace dlcore::capi
 
 using namespace dlcore::capi;
 
 dlcore_status dlcore_rng_fold_in(dlcore_keys keys, dlcore_ints data, int64_t count, dlcore_key* out) {
   return guarded(__func__, [&] {
-    at_least("count", count, 0);
-    product("out", {count, 2});
-    const dlcore::Keys from = dlcore::capi::keys(keys, count);
-    needed("data.data", data.data, count);
-    const auto values = per_row("data", data);
-    needed("out", out, count);
+    const FoldIn a(keys, data, count, out);
     if (count > 0)
-      dlcore::fold_in_all(from.data, from.per_row ? 2 : 0, values.data, values.stride, count, &out->seed);
+      dlcore::fold_in_all(a.keys.data, a.key_stride(), a.data.data, a.data.stride, count, &out->seed);
   });
 }
 
@@ -63,16 +82,5 @@ dlcore_status dlcore_rng_gumbel(const dlcore_key* keys, int64_t num_keys, int64_
 
 dlcore_status dlcore_rng_normal(const dlcore_key* keys, int64_t num_keys, int64_t count, int32_t dtype,
                                 void* out, int32_t threads) {
-  return guarded(__func__, [&] {
-    fill_with(keys, num_keys, count, dtype, out, threads, [&](const int64_t* words, bool wide, int used) {
-      dlcore::NormalArguments a;
-      a.keys = words;
-      a.key_count = num_keys;
-      a.count = count;
-      a.wide = wide;
-      a.out = out;
-      a.threads = used;
-      dlcore::kernels().normal(a);
-    });
-  });
+  return guarded(__func__, [&] { fill_normal(keys, num_keys, count, dtype, out, threads); });
 }

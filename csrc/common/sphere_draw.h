@@ -3,6 +3,7 @@
 // Mises-Fisher, in a form without κ's large differences.
 #pragma once
 
+#include "noise_wide.h"
 #include "sphere_rows.h"
 
 namespace dlcore::sphere {
@@ -10,12 +11,6 @@ namespace dlcore::sphere {
 // Each is taken with probability 0.65 or more, so that a row has none with probability 1e-14; it keeps its
 // last.
 constexpr int kCandidates = 32;
-
-// -log1p(-u) and u for 64 bits.
-DLCORE_HD inline double exponential(uint64_t bits) {
-  const auto unit = [](uint64_t b) { return high_word(b) * 0x1p-32 + (low_word(b) + 0.5) * 0x1p-64; };
-  return bits >> 63 ? -std::log(unit(~bits)) : -std::log1p(-unit(bits));
-}
 
 struct Candidate {
   double cosine = 0, sine = 1;
@@ -36,12 +31,12 @@ class CosineLaw {
   DLCORE_HD Candidate candidate(Key key, int k) const {
     const Block first = block(key, Domain::kCosine, 2 * k);
     const double turn = cosine_of(6.283185307179586 * uniform(bits(first, 1)));
-    const double square = turn * turn * std::expm1(2 / q_ * exponential(bits(first, 0)));  // t²/q
+    const double square = turn * turn * std::expm1(2 / q_ * wide::exponential(bits(first, 0)));  // t²/q
     const double y = std::copysign(std::sqrt(square / (1 + square)), turn), s = m_ * y;
     const Candidate found{(m_ + y) / (1 + s), width_ / (std::sqrt(1 + square) * (1 + s)), true};
     if (!reject_) return found;
     const Block second = block(key, Domain::kCosine, 2 * k + 1);
-    const bool taken = exponential(bits(second, 0)) >= q_ * (std::log1p(s) - s / (1 + s));
+    const bool taken = wide::exponential(bits(second, 0)) >= q_ * (std::log1p(s) - s / (1 + s));
     return {found.cosine, found.sine, taken};
   }
 

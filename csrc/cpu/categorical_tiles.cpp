@@ -129,7 +129,8 @@ void log_probs_backward(const LogProbsBackwardArguments& a) {
     const int64_t target = a.target[r];
     const bool read = target >= 0;
     const auto part = [&](int64_t k) { return read ? static_cast<float>(a.grad[k * rows + r]) : 0; };
-    const float at_target = part(0), at_index = part(1), spread = part(2) - at_target - at_index;
+    const float at_target = part(0), at_index = a.softmax.index ? part(1) : 0,
+                spread = part(2) - at_target - at_index;
     const Probability probability(a.numbers[2 * rows + r]);
     const float cap = row.softcap;
     each_group(a.logits, a.first_token, row, r, [&](int64_t at, int64_t count, float* x) {

@@ -3,13 +3,11 @@
 
 #include <cstdint>
 
-#include "../common/philox.h"
+#include "../common/noise_wide.h"
 
 namespace dlcore {
 
-enum class Noise : int { kUniform = 0, kGumbel = 1 };
-
-// out (keys, count); keys is (keys, 2).
+// Uniform or Gumbel noise, out (keys, count); keys is (keys, 2).
 template <class T>
 void fill_noise(Noise noise, const int64_t* keys, int64_t key_count, int64_t count, T* out, int threads);
 

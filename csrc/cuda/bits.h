@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "../common/bit_numbers.h"
 #include "../common/bits.h"
 
 namespace dlcore::cuda {
@@ -20,5 +21,11 @@ int64_t bit_loss_sums(int64_t rows, int64_t columns);
 
 // Means of rows (rows), by way of the sums (rows, bit_loss_sums).
 void bit_loss(const BitLossArguments&, float* means, cudaStream_t);
+
+// out (count, rows): the numbers of that many rows.
+void bit_numbers(const BitSlopes&, int64_t rows, float* out, cudaStream_t);
+void bit_numbers(const BitStepNumbers&, int64_t rows, float* out, cudaStream_t);
+void bit_numbers(const BitSpreads&, int64_t rows, float* out, cudaStream_t);
+void bit_numbers(const BitMeanGrads&, int64_t rows, float* out, cudaStream_t);
 
 }  // namespace dlcore::cuda

@@ -21,9 +21,9 @@ constexpr int kMostKept = kKept * kMostThreads;
 template <class T, int V, NormalPair (*N)(Key, int64_t), bool WHOLE = false>
 class NoisyTile {
  public:
-  __device__ NoisyTile(const Teams& teams, const Team& team, int64_t columns, DType dtype, Key key,
+  __device__ NoisyTile(const Teams& teams, const Team& team, int64_t columns, Key key,
                        const Vector (&vector)[V])
-      : teams_(teams), team_(team), columns_(columns), dtype_(dtype), key_(key), vector_(vector) {
+      : teams_(teams), team_(team), columns_(columns), key_(key), vector_(vector) {
     if (WHOLE) make(0);
   }
 
@@ -56,7 +56,7 @@ class NoisyTile {
         const int64_t at = place(tile, p);
 #pragma unroll
         for (int o = 0; o < O; ++o)
-          store_packet(output[o].data + at, packed[o].word, left(at), output[o].aligned, dtype_);
+          store_packet(output[o].data + at, packed[o].word, left(at), output[o].aligned);
       }
     }
   }
@@ -94,7 +94,7 @@ class NoisyTile {
       const int64_t at = place(tile, p), first = at / static_cast<int64_t>(sizeof(T));
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        packed_[k][p].word = load_packet(vector_[k].data + at, left(at), vector_[k].aligned, dtype_);
+        packed_[k][p].word = load_packet(vector_[k].data + at, left(at), vector_[k].aligned);
 #pragma unroll
       for (int e = 0; e < kPacketEntries<T>; e += 2) {
         const NormalPair pair = N(key_, (first + e) / 2);
@@ -107,7 +107,6 @@ class NoisyTile {
   const Teams& teams_;
   const Team& team_;
   int64_t columns_;
-  DType dtype_;
   Key key_;
   const Vector (&vector_)[V];
   Packed<T, kPacketEntries<T>> packed_[V][kKeptPackets<T>];

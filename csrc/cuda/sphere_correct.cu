@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kMostThreads) correct_kernel(const __grid_cons
   Team team(rows.teams.size);
   for (int64_t r = team.first_row(); r < a.x.rows; r += team.teams()) {
     const Vector vector[2] = {Vector(a.x, r, rows.aligned[0]), Vector(a.score, r, rows.aligned[1])};
-    NoisyTile<T, 2, element_normals> tile(rows.teams, team, a.x.columns, a.x.dtype, a.keys[r], vector);
+    NoisyTile<T, 2, element_normals> tile(rows.teams, team, a.x.columns, a.keys[r], vector);
     const sphere::Correction c(static_cast<double>(a.x.columns - 1), a.step_size[r]);
     const Moved moved(tile, team, c, noise_along(tile, team));
     const Vector out[1] = {Vector(a.out, r, rows.aligned[3])};
@@ -80,7 +80,7 @@ __global__ void __maxnreg__(168) correct_backward_kernel(const __grid_constant__
   for (int64_t r = team.first_row(); r < a.x.rows; r += team.teams()) {
     const Vector vector[3] = {Vector(a.x, r, rows.aligned[0]), Vector(a.score, r, rows.aligned[1]),
                               Vector(rows.a.grad, r, rows.aligned[2])};
-    NoisyTile<T, 3, element_normals, true> tile(rows.teams, team, a.x.columns, a.x.dtype, a.keys[r], vector);
+    NoisyTile<T, 3, element_normals, true> tile(rows.teams, team, a.x.columns, a.keys[r], vector);
     const auto q = static_cast<double>(a.x.columns - 1);
     const sphere::Correction c(q, a.step_size[r]);
     const float product = noise_along(tile, team);

@@ -34,13 +34,13 @@ struct Tile {
   uint4 packet[V][kPackets];
 
   // From byte `first` of the row on, of which `left` bytes are the tile's.
-  __device__ void load(const Vector (&vector)[V], int64_t first, int left, const Team& team, DType dtype) {
+  __device__ void load(const Vector (&vector)[V], int64_t first, int left, const Team& team) {
 #pragma unroll
     for (int p = 0; p < kPackets; ++p) {
       const int at = place(team, p);
 #pragma unroll
       for (int k = 0; k < V; ++k)
-        packet[k][p] = load_packet(vector[k].data + first + at, left - at, vector[k].aligned, dtype);
+        packet[k][p] = load_packet(vector[k].data + first + at, left - at, vector[k].aligned);
     }
   }
 
@@ -65,7 +65,7 @@ struct Tile {
 template <class Map, class T>
 __device__ void combine(const Tile<Map::vectors>& tile, int p, int64_t first, int at, int left,
                         const double* totals, const sphere::Combination& made,
-                        const Vector (&output)[Map::outputs], DType dtype) {
+                        const Vector (&output)[Map::outputs]) {
   constexpr int kEntries = kPacketBytes / sizeof(T);
   Packed<T, kEntries> result[Map::outputs];
   const int64_t spike = made.at - (first + at) / static_cast<int64_t>(sizeof(T));
@@ -83,7 +83,7 @@ __device__ void combine(const Tile<Map::vectors>& tile, int p, int64_t first, in
 #pragma unroll
   for (int o = 0; o < Map::outputs; ++o)
     if (output[o].data)
-      store_packet(output[o].data + first + at, result[o].word, left - at, output[o].aligned, dtype);
+      store_packet(output[o].data + first + at, result[o].word, left - at, output[o].aligned);
 }
 
 template <class Map>
@@ -95,7 +95,7 @@ __device__ void map_row(const MapRows& a, Team& team, int64_t r) {
   Tile<Map::vectors> tile;
   float sums[Map::sums] = {};
   for (int i = 0; i < a.tiles; ++i) {
-    tile.load(vector, i * int64_t{a.tile_bytes}, a.bytes(i), team, dtype);
+    tile.load(vector, i * int64_t{a.tile_bytes}, a.bytes(i), team);
     for_dtype(dtype, [&](auto type) {
 #pragma unroll
       for (int p = 0; p < kPackets; ++p)
@@ -118,12 +118,11 @@ __device__ void map_row(const MapRows& a, Team& team, int64_t r) {
     // Backwards: the last tile is at hand.
     for (int i = a.tiles - 1; i >= 0; --i) {
       const int64_t first = i * int64_t{a.tile_bytes};
-      if (i != a.tiles - 1) tile.load(vector, first, a.bytes(i), team, dtype);
+      if (i != a.tiles - 1) tile.load(vector, first, a.bytes(i), team);
       for_dtype(dtype, [&](auto type) {
 #pragma unroll
         for (int p = 0; p < kPackets; ++p)
-          combine<Map, decltype(type)>(tile, p, first, place(team, p), a.bytes(i), totals, made, output,
-                                       dtype);
+          combine<Map, decltype(type)>(tile, p, first, place(team, p), a.bytes(i), totals, made, output);
       });
     }
   }

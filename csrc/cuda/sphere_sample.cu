@@ -33,7 +33,7 @@ __device__ void draw_row(const DrawRows& rows, Team& team, int64_t r) {
   const SphereSampleArguments& a = rows.a;
   const Key key = a.keys[r];
   const Vector mean[1] = {Vector(a.mean, r, rows.mean_aligned)};
-  NoisyTile<T, 1, direction> tile(rows.teams, team, a.mean.columns, a.mean.dtype, key, mean);
+  NoisyTile<T, 1, direction> tile(rows.teams, team, a.mean.columns, key, mean);
   float factor = 1, sums[3];  // |μ|², <g, μ>, |g|²
   for (bool again = false;; again = true) {
     sums[0] = sums[1] = sums[2] = 0;

@@ -126,38 +126,52 @@ struct Vector {
   }
 };
 
-// The packet at p of which `left` bytes are the row's, zeros past its end.
-__device__ inline uint4 load_packet(const char* p, int left, bool aligned, DType dtype) {
-  if (aligned && left >= kPacketBytes) return __ldcs(reinterpret_cast<const uint4*>(p));
+// The packet at p of which `left` bytes are the row's, zeros past its end: in loads as wide as p allows.
+__device__ inline uint4 load_packet(const char* p, int left, bool aligned) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (left >= kPacketBytes && aligned) return __ldcs(reinterpret_cast<const uint4*>(p));
+  if (left >= kPacketBytes && address % 8 == 0) {
+    const uint2 first = __ldcs(reinterpret_cast<const uint2*>(p)),
+                second = __ldcs(reinterpret_cast<const uint2*>(p) + 1);
+    return {first.x, first.y, second.x, second.y};
+  }
   unsigned word[4] = {};
-  if (dtype == DType::kFloat32) {
+  const auto half = [&](int k) { return unsigned{reinterpret_cast<const unsigned short*>(p)[k]}; };
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (4 * k < left) word[k] = reinterpret_cast<const unsigned*>(p)[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-      if (2 * k < left)
-        word[k / 2] |= static_cast<unsigned>(reinterpret_cast<const unsigned short*>(p)[k]) << 16 * (k % 2);
+  for (int k = 0; k < 4; ++k) {
+    if (4 * k + 4 <= left && address % 4 == 0) {
+      word[k] = reinterpret_cast<const unsigned*>(p)[k];
+      continue;
+    }
+    if (4 * k < left) word[k] = half(2 * k);
+    if (4 * k + 2 < left) word[k] |= half(2 * k + 1) << 16;
   }
   return {word[0], word[1], word[2], word[3]};
 }
 
-__device__ inline void store_packet(char* p, const uint4& packet, int left, bool aligned, DType dtype) {
-  if (aligned && left >= kPacketBytes) {
+__device__ inline void store_packet(char* p, const uint4& packet, int left, bool aligned) {
+  const auto address = reinterpret_cast<uintptr_t>(p);
+  if (left >= kPacketBytes && aligned) {
     *reinterpret_cast<uint4*>(p) = packet;
     return;
   }
+  if (left >= kPacketBytes && address % 8 == 0) {
+    reinterpret_cast<uint2*>(p)[0] = {packet.x, packet.y};
+    reinterpret_cast<uint2*>(p)[1] = {packet.z, packet.w};
+    return;
+  }
   const unsigned word[4] = {packet.x, packet.y, packet.z, packet.w};
-  if (dtype == DType::kFloat32) {
+  const auto half = [&](int k, unsigned x) {
+    reinterpret_cast<unsigned short*>(p)[k] = static_cast<unsigned short>(x);
+  };
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
-      if (4 * k < left) reinterpret_cast<unsigned*>(p)[k] = word[k];
-  } else {
-#pragma unroll
-    for (int k = 0; k < 8; ++k)
-      if (2 * k < left)
-        reinterpret_cast<unsigned short*>(p)[k] = static_cast<unsigned short>(word[k / 2] >> 16 * (k % 2));
+  for (int k = 0; k < 4; ++k) {
+    if (4 * k + 4 <= left && address % 4 == 0) {
+      reinterpret_cast<unsigned*>(p)[k] = word[k];
+      continue;
+    }
+    if (4 * k < left) half(2 * k, word[k]);
+    if (4 * k + 2 < left) half(2 * k + 1, word[k] >> 16);
   }
 }
 

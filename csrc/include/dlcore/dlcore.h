@@ -170,6 +170,13 @@ typedef struct dlcore_categorical {
   int32_t threads;
 } dlcore_categorical;
 
+/* Where the gradient of a dlcore_logits goes, without gaps, in the dtype of its values. */
+typedef struct dlcore_logits_grad {
+  void* values; /* (rows, V), or with a weight (rows, D) */
+  void* weight; /* (V, D), and */
+  void* bias;   /* (V): NULL where there is none, or where it is not wanted */
+} dlcore_logits_grad;
+
 /* The rows of `numbers`. RUNNER_UP_LOGPROB is of the second largest entry, MARGIN the difference of the two
  * largest probabilities, INDEX_LOGPROB NaN without an index, TOKEN_LOGPROB of a draw, before truncation. */
 enum {
@@ -224,29 +231,58 @@ DLCORE_API dlcore_status dlcore_categorical_sample_mixture(const dlcore_categori
 DLCORE_API dlcore_status dlcore_categorical_log_probs(const dlcore_categorical* softmax,
                                                       const int64_t* target, double* numbers);
 
+/* From grad (3, rows), the gradient by `numbers`, and those. There is no temperature here. */
+DLCORE_API dlcore_status dlcore_categorical_log_probs_backward(const dlcore_categorical* softmax,
+                                                               const int64_t* target, const double* grad,
+                                                               const double* numbers,
+                                                               const dlcore_logits_grad* logits_grad);
+
 /* numbers (3, rows): KL(softmax(p / temperature) || softmax(q / temperature)), and the two logsumexps. p and
  * q have the same rows, V and dtype of their values. */
 DLCORE_API dlcore_status dlcore_categorical_kl(const dlcore_logits* p, const dlcore_logits* q,
                                                dlcore_floats temperature, double* numbers, int32_t threads);
 
+/* From grad (3, rows), the gradient by `numbers`, and those; the logsumexps' are not taken. */
+DLCORE_API dlcore_status dlcore_categorical_kl_backward(const dlcore_logits* p, const dlcore_logits* q,
+                                                        dlcore_floats temperature, const double* grad,
+                                                        const double* numbers,
+                                                        const dlcore_logits_grad* p_grad,
+                                                        const dlcore_logits_grad* q_grad, int32_t threads);
+
 /* mean (rows, E): the sum over tokens k of softmax_k · table[k], the soft embedding, without anything of size
- * rows · V. table (V, E) is of any dtype. */
+ * rows · V. table (V, E) is of any dtype. logsumexp (rows), which the gradient wants, may be NULL. */
 DLCORE_API dlcore_status dlcore_categorical_expectation(const dlcore_categorical* softmax,
-                                                        const dlcore_matrix* table, float* mean);
+                                                        const dlcore_matrix* table, float* mean,
+                                                        double* logsumexp);
 
 /* The same, and from the same sweep the draw of dlcore_categorical_sample, without truncation. */
 DLCORE_API dlcore_status dlcore_categorical_sample_expectation(const dlcore_categorical* softmax,
                                                                const dlcore_matrix* table, dlcore_keys keys,
-                                                               float* mean, int64_t* tokens, int64_t* argmax,
+                                                               float* mean, double* logsumexp,
+                                                               int64_t* tokens, int64_t* argmax,
                                                                float* numbers);
+
+/* From grad (rows, E), the gradient by the mean, the mean and the logsumexp, of either function. table_grad
+ * (V, E), of the table's dtype, may be NULL: it is not wanted. */
+DLCORE_API dlcore_status dlcore_categorical_expectation_backward(
+    const dlcore_categorical* softmax, const dlcore_matrix* table, const float* grad, const float* mean,
+    const double* logsumexp, const dlcore_logits_grad* logits_grad, void* table_grad);
 
 /* --- uniform: uniform-state diffusion --- */
 
 /* loss (rows): the continuous-time NELBO's integrand at level alpha in (0, 1), with dalpha = dα/dt <= 0, in
  * nats per token. softmax->index is z, x (rows) the clean tokens. Logits are of the leave-one-out posterior;
- * those of a denoiser want a shift of -log1p(V·α/(1-α)). Temperature, softcap and exclude are not taken. */
+ * those of a denoiser want a shift of -log1p(V·α/(1-α)). Temperature, softcap and exclude are not taken.
+ * saved (5, rows), which the gradient wants, may be NULL. */
 DLCORE_API dlcore_status dlcore_uniform_nelbo(const dlcore_categorical* softmax, const int64_t* x,
-                                              dlcore_doubles alpha, dlcore_doubles dalpha, float* loss);
+                                              dlcore_doubles alpha, dlcore_doubles dalpha, float* loss,
+                                              double* saved);
+
+/* From grad (rows), the gradient by the loss, and what was saved. */
+DLCORE_API dlcore_status dlcore_uniform_nelbo_backward(const dlcore_categorical* softmax, const int64_t* x,
+                                                       dlcore_doubles alpha, dlcore_doubles dalpha,
+                                                       const float* grad, const double* saved,
+                                                       const dlcore_logits_grad* logits_grad);
 
 /* --- bits: bitstream diffusion, x = bit + sigma·noise --- */
 
@@ -310,6 +346,12 @@ DLCORE_API dlcore_status dlcore_bits_perturb(const dlcore_matrix* x, dlcore_doub
 DLCORE_API dlcore_status dlcore_bits_loss(const dlcore_bits* state, const dlcore_matrix* bits, int32_t kind,
                                           float* loss);
 
+/* From grad (rows), the gradient by the loss: residual_grad and x_grad (rows, columns), of the residual's and
+ * of x's dtype; x_grad may be NULL: it is not wanted. */
+DLCORE_API dlcore_status dlcore_bits_loss_backward(const dlcore_bits* state, const dlcore_matrix* bits,
+                                                   int32_t kind, const float* grad, void* residual_grad,
+                                                   void* x_grad);
+
 /* --- sphere: unit vectors, a row each. Arguments of one call have one shape and dtype, which is the result's
  * --- */
 
@@ -354,6 +396,56 @@ enum { DLCORE_VON_MISES_FISHER = 0, DLCORE_SPHERICAL_CAUCHY = 1 };
 DLCORE_API dlcore_status dlcore_sphere_sample(const dlcore_matrix* mean, dlcore_doubles kappa, int32_t law,
                                               dlcore_keys keys, void* out, int32_t threads);
 
+/* Gradients of the maps: of each input, from `grad`, the gradient by the map's result and its like. Any may
+ * be NULL: it is not wanted. That of t is a number per row. (dlcore_sphere_correct's is there on
+ * CUDA alone: the CPU has no kernel of it.) */
+DLCORE_API dlcore_status dlcore_sphere_normalize_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                          void* x_grad, int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_project_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                        const dlcore_matrix* u, void* x_grad, void* u_grad,
+                                                        int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_angle_backward(const float* grad, const dlcore_matrix* x,
+                                                      const dlcore_matrix* y, void* x_grad, void* y_grad,
+                                                      int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_slerp_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                      const dlcore_matrix* y, dlcore_floats t, void* x_grad,
+                                                      void* y_grad, float* t_grad, int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_log_map_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                        const dlcore_matrix* y, void* x_grad, void* y_grad,
+                                                        int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_exp_map_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                        const dlcore_matrix* v, void* x_grad, void* v_grad,
+                                                        int32_t threads);
+DLCORE_API dlcore_status dlcore_sphere_rotate_backward(const dlcore_matrix* grad, const dlcore_matrix* x,
+                                                       const dlcore_matrix* source,
+                                                       const dlcore_matrix* target, void* x_grad,
+                                                       void* source_grad, void* target_grad, int32_t threads);
+
+/* velocity (rows, d): P_x m of the mean m = Σ_k softmax_k · g(<x, E_k>) · E_k, without anything of size rows
+ * · V; P_x takes away what lies along x. x (rows, d) and table (V, d), whose rows are the E_k, are unit
+ * vectors of any dtype, two columns or more. Without kappa g = ω / sin ω is SLERP's, and this over the noise
+ * fraction its path's velocity; with kappa, in [0, 1e8], g is that of the von Mises-Fisher path, per unit of
+ * kappa. (The Cauchy path's is the part of dlcore_categorical_expectation's mean across x.) along (rows), <x,
+ * m>, and logsumexp (rows), both of which the gradient wants, may be NULL. */
+DLCORE_API dlcore_status dlcore_sphere_velocity(const dlcore_logits* logits, const dlcore_matrix* x,
+                                                const dlcore_matrix* table, dlcore_doubles kappa,
+                                                float* velocity, float* along, double* logsumexp,
+                                                int32_t threads);
+
+/* From grad (rows, d), the gradient by the velocity, and the results: x_grad and table_grad, of x's and the
+ * table's shape and dtype, may be NULL: they are not wanted. */
+DLCORE_API dlcore_status dlcore_sphere_velocity_backward(const dlcore_logits* logits, const dlcore_matrix* x,
+                                                         const dlcore_matrix* table, dlcore_doubles kappa,
+                                                         const float* grad, const float* velocity,
+                                                         const float* along, const double* logsumexp,
+                                                         const dlcore_logits_grad* logits_grad, void* x_grad,
+                                                         void* table_grad, int32_t threads);
+
+/* ids (rows, count) of a row's largest logits, in descending order, the lowest id first among equals; -1 all
+ * over in a row with NaN, +inf or nothing but -inf. count: in [1, V]. */
+DLCORE_API dlcore_status dlcore_sphere_largest(const dlcore_logits* logits, int64_t count, int64_t* ids,
+                                               int32_t threads);
+
 /* --- attention: every query row sees at most two intervals of keys --- */
 
 /* (batch, rows, heads, columns); columns lie without gaps. Strides all 0: without gaps at all. */
@@ -385,6 +477,15 @@ DLCORE_API dlcore_status dlcore_attention_intervals(const dlcore_attention* atte
                                                     const int32_t* stops, int32_t shared_bounds, void* out,
                                                     float* lse);
 
+/* From grad, like out, and grad_lse, like lse, the gradients by both: those of q, k and v, of their shape and
+ * dtype, without gaps. */
+DLCORE_API dlcore_status dlcore_attention_intervals_backward(const dlcore_attention* attention,
+                                                             const int32_t* starts, const int32_t* stops,
+                                                             int32_t shared_bounds, const void* out,
+                                                             const float* lse, const void* grad,
+                                                             const float* grad_lse, void* q_grad,
+                                                             void* k_grad, void* v_grad);
+
 /* A cache, and how the new rows see it. Sequence b's rows are keys[b], or the pages page_table[b] lists. */
 typedef struct dlcore_cache {
   void* keys;                /* (batch, max_len, kv_heads, head_dim), or (num_pages, page_size, ...) */
@@ -406,50 +507,12 @@ typedef struct dlcore_cache {
 DLCORE_API dlcore_status dlcore_attention_decode(const dlcore_attention* attention, const dlcore_cache* cache,
                                                  void* out, float* lse);
 
-#if defined(DLCORE_CUDA)
-
-/* --- CUDA: dlcore::cuda, the library of all functions, with DLCORE_CUDA defined ---
- *
- * Structs are the host's, and so are the ids that `exclude` and `prior` point to; all else that they point
- * to, and every result, is the current device's, on whose `stream`, a cudaStream_t, the work is queued.
- * Nothing waits for it, so that it can be captured into a graph. Values are not checked, and nothing is read
- * out of bounds whatever they are: an id out of range has log-probability NaN. Dense logits alone are taken,
- * else DLCORE_UNSUPPORTED. `threads` does not count. The workspace is device memory, aligned to 256 bytes,
- * which the next call on the same stream may use again. */
-
-/* How many bytes of workspace the functions below take for these logits; `how` is what is to be sampled with,
- * NULL for draws without truncation and for the other functions. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categorical* softmax,
-                                                           const dlcore_sampling* how, int64_t* bytes);
-
-/* As dlcore_categorical_stats. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax,
-                                                       float* numbers, void* workspace, void* stream);
-
-/* As dlcore_categorical_sample, with tokens (2, rows), the draws and the argmaxes, and numbers needed. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_sample(const dlcore_categorical* softmax,
-                                                        const dlcore_sampling* how, int64_t* tokens,
-                                                        float* numbers, void* workspace, void* stream);
-
-/* As dlcore_categorical_sample_mixture. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_sample_mixture(const dlcore_categorical* softmax,
-                                                                const dlcore_mixture* how, int64_t* tokens,
-                                                                void* workspace, void* stream);
-
-/* As dlcore_categorical_log_probs. */
-DLCORE_API dlcore_status dlcore_cuda_categorical_log_probs(const dlcore_categorical* softmax,
-                                                           const int64_t* target, double* numbers,
-                                                           void* workspace, void* stream);
-
-/* As dlcore_uniform_nelbo. */
-DLCORE_API dlcore_status dlcore_cuda_uniform_nelbo(const dlcore_categorical* softmax, const int64_t* x,
-                                                   dlcore_doubles alpha, dlcore_doubles dalpha, float* loss,
-                                                   void* workspace, void* stream);
-
-#endif /* DLCORE_CUDA */
-
 #ifdef __cplusplus
 }
+#endif
+
+#if defined(DLCORE_CUDA)
+#include "dlcore_cuda.h"
 #endif
 
 #endif /* DLCORE_DLCORE_H */

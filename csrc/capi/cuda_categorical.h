@@ -1,0 +1,50 @@
+// Rows of logits on a device, for the functions of softmax.
+#pragma once
+
+#include "../cuda/categorical.h"
+#include "../cuda/uniform.h"
+#include "categorical.h"
+#include "cuda.h"
+
+namespace dlcore::capi {
+
+inline bool truncates(const dlcore_sampling* how) {
+  return how && (how->top_k.data || how->top_p.data || how->min_p.data);
+}
+
+// Dense rows, and what a call keeps of them on the device.
+struct DeviceRows {
+  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory)
+      : DeviceRows(pointed("softmax", softmax), truncates(how), memory) {}
+
+  int64_t rows() const { return logits.rows; }
+  int64_t vocab() const { return logits.columns; }
+
+  void scan(ScanArguments a, cudaStream_t stream) const {
+    a.logits = logits;
+    a.softmax = softmax;
+    if (!a.state) a.state = state;
+    cuda::scan(a, a.cuts ? ends : nullptr, scratch, stream);
+  }
+
+  View logits;
+  Softmax softmax;
+  Workspace memory;
+  Summary *state, *drawn = nullptr;
+  uint8_t* skip;
+  double* saved;
+  char* scratch;
+  // To truncate draws.
+  Selection *selections = nullptr, *inner = nullptr;
+  Bin* bins = nullptr;
+  Cut* cuts = nullptr;
+  int64_t* ends = nullptr;
+
+ private:
+  DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace);
+};
+
+// The same, ready to be scanned.
+DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace);
+
+}  // namespace dlcore::capi

@@ -1,0 +1,34 @@
+"""Noise stream v1 on the CUDA kernels; in float64, as everywhere, and rounded once."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from dlcore import _cuda
+from dlcore.cuda.tensors import call
+
+_UNIFORM, _GUMBEL, _NORMAL = range(3)
+
+
+def _fill(kind: int, key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
+    """(*lead, *shape), made by a thread a pair."""
+    key = key.contiguous()
+    out = torch.empty((*key.shape[:-1], *shape), dtype=dtype, device=key.device)
+    keys = (key.data_ptr(), key.numel() // 2)
+    call(_cuda.fill_noise, key, kind, *keys, math.prod(shape), dtype == torch.float64, out.data_ptr())
+    return out
+
+
+uniform, gumbel, normal = partial(_fill, _UNIFORM), partial(_fill, _GUMBEL), partial(_fill, _NORMAL)
+
+
+def fold_in(key: Tensor, data: Tensor) -> Tensor:
+    """Keys (..., 2) with data (...) hashed into their offsets."""
+    key, data = key.contiguous(), data.contiguous()
+    out = torch.empty((*data.shape, 2), dtype=torch.int64, device=key.device)
+    call(_cuda.fold_in, key, key.data_ptr(), 2, data.data_ptr(), 1, data.numel(), out.data_ptr())
+    return out
