@@ -23,8 +23,13 @@ class BlockDiffusion(System):
     network: BlockTransformer
 
     def build(self) -> nn.Module:
-        sizes = dict(layers=network.LAYERS, width=network.WIDTH)
-        return BlockTransformer(self.vocab_size, length=self.length, block_size=BLOCK, **sizes)
+        return BlockTransformer(
+            self.vocab_size,
+            length=self.length,
+            block_size=BLOCK,
+            layers=network.LAYERS,
+            width=network.WIDTH,
+        )
 
     def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
         return block_transformer.nelbo(self.network, x, key).mean()

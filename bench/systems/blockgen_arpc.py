@@ -1,4 +1,4 @@
-"""One network for two block sizes: blocks drafted at once, redone where its autoregressive side doubts them."""
+"""One network for two block sizes: blocks drafted at once, redone where its autoregressive side doubts."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class BlockNetwork(nn.Module):
 
 
 class BlockGen(System):
-    """BlockGen with masks; the corrector redoes the tokens that its autoregressive side finds unlikely (ARPC)."""
+    """BlockGen with masks; the corrector redoes the tokens that its autoregressive side finds unlikely."""
 
     name = "blockgen_arpc"
     title = "block diffusion, AR-informed corrector"

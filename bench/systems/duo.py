@@ -38,7 +38,8 @@ class Duo(LeaveOneOut):
         else:
             tau = TAU_START * (TAU_STOP / TAU_START) ** (done / CURRICULUM)
             z, ids, weights = duo.curriculum(x, gamma, tau, self.vocab_size, top_k=TERMS, key=noise_key)
-            logits = self.network.from_embedded(duo.embed(ids, weights, self.network.table), alpha)
+            soft = duo.embed(ids, weights, self.network.table)
+            logits = self.network.from_mixed(self.network.mix(soft, alpha))
         return uniform.nelbo(logits, z, x, alpha, dalpha).mean()
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ class EntropyBound(MDLM):
     teacher = MDLM
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:
-        z = torch.full((batch, self.length), self.mask_id)
+        z = self.masks(batch)
         for left, k in zip(range(steps, 0, -1), rng.split(key, steps), strict=True):
             draw = categorical.sample(self.network(z), exclude=self.mask_id, key=k)
             hidden = z == self.mask_id

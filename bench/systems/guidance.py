@@ -40,7 +40,7 @@ class Guided(MDLM):
         return masked.nelbo(self._told(z, told), z, x, alpha, -1.0, self.mask_id).mean()
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:
-        z = torch.full((batch, self.length), self.mask_id)
+        z = self.masks(batch)
         wanted, untold = torch.full((batch,), MANY), torch.full((batch,), UNTOLD)
         for (t, s), k in zip(grid(steps), rng.split(key, steps), strict=True):
             logits = guidance.cfg(self._told(z, wanted), self._told(z, untold), GAMMA)

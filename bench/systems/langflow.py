@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from bench.systems.command import main
-from bench.systems.network import Network
 from bench.systems.system import levels
 from bench.systems.vectors import WIDTH, Embedded, Logits, per_row
 from dlcore import LinearLogits, categorical, rng
@@ -44,12 +43,11 @@ class LangFlow(Embedded):
         return math.sqrt(WIDTH) * super().table
 
     def logits(self, x: Tensor, time: float | Tensor) -> Logits:
-        assert isinstance(self.network, Network)
         gamma = per_row(time, x)
         own = flow.matched_filter(x, self.table, gamma)
-        hidden = self.network.hidden(x, level=torch.sigmoid(gamma / SHOWN))
-        head = torch.cat((self.network.head.weight, own.weight), -1)
-        return LinearLogits(torch.cat((hidden, own.hidden), -1), head)
+        learnt = self.network(x, level=torch.sigmoid(gamma / SHOWN))
+        head = torch.cat((learnt.weight, own.weight), -1)
+        return LinearLogits(torch.cat((learnt.hidden, own.hidden), -1), head)
 
     def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
         level_key, noise_key = rng.split(key, 2)

@@ -23,7 +23,7 @@ class LLaDA(MDLM):
     teacher = MDLM
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:
-        z = torch.full((batch, self.length), self.mask_id)
+        z = self.masks(batch)
         block = torch.arange(self.length) // BLOCK
         blocks = int(block[-1]) + 1
         calls = [range(b * steps // blocks, (b + 1) * steps // blocks) for b in range(blocks)]

@@ -19,9 +19,15 @@ class MDLM(System):
     title = "masked diffusion"
     paper = "arXiv 2406.07524"
 
+    network: Network
+
     @property
     def mask_id(self) -> int:
         return self.vocab_size
+
+    def masks(self, batch: int) -> Tensor:
+        """(batch, L), nothing written."""
+        return torch.full((batch, self.length), self.mask_id)
 
     def build(self) -> nn.Module:
         return Network(self.vocab_size + 1, self.vocab_size + 1, self.length)
@@ -33,7 +39,7 @@ class MDLM(System):
         return masked.nelbo(self.network(z), z, x, alpha, -1.0, self.mask_id).mean()
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:
-        z = torch.full((batch, self.length), self.mask_id)
+        z = self.masks(batch)
         for (t, s), k in zip(grid(steps), rng.split(key, steps), strict=True):
             z = masked.step(self.network(z), z, t, s, self.mask_id, key=k)
         return z

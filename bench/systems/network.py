@@ -67,14 +67,22 @@ class Network(nn.Module):
             streams: as many as were declared.
             level: a noise level in [0, 1], broadcast to (B, L); None for a network that is not told.
         """
-        embedded = [embed(s) for embed, s in zip(self.embeddings, streams, strict=True)]
-        return self.from_embedded(torch.stack(embedded).sum(0), level)
+        return self.from_mixed(self.embed(*streams, level=level))
 
-    def from_embedded(self, x: Tensor, level: float | Tensor | None = None) -> LinearLogits:
-        """Logits at positions that were embedded already, x (B, L, d)."""
+    def embed(self, *streams: Tensor, level: float | Tensor | None = None) -> Tensor:
+        """What the layers read, (B, L, d); arguments as those of `forward`."""
+        embedded = [embed(s) for embed, s in zip(self.embeddings, streams, strict=True)]
+        return self.mix(torch.stack(embedded).sum(0), level)
+
+    def mix(self, x: Tensor, level: float | Tensor | None) -> Tensor:
+        """Embedded positions x (B, L, d), told the level and their neighbours: spelling is learnt sooner."""
         if level is not None:
             x = x + self.level(_waves(level, x))
-        x = x + self.nearby(x.mT).mT
+        mixed: Tensor = x + self.nearby(x.mT).mT
+        return mixed
+
+    def from_mixed(self, x: Tensor) -> LinearLogits:
+        """Logits of all positions of x (B, L, d)."""
         hidden = self.trunk(x, torch.arange(x.shape[1], device=x.device), attend_to_all)
         return LinearLogits(hidden, self.head.weight)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from bench.systems.command import main
@@ -21,7 +20,7 @@ class ReMDM(MDLM):
     teacher = MDLM
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:
-        z = torch.full((batch, self.length), self.mask_id)
+        z = self.masks(batch)
         for (t, s), k in zip(grid(steps), rng.split(key, steps), strict=True):
             sigma = masked.remask_probability("cap", t, s, eta=1 / steps)
             z = masked.step(self.network(z), z, t, s, self.mask_id, remask=sigma, key=k)
