@@ -16,8 +16,8 @@ from bench.systems.udm_loo import LeaveOneOut
 from dlcore import LinearLogits
 from dlcore.demo.options import UserError
 
-#: Grey levels, the pixels of a side, and images in a row of the picture.
-LEVELS, SIDE, ROW = 17, 8, 16
+#: Grey levels, the pixels of a side, images in a row of the picture, and its dots for a pixel's side.
+LEVELS, SIDE, ROW, DOTS = 17, 8, 16, 4
 
 
 class Placed(nn.Module):
@@ -64,8 +64,9 @@ def distance(images: Tensor, others: Tensor) -> float:
 def report(outcome: Outcome) -> str:
     """Bits per pixel, and whether samples are as near to training images as held-out images are."""
     path, data = outcome.out / "digits.png", outcome.data
+    picture = tiled(outcome.tokens).repeat_interleave(DOTS, 0).repeat_interleave(DOTS, 1)
     try:
-        imsave(path, tiled(outcome.tokens).numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1)
+        imsave(path, picture.numpy(), cmap="gray_r", vmin=0, vmax=LEVELS - 1)
     except OSError as error:
         raise UserError(f"--out {outcome.out}: {error.strerror or error}") from None
     return (
