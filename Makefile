@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test bench gpu-check bench-gpu lint format clean
+.PHONY: demo test systems bench gpu-check bench-gpu lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dlcore demo $(ARGS)
 
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
+
+# The systems of the literature, trained on the demo's text: about 25 minutes on two cores.
+systems: $(VENV)/ready
+	$(BIN)/python -m bench.systems $(ARGS)
 
 bench: $(VENV)/ready
 	$(BIN)/python -m bench.run $(ARGS)
