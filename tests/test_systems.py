@@ -17,8 +17,11 @@ from bench.systems import (
     checkpoint,
     digits,
     flm,
+    gidd,
+    idlm,
     molecules,
     network,
+    sdtt,
     sequences,
     smiles,
     training,
@@ -29,6 +32,7 @@ from bench.systems.vectors import WIDTH
 from dlcore import rng
 from dlcore.demo import flows, measures, samplers
 from dlcore.demo.options import UserError
+from dlcore.process import hybrid
 from dlcore.testing.emissions import gaussian_emission
 from dlcore.testing.markov import MarkovChain
 
@@ -77,6 +81,11 @@ def test_the_loss_falls(name: str) -> None:
     if isinstance(system, bitstream.Bitstream):
         # Its noise levels follow its errors to where they are largest, and its losses with them.
         system._remember = lambda sigma, error: None
+    if isinstance(system, (sdtt.SDTT, idlm.IDLM)):
+        # A student that has all to learn, of a teacher that knows something.
+        teacher = build("mdlm")
+        losses(teacher, 60)
+        system.frozen.load_state_dict(teacher.network.state_dict())
     found = torch.tensor(losses(system, 60))
     first, last = found[:20], found[-20:]
     error = math.sqrt(float(first.var() + last.var()) / 20)
@@ -180,6 +189,28 @@ def _uniform(system: System, chain: MarkovChain) -> None:
     system.network = Exact(lambda z, alpha: known.uniform(z, alpha).leave_one_out)
 
 
+def _scores(system: System, chain: MarkovChain) -> None:
+    known = samplers.Network(chain)
+    system.network = Exact(lambda z, alpha: known.masked(z) + math.log(chain.vocab_size))
+
+
+def _without_mask(system: System, chain: MarkovChain) -> None:
+    known = samplers.Network(chain)
+    never = torch.tensor([0.0] * chain.vocab_size + [-math.inf])
+    system.network = Exact(lambda z, alpha: known.masked(z) + never)
+
+
+def _hybrid(system: System, chain: MarkovChain) -> None:
+    def posterior(z: Tensor, t: float) -> Tensor:
+        at = hybrid.schedule(t, p_uniform=gidd.UNIFORM)
+        hit = z.unsqueeze(-1) == torch.arange(chain.vocab_size)
+        seen = torch.where(hit, at.alpha, 0) + at.uniform / chain.vocab_size
+        emission = torch.where(z.unsqueeze(-1) == chain.vocab_size, 0, seen.log()).float()
+        return nn.functional.pad(chain.posterior(emission).leave_one_out, (0, 1))
+
+    system.network = Exact(posterior)
+
+
 def _absorbing(system: System, chain: MarkovChain) -> None:
     system.network = Exact(samplers.Network(chain).absorbing)
 
@@ -237,6 +268,12 @@ EXACT: dict[str, tuple[Callable[[System, MarkovChain], None], int]] = {
     "udm_loo": (_uniform, 64),
     "udm_predictor_corrector": (_uniform, 64),
     "absorbing_uniform": (_absorbing, 64),
+    "sedd": (_scores, 64),
+    "d3pm": (_without_mask, 64),
+    "duo": (_uniform, 64),
+    "gidd": (_hybrid, 64),
+    "entropy_bound": (_masked, 64),
+    "lomdm": (_masked, 64),
     "bitstream": (_bits, 64),
     "elf": (_elf, 64),
     "flm": (_one_hot, 64),
@@ -244,9 +281,9 @@ EXACT: dict[str, tuple[Callable[[System, MarkovChain], None], int]] = {
     "slerp": (_circles, 64),
     "vmf": (_concentrated, 64),
 }
-#: Nats of bigrams, and the share of perplexity, that a method itself is off by: this corrector redraws what
-#: fits worst, which trades entropy for perplexity.
-OFF = {"udm_predictor_corrector": 0.2}
+#: Nats of bigrams, and the share of perplexity, that a method itself is off by: the corrector redraws what
+#: fits worst, which trades entropy for perplexity; the bound lets dependent tokens go together.
+OFF = {"udm_predictor_corrector": 0.2, "entropy_bound": 0.1}
 BATCH = 384
 
 
