@@ -13,7 +13,10 @@ from dlcore._registry import CUDA, REFERENCE
 pytestmark = pytest.mark.slow
 
 #: Ops that are no function of the CPU's.
-OPS_WITHOUT = {"sphere.correct_backward": "no kernel of the CPU's: Python runs the reference"}
+OPS_WITHOUT = {
+    "similarity.cosine": "a part of the policies of process.cache, which are Python",
+    "sphere.correct_backward": "no kernel of the CPU's: Python runs the reference",
+}
 
 #: Of what functions each function of a module is (a part of) the kernel.
 SHARED = {
@@ -73,6 +76,7 @@ EXPORTS_WITHOUT = {
     "read": "the memory's ceiling, which benchmarks compare with",
     "philox": "for tests of the stream",
     "gumbel_of_bits": "for tests of the stream",
+    "row_cosine": "similarity.cosine's kernel",
     "parallel_runtime": "which OpenMP runtime is Python's; the header says how the library finds its own",
 }
 
