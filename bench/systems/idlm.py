@@ -23,6 +23,7 @@ class IDLM(MDLM):
     paper = "arXiv 2602.19066"
     teacher = MDLM
     steps = 8
+    learning_rate = 3e-4
     bound = False
 
     def __init__(self, vocab_size: int, length: int, network: nn.Module | None = None) -> None:

@@ -27,6 +27,7 @@ class SDTT(MDLM):
     paper = "arXiv 2410.21035"
     teacher = MDLM
     steps = 8
+    learning_rate = 1e-3
     bound = False
 
     def __init__(self, vocab_size: int, length: int, network: nn.Module | None = None) -> None:

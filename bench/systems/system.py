@@ -30,6 +30,8 @@ class System(nn.Module, ABC):
     """Network calls of a sample in the table."""
     teacher: ClassVar[type[System] | None] = None
     """Whose trained network it starts from. A system that has its teacher's loss isn't trained further."""
+    learning_rate: ClassVar[float] = 3e-3
+    """At its highest."""
     bound: ClassVar[bool] = True
     """Whether the loss is (a bound of) the negative log-likelihood, in nats per token."""
 

@@ -18,7 +18,6 @@ from dlcore import rng
 
 #: The share of the tokens that training doesn't see.
 HELD_OUT = 0.1
-LEARNING_RATE = 3e-3
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def _done(spent: float, seconds: float, step: int, steps: int | None) -> float:
 
 def _descend(system: System, optimizer: torch.optim.Optimizer, x: Tensor, key: Tensor, done: float) -> float:
     """One step; the loss before it."""
-    optimizer.param_groups[0]["lr"] = LEARNING_RATE * min(20 * done + 0.02, 1.0, (1 - done) / 0.6)
+    optimizer.param_groups[0]["lr"] = system.learning_rate * min(20 * done + 0.02, 1.0, (1 - done) / 0.6)
     loss = system.loss(x, key, done)
     optimizer.zero_grad()
     loss.backward()
