@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,27 +40,23 @@ class Written:
 def write(system: System, batch: int, steps: int, key: Tensor) -> Written:
     """Sample, with the kernels and with the references; each is warmed up by a short run."""
 
-    def generate() -> Tensor:
-        return system.generate(batch, steps, key)
+    def timed() -> tuple[Tensor, float]:
+        system.generate(batch, min(steps, 4), key)
+        start = time.perf_counter()
+        result = system.generate(batch, steps, key)
+        return result, time.perf_counter() - start
 
-    system.generate(batch, min(steps, 2), key)
-    tokens, seconds = _timed(generate)
+    tokens, seconds = timed()
     with _OpTimer() as timer:
-        generate()
+        system.generate(batch, steps, key)
     with dlcore.use_backend("reference"):
-        _, reference_seconds = _timed(generate)
+        _, reference_seconds = timed()
     return Written(tokens, seconds, reference_seconds, min(1.0, timer.seconds / seconds))
 
 
 def figures(tokens: Tensor, chain: MarkovChain) -> measures.Figures:
     """Exact perplexity and entropy of tokens (B, L) under the chain fitted to the text."""
     return measures.measure(tokens, chain)
-
-
-def _timed(work: Callable[[], Tensor]) -> tuple[Tensor, float]:
-    start = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - start
 
 
 class _OpTimer(TorchDispatchMode):
