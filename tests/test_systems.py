@@ -452,5 +452,5 @@ def test_an_example_runs_alone(
         sequences.main(system, example.read, example.report)
     assert stopped.value.code == 0
     assert line in capsys.readouterr().out
-    assert (tmp_path / "out" / f"{system.name}.safetensors").exists()
+    assert (tmp_path / "out" / f"{system.name}-seed0.safetensors").exists()
     assert (example is molecules) or (tmp_path / "out" / "digits.png").read_bytes().startswith(b"\x89PNG")

@@ -91,6 +91,8 @@ class BlockGen(System):
         start, whole = clean.shape[1], torch.cat((clean, z), 1)
         logits = _rows(self.network(whole, whole, BLOCK), start)
         draft = masked.step(logits, z, 0.0, 1.0, self.mask_id, key=key)
+        if alpha_s == 1:
+            return draft
         ar = _rows(self.autoregressive(torch.cat((clean, draft), 1)), start)
         score = guidance.arpc_score(logits, ar, draft, score="ar_nll", exclude=self.mask_id)
         return guidance.renoise(draft, score, alpha_s, prior=self.mask_id)

@@ -172,7 +172,7 @@ def trained_system(
 
 
 def _train(console: Console, system: System, options: Options, data: Data) -> checkpoint.Reached:
-    path = options.out / f"{system.name}.safetensors"
+    path = options.out / f"{system.name}-seed{options.seed}.safetensors"
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

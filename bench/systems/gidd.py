@@ -10,7 +10,7 @@ from bench.systems.system import grid, levels
 from dlcore import rng
 from dlcore.process import hybrid
 
-#: The share of uniform noise at half time.
+#: The mass of uniform noise at half time.
 UNIFORM = 0.1
 
 

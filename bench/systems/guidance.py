@@ -36,7 +36,8 @@ class Guided(MDLM):
         level_key, mask_key, drop_key = rng.split(key, 3)
         alpha = levels(len(x), level_key)
         z = masked.corrupt(x, alpha, self.mask_id, key=mask_key)
-        told = torch.where(rng.uniform(drop_key, (len(x),)) < DROPPED, UNTOLD, label(x))
+        dropped = rng.uniform(drop_key, (len(x),)) < (DROPPED if self.training else 1)
+        told = torch.where(dropped, UNTOLD, label(x))
         return masked.nelbo(self._told(z, told), z, x, alpha, -1.0, self.mask_id).mean()
 
     def generate(self, batch: int, steps: int, key: Tensor) -> Tensor:

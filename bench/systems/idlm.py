@@ -11,7 +11,7 @@ from bench.systems.command import main
 from bench.systems.mdlm import MDLM
 from bench.systems.network import detached
 from bench.systems.system import System, levels
-from dlcore import LinearLogits, categorical, rng
+from dlcore import categorical, rng
 from dlcore.process import distill, masked
 
 
@@ -40,20 +40,18 @@ class IDLM(MDLM):
         """The fake's loss plus the student's, each blind to the other's weights: no bound."""
         *noise, draw_key, again_key = rng.split(key, 4)
         z = masked.corrupt(x, levels(len(x), noise[0]), self.mask_id, key=noise[1])
-        student = self.network(z)
+        student, hidden = self.network(z), z == self.mask_id
         drawn = categorical.sample(student, exclude=self.mask_id, key=draw_key).tokens
-        written = torch.where(z == self.mask_id, drawn, z)
+        written = torch.where(hidden, drawn, z)
         alpha = levels(len(x), rng.fold_in(again_key, 0))
         noisy = masked.corrupt(written, alpha, self.mask_id, key=rng.fold_in(again_key, 1))
-        return self._descend(student, self.fake(noisy), self.frozen(noisy), noisy, alpha)
-
-    def _descend(
-        self, student: LinearLogits, fake: LinearLogits, teacher: LinearLogits, z: Tensor, alpha: Tensor
-    ) -> Tensor:
-        noise = z, alpha, -1.0, self.mask_id
-        followed = distill.masked_fake_loss(fake, student, *noise)
+        noise = noisy, alpha, -1.0, self.mask_id
+        fake, teacher = self.fake(noisy), self.frozen(noisy)
+        # What z shows is a token; what the student filled in is its whole softmax.
+        soft = distill.masked_fake_loss(fake, student, *noise)
+        hard = masked.nelbo(fake, noisy, written, alpha, -1.0, self.mask_id)
         inverse = distill.masked_inverse_loss(student, teacher, detached(fake), *noise)
-        return (followed + inverse).mean()
+        return torch.where(hidden, soft + inverse, hard).mean()
 
 
 if __name__ == "__main__":

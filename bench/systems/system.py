@@ -74,7 +74,9 @@ def levels(count: int, key: Tensor) -> Tensor:
     """
     order_key, jitter_key = rng.split(key, 2)
     order = rng.uniform(order_key, (count,)).argsort()
-    return ((order + rng.uniform(jitter_key, (count,)).float()) / count).unsqueeze(1)
+    alpha = (order + rng.uniform(jitter_key, (count,))) / count
+    # Rounding to float32 may reach the ends.
+    return alpha.float().clamp(2**-24, 1 - 2**-24).unsqueeze(1)
 
 
 def grid(steps: int) -> list[tuple[float, float]]:
