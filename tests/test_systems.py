@@ -34,7 +34,7 @@ from dlcore.demo import flows, measures, samplers
 from dlcore.demo.options import UserError
 from dlcore.process import hybrid
 from dlcore.testing.emissions import gaussian_emission
-from dlcore.testing.markov import MarkovChain
+from dlcore.testing.markov import MarkovChain, uniform_emission
 
 TALE = (
     "the cat sat on the mat and the rat sat on the hat. a cat that sat on a rat had the rat on the mat. "
@@ -211,7 +211,7 @@ def _without_mask(system: System, chain: MarkovChain) -> None:
 
 def _hybrid(system: System, chain: MarkovChain) -> None:
     def posterior(z: Tensor, t: float) -> Tensor:
-        at = hybrid.schedule(t, p_uniform=gidd.UNIFORM)
+        at = hybrid.schedule(torch.as_tensor(t).expand(z.shape).unsqueeze(-1), p_uniform=gidd.UNIFORM)
         hit = z.unsqueeze(-1) == torch.arange(chain.vocab_size)
         seen = torch.where(hit, at.alpha, 0) + at.uniform / chain.vocab_size
         emission = torch.where(z.unsqueeze(-1) == chain.vocab_size, 0, seen.log()).float()
@@ -221,7 +221,14 @@ def _hybrid(system: System, chain: MarkovChain) -> None:
 
 
 def _absorbing(system: System, chain: MarkovChain) -> None:
-    system.network = Exact(samplers.Network(chain).absorbing)
+    def posterior(z: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
+        emission = uniform_emission(z, 0.5, chain.vocab_size)
+        settled = torch.where(emission == emission.amax(-1, keepdim=True), 0, -math.inf)
+        lifted = torch.log1p(-torch.as_tensor(alpha).expand(z.shape)).unsqueeze(-1)
+        undecided = torch.where(settled == 0, 0, lifted)
+        return chain.posterior(torch.where((z == u).unsqueeze(-1), undecided, settled).float()).leave_one_out
+
+    system.network = Exact(posterior)
 
 
 def _bits(system: System, chain: MarkovChain) -> None:
@@ -344,6 +351,31 @@ def test_blind_posteriors_do_not(name: str, chain: MarkovChain, truth: measures.
 @pytest.mark.parametrize("name", sorted(EXACT.keys() - OFF.keys()))
 def test_sharp_posteriors_do_not(name: str, chain: MarkovChain, truth: measures.Truth) -> None:
     assert not reaches(name, sharp(chain), chain, truth)
+
+
+BOUNDS = sorted(name for name in EXACT if catalogue.find(name).bound and catalogue.find(name).trains())
+
+
+def excess(name: str, posteriors: MarkovChain, chain: MarkovChain) -> tuple[float, float]:
+    """What the loss with these posteriors is above the text's own, in nats per token, and its error."""
+    system = build(name, chain.vocab_size).eval()
+    EXACT[name][0](system, posteriors)
+    draws = rng.split(rng.key(6), 24)
+    text = chain.sample(2048, LENGTH, generator=torch.Generator().manual_seed(2))
+    # The bound is of this text's likelihood, of which the entropy is the mean over all.
+    likelihood = float(chain.log_likelihood(text).mean()) / LENGTH
+    found = torch.stack([system.loss(text, key, 1.0) for key in draws])
+    return float(found.mean()) + likelihood, float(found.std()) / math.sqrt(len(draws))
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+@torch.no_grad()
+def test_exact_posteriors_make_the_bound_the_likelihood(name: str, chain: MarkovChain) -> None:
+    gap, error = excess(name, chain, chain)
+    assert abs(gap) < 5 * error
+    assert error < 0.02
+    gap, error = excess(name, blind(chain), chain)
+    assert gap > 5 * error
 
 
 def test_the_schedule_of_bits_follows_the_errors() -> None:
