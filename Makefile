@@ -12,7 +12,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/python -m pytest $(ARGS)
 
-# The systems of the literature, trained on the demo's text: about 25 minutes on two cores.
+# The systems of the literature, trained on the demo's text.
 systems: $(VENV)/ready
 	$(BIN)/python -m bench.systems $(ARGS)
 

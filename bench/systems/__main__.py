@@ -20,7 +20,7 @@ from dlcore.demo.options import UserError
 from dlcore.demo.progress import say
 from dlcore.testing.markov import MarkovChain
 
-#: Of training each. With it all systems take less than 25 minutes on two cores.
+#: Of training each.
 SECONDS = 40
 
 
