@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 from bench.systems import (
     bitstream,
+    block_diffusion,
     catalogue,
     checkpoint,
+    command,
     digits,
     flm,
     gidd,
@@ -463,6 +466,13 @@ def test_tiles_keep_every_image() -> None:
     assert picture[digits.SIDE + 1, 0] == 17
     assert int((picture > 0).sum()) == images.numel()
     assert digits.distance(images, images[:1] + 1) == pytest.approx(8 * (1 + sum(range(16))) / 17)
+
+
+def test_a_length_that_a_system_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x", "--length", "20"])
+    options = command.Options(**vars(command.parser("x", "", 1).parse_args()))
+    with pytest.raises(UserError, match=r"block_diffusion: .*multiple of block_size.*got length 20"):
+        command.trained_system(Console(), block_diffusion.BlockDiffusion, options, DATA)
 
 
 EXAMPLES = [(molecules, "valid "), (digits, "bits per pixel")]

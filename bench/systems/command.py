@@ -161,7 +161,10 @@ def trained_system(
 ) -> tuple[System, checkpoint.Reached]:
     """The system after its training, or as far as its checkpoint had it if that is as long."""
     torch.manual_seed(options.seed)
-    made = system(data.vocab_size, options.length)
+    try:
+        made = system(data.vocab_size, options.length)
+    except ValueError as error:
+        raise UserError(f"{system.name}: {error}") from None
     reached = checkpoint.Reached()
     if system.teacher is not None:
         teacher, reached = trained_system(console, system.teacher, options, data)
