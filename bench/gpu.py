@@ -14,8 +14,8 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from datetime import datetime
-from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -114,40 +114,36 @@ def shares(work: Work, took: float, ceiling: dict[str, float]) -> dict[str, floa
 
 def measured(case: Case, ceiling: dict[str, float]) -> Iterator[Row]:
     """A row per provider: seconds, shares of what may bind them, and for dlcore the host's microseconds."""
-    hosts = {
-        name: host_seconds(call) for name, call in _with_cuda(case.build("cuda", True).calls) if _own(name)
-    }
+    hosts = {}
+    for provider, backend, call in _on_backends(case.build("cuda", True).calls):
+        if backend is not None:
+            with dlcore.use_backend(backend):
+                hosts[provider] = host_seconds(call)
     work = case.build("cuda", False)
-    for provider, call in _with_cuda(work.calls):
-        times = {provider: seconds(call) * (work.parts or {}).get(provider, 1)}
-        if _own(provider):
-            times[f"{provider}, graph"] = seconds(graph_of(call))
+    for provider, backend, call in _on_backends(work.calls):
+        with nullcontext() if backend is None else dlcore.use_backend(backend):
+            times = {provider: seconds(call) * (work.parts or {}).get(provider, 1)}
+            if backend is not None:
+                times[f"{provider}, graph"] = seconds(graph_of(call))
         for name, took in times.items():
             row: Row = {"case": case.name, "provider": name, "seconds": took}
             row |= {"shares": shares(work, took, ceiling)}
             yield row | ({"host_us": hosts[name] * 1e6} if name in hosts else {})
 
 
-def _own(provider: str) -> bool:
-    return provider.startswith("dlcore")
-
-
-def _with_cuda(calls: dict[str, Call]) -> Iterator[tuple[str, Call]]:
-    """The calls, dlcore's once more on the CUDA kernels where there are any for all of their ops."""
-
-    def on_cuda(call: Call) -> Any:
-        with dlcore.use_backend("cuda"):
-            return call()
-
+def _on_backends(calls: dict[str, Call]) -> Iterator[tuple[str, str | None, Call]]:
+    """Labels and backends of the calls: dlcore's on Triton, and on CUDA where it has kernels for them."""
     for provider, call in calls.items():
-        yield provider, call
-        if not _own(provider):
+        if not provider.startswith("dlcore"):
+            yield provider, None, call
             continue
+        yield provider, "triton", call
         try:
-            on_cuda(call)
+            with dlcore.use_backend("cuda"):
+                call()
         except NotImplementedError:
             continue
-        yield f"{provider}, cuda", partial(on_cuda, call)
+        yield f"{provider}, cuda", "cuda", call
 
 
 def line(row: Row) -> str:

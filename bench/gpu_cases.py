@@ -19,8 +19,8 @@ from bench import (
     peers_sphere,
     peers_sphere_velocity,
 )
-from dlcore import attention, bits, categorical, rng, sphere
-from dlcore.process import uniform
+from dlcore import attention, bits, categorical, rng, similarity, sphere
+from dlcore.process import absorbing_uniform, masked, uniform, unmask
 
 Call = Callable[[], Any]
 
@@ -55,8 +55,8 @@ def _size(*tensors: Tensor) -> int:
     return sum(x.numel() * x.element_size() for x in tensors)
 
 
-def _logits(device: str, tiny: bool, rows: int = 8192) -> Tensor:
-    shape = (4, 600) if tiny else (rows, 126_464)
+def _logits(device: str, tiny: bool, rows: int = 8192, vocab: int = 126_464) -> Tensor:
+    shape = (4, 600) if tiny else (rows, vocab)
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
 
 
@@ -79,8 +79,8 @@ def _trained_chains(function: Callable[..., Any], *inputs: Tensor) -> dict[str, 
     }
 
 
-def _sample(device: str, tiny: bool) -> Work:
-    x, key = _logits(device, tiny), rng.key(1, device=device)
+def _sample(device: str, tiny: bool, **shape: int) -> Work:
+    x, key = _logits(device, tiny, **shape), rng.key(1, device=device)
     calls = {
         "dlcore": lambda: categorical.sample(x, key=key),
         **_chains(peers.sample, x),
@@ -121,9 +121,40 @@ def _step(device: str, tiny: bool) -> Work:
     some = x.shape[0] // parts
     calls = {
         "dlcore": lambda: uniform.step(x, z, alpha, then, key=key),
-        "eager": lambda: peers.loo_step(x[:some], z[:some], 0.5, 0.6),
+        **_chains(peers.loo_step, x[:some], z[:some], 0.5, 0.6),
     }
-    return Work(calls, _size(x), parts={"eager": parts})
+    return Work(calls, _size(x), parts={"eager": parts, "compile": parts})
+
+
+def _process_step(device: str, tiny: bool, absorbing: bool) -> Work:
+    """A step that reads every row: all are masked, or hold their noise tokens."""
+    x, key = _logits(device, tiny), rng.key(1, device=device)
+    mask_id, parts = x.shape[-1] - 1, 1 if tiny else 8
+    z = torch.full(x.shape[:-1], mask_id, device=device)
+    some, here = x[: len(x) // parts], z[: len(x) // parts]
+    if absorbing:
+        ours = partial(absorbing_uniform.step, x, z, z, 0.5, 1.0, key=key)
+        chains = _chains(peers.absorbing_step, some, here, here, 0.5, 1.0)
+    else:
+        ours = partial(masked.step, x, z, 0.5, 1.0, mask_id, key=key)
+        chains = _chains(lambda: peers.mdlm_step(some.float(), here, 0.5, 1.0, mask_id))
+    return Work({"dlcore": ours, **chains}, _size(x), parts={"eager": parts, "compile": parts})
+
+
+def _select(device: str, tiny: bool) -> Work:
+    score = torch.rand((4, 64) if tiny else (512, 4096), device=device)
+    candidates = torch.rand_like(score) < 0.5
+
+    def torchs(score: Tensor, candidates: Tensor) -> Tensor:
+        """LLaDA's rule, sequences together."""
+        best = score.where(candidates, -torch.inf).topk(4).indices
+        return torch.zeros_like(candidates).scatter(-1, best, True)
+
+    calls = {
+        "dlcore": lambda: unmask.select(score, candidates, top_k=4),
+        **_chains(torchs, score, candidates),
+    }
+    return Work(calls, _size(score, candidates), _size(candidates))
 
 
 def _nelbo(device: str, tiny: bool) -> Work:
@@ -191,7 +222,7 @@ def _head(device: str, tiny: bool, rows: int) -> Work:
     head, key = dlcore.LinearLogits(hidden, weight), rng.key(1, device=device)
     calls = {
         "dlcore": lambda: categorical.sample(head, key=key),
-        "eager": lambda: peers.sample(hidden @ weight.mT),
+        **_chains(lambda hidden, weight: peers.sample(hidden @ weight.mT), hidden, weight),
         "product alone": lambda: hidden @ weight.mT,
     }
     return Work(calls, _size(hidden, weight), flops=2 * len(hidden) * weight.numel())
@@ -227,8 +258,8 @@ def _head_mean(device: str, tiny: bool, rows: int) -> Work:
     return Work(calls, _size(hidden, weight), flops=4 * len(hidden) * weight.numel())
 
 
-def _block_diffusion(device: str, tiny: bool, backward: bool = False) -> Work:
-    batch, length, block, heads, width = (1, 32, 8, 2, 16) if tiny else (2, 4096, 32, 16, 128)
+def _block_diffusion(device: str, tiny: bool, backward: bool = False, block: int = 32) -> Work:
+    batch, length, block, heads, width = (1, 32, 8, 2, 16) if tiny else (2, 4096, block, 16, 128)
     made = _trained if backward else lambda function, *inputs: lambda: function(*inputs)
     q, k, v = (
         torch.randn(batch, 2 * length, heads, width, device=device, dtype=torch.bfloat16) for _ in range(3)
@@ -319,6 +350,49 @@ def _encode(device: str, tiny: bool) -> Work:
     return Work(calls, _size(tokens), 4 * width * tokens.numel())
 
 
+def _decode_bits(device: str, tiny: bool) -> Work:
+    width, vocab = 17, 126_464
+    x = torch.randn((4, 8, width) if tiny else (4096, 1024, width), device=device)
+    calls = {
+        "dlcore": lambda: bits.decode(x, vocab_size=vocab),
+        **_chains(peers_bits.decode, x, vocab),
+    }
+    return Work(calls, _size(x), x.numel() // width * 8)
+
+
+def _corrupt(device: str, tiny: bool) -> Work:
+    x, key = torch.randn((4, 64) if tiny else (4096, 16_384), device=device), rng.key(1, device=device)
+
+    def torchs(x: Tensor) -> Tensor:
+        return x + 0.8 * torch.randn_like(x)
+
+    return Work(
+        {"dlcore": lambda: bits.corrupt(x, 0.8, key=key), **_chains(torchs, x)},
+        *(_size(x), _size(x)),
+    )
+
+
+def _normal(device: str, tiny: bool) -> Work:
+    shape, key = (4, 64) if tiny else (4096, 16_384), rng.key(1, device=device)
+    chains = _chains(lambda: torch.randn(shape, device=device))
+    return Work({"dlcore": lambda: rng.normal(key, shape), **chains}, writes=4 * shape[0] * shape[1])
+
+
+def _cosine(device: str, tiny: bool) -> Work:
+    batch, rows, heads, width = (1, 4, 2, 16) if tiny else (16, 1024, 8, 128)
+    new, held = (
+        torch.randn(batch, n, heads, width, device=device, dtype=torch.bfloat16) for n in (rows, 2 * rows)
+    )
+    at = torch.arange(rows, device=device).expand(batch, rows) + rows // 2
+
+    def torchs(new: Tensor, held: Tensor, at: Tensor) -> Tensor:
+        held = held.gather(1, at[..., None, None].expand_as(new))
+        return F.cosine_similarity(new.flatten(2), held.flatten(2), dim=-1)
+
+    calls = {"dlcore": lambda: similarity.cosine(new, held, at), **_chains(torchs, new, held, at)}
+    return Work(calls, 2 * _size(new))
+
+
 def _points(device: str, tiny: bool, count: int) -> list[Tensor]:
     shape = (4, 64) if tiny else (65_536, 768)
     return [F.normalize(torch.randn(shape, device=device), dim=-1) for _ in range(count)]
@@ -331,10 +405,29 @@ def _slerp(device: str, tiny: bool) -> Work:
     return Work(calls, _size(x, y), _size(x))
 
 
-def _sphere_map(device: str, tiny: bool, name: str) -> Work:
+def _slerp_backward(device: str, tiny: bool) -> Work:
     x, y = _points(device, tiny, 2)
-    calls = {"dlcore": lambda: getattr(sphere, name)(x, y), **_chains(getattr(peers_sphere, name), x, y)}
-    return Work(calls, _size(x, y), _size(x))
+    t = torch.full(x.shape[:1], 0.4, device=device)
+    calls = {"dlcore": _trained(sphere.slerp, x, y, t), **_trained_chains(peers_sphere.slerp, x, y, t)}
+    # The points forward, and with their gradient backward.
+    return Work(calls, 5 * _size(x), 3 * _size(x))
+
+
+def _sphere_map(device: str, tiny: bool, name: str, count: int = 2) -> Work:
+    x = _points(device, tiny, count)
+    calls = {"dlcore": lambda: getattr(sphere, name)(*x), **_chains(getattr(peers_sphere, name), *x)}
+    return Work(calls, _size(*x), _size(x[0]))
+
+
+def _correct(device: str, tiny: bool) -> Work:
+    x, y = _points(device, tiny, 2)
+    score, key = sphere.project(x, y), rng.key(1, device=device)
+    size = 0.5 / (x.shape[-1] - 1)
+    calls = {
+        "dlcore": lambda: sphere.correct(x, score, size, key=key),
+        **_chains(peers_sphere.correct, x, score, size),
+    }
+    return Work(calls, _size(x, score), _size(x))
 
 
 def _sphere_step(device: str, tiny: bool) -> Work:
@@ -354,6 +447,7 @@ def _vmf(device: str, tiny: bool) -> Work:
     calls = {
         "dlcore": lambda: sphere.vmf.sample(mean, kappa, key=key),
         "eager": lambda: peers_sphere.sample_vmf(mean, kappa),
+        "compile": _compiled(peers_sphere.sample_vmf_in_rounds, mean, kappa),
     }
     return Work(calls, _size(mean), _size(mean))
 
@@ -361,9 +455,13 @@ def _vmf(device: str, tiny: bool) -> Work:
 CASES = (
     Case("categorical.sample", _sample),
     Case("categorical.sample, 4 rows", _few_rows),
+    Case("categorical.sample, 16 rows of 262144", partial(_sample, rows=16, vocab=262_144)),
     Case("categorical.sample, truncated, 1024 rows", _top_p),
     Case("categorical.stats", _stats),
     Case("uniform.step", _step),
+    Case("masked.step", partial(_process_step, absorbing=False)),
+    Case("absorbing_uniform.step", partial(_process_step, absorbing=True)),
+    Case("unmask.select", _select),
     Case("categorical.cross_entropy, backward", _cross_entropy),
     Case("categorical.kl, backward", _kl),
     Case("categorical.expectation", _expectation),
@@ -372,6 +470,7 @@ CASES = (
     Case("LinearLogits cross_entropy, backward", partial(_head_loss, rows=4096)),
     Case("LinearLogits expectation", partial(_head_mean, rows=2048)),
     Case("attention.block_diffusion", _block_diffusion),
+    Case("attention.block_diffusion, blocks of 16", partial(_block_diffusion, block=16)),
     Case("attention.block_diffusion, backward", partial(_block_diffusion, backward=True)),
     Case("attention.block_causal", _block_causal),
     Case("attention.block_causal, backward", partial(_block_causal, backward=True)),
@@ -381,10 +480,17 @@ CASES = (
     Case("bits.step", _bits),
     Case("bits.loss, backward", _bits_loss),
     Case("bits.encode", _encode),
+    Case("bits.decode", _decode_bits),
+    Case("bits.corrupt", _corrupt),
+    Case("rng.normal", _normal),
+    Case("similarity.cosine", _cosine),
     Case("sphere.slerp", _slerp),
+    Case("sphere.slerp, backward", _slerp_backward),
     Case("sphere.exp_map", partial(_sphere_map, name="exp_map")),
     Case("sphere.log_map", partial(_sphere_map, name="log_map")),
+    Case("sphere.rotate", partial(_sphere_map, name="rotate", count=3)),
     Case("sphere.step", _sphere_step),
+    Case("sphere.correct", _correct),
     Case("sphere.velocity", _velocity),
     Case("vmf.sample", _vmf),
 )

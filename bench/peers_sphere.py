@@ -50,25 +50,59 @@ def rotate(x: Tensor, source: Tensor, target: Tensor) -> Tensor:
     return x - both * (source + target) + 2 * s_x * target
 
 
+def correct(x: Tensor, score: Tensor, step_size: float) -> Tensor:
+    """A Langevin step by the exponential integrator, with torch's normal numbers."""
+    q = x.shape[-1] - 1
+    a = q * step_size
+    noise = torch.randn_like(x)
+    noise = noise - _dot(noise, x) * x
+    moved = math.exp(-a) * x - math.expm1(-a) / q * score + math.sqrt(-math.expm1(-2 * a) / q) * noise
+    return torch.nn.functional.normalize(moved, dim=-1)
+
+
 def sample_vmf(mean: Tensor, kappa: Tensor) -> Tensor:
     """The masked loop: Wood's cosine for the rows that have none yet, then a random tangent."""
-    rows, q = mean.shape[0], mean.shape[1] - 1
+    q = mean.shape[1] - 1
     b = (-2 * kappa + torch.sqrt(4 * kappa**2 + q * q)) / q
     x0 = (1 - b) / (1 + b)
     c = kappa * x0 + q * torch.log(1 - x0**2)
-    cosine, missing = torch.ones(rows), torch.ones(rows, dtype=torch.bool)
-    beta = torch.distributions.Beta(torch.tensor(q / 2), torch.tensor(q / 2))
+    cosine, missing = torch.ones_like(kappa), torch.ones_like(kappa, dtype=torch.bool)
+    half = torch.tensor(q / 2, device=mean.device)
+    beta = torch.distributions.Beta(half, half)
     for _ in range(200):
         count = int(missing.sum().item())
         if count == 0:
             break
-        z, u = beta.sample((count,)), torch.rand(count)
+        z, u = beta.sample((count,)), torch.rand(count, device=mean.device)
         b_m, k_m = b[missing], kappa[missing]
         w = (1 - (1 + b_m) * z) / (1 - (1 - b_m) * z)
         taken = k_m * w + q * torch.log(1 - x0[missing] * w) - c[missing] >= torch.log(u)
         index = missing.nonzero().squeeze(-1)[taken]
         cosine[index] = w[taken]
         missing[index] = False
+    return _at_cosine(mean, cosine)
+
+
+def sample_vmf_in_rounds(mean: Tensor, kappa: Tensor, rounds: int = 8) -> Tensor:
+    """The same without asking how many rows are left: each takes the first that so many rounds accept."""
+    q = mean.shape[1] - 1
+    b = (-2 * kappa + torch.sqrt(4 * kappa**2 + q * q)) / q
+    x0 = (1 - b) / (1 + b)
+    c = kappa * x0 + q * torch.log(1 - x0**2)
+    cosine, missing = torch.ones_like(kappa), torch.ones_like(kappa, dtype=torch.bool)
+    half = torch.full_like(kappa, q / 2)
+    for _ in range(rounds):
+        one, other = torch._standard_gamma(half), torch._standard_gamma(half)
+        z = one / (one + other)
+        w = (1 - (1 + b) * z) / (1 - (1 - b) * z)
+        taken = kappa * w + q * torch.log(1 - x0 * w) - c >= torch.log(torch.rand_like(kappa))
+        cosine = torch.where(missing & taken, w, cosine)
+        missing = missing & ~taken
+    return _at_cosine(mean, cosine)
+
+
+def _at_cosine(mean: Tensor, cosine: Tensor) -> Tensor:
+    """Unit vectors at a cosine to the mean, elsewhere in a random direction."""
     noise = torch.randn_like(mean)
     tangent = torch.nn.functional.normalize(noise - _dot(noise, mean) * mean, dim=-1)
     w = cosine.unsqueeze(-1)

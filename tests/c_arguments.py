@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import pytest
@@ -41,10 +42,31 @@ def strided(x: Tensor) -> Tensor:
     return wide[..., : x.shape[-1]]
 
 
+#: Bytes before and after what a function writes, and what they hold; all there are of the test that runs.
+_MARGIN, _UNTOUCHED = 256, 0xA5
+_margins: list[Tensor] = []
+
+
+def between_margins(size: int) -> Tensor:
+    """So many bytes, aligned to 256 as a device's are, between bytes that nothing may write."""
+    room = torch.full((size + 3 * _MARGIN,), _UNTOUCHED, dtype=torch.uint8)
+    start = _MARGIN + -room.data_ptr() % 256
+    _margins.extend((room[:start], room[start + size :]))
+    return room[start : start + size]
+
+
+@contextmanager
+def margins_kept() -> Iterator[None]:
+    """Fails where one is written inside."""
+    _margins.clear()
+    yield
+    assert all(bool((x == _UNTOUCHED).all()) for x in _margins), "a function wrote beside its results"
+
+
 def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Results that would show if they were not written."""
+    """Results that would show if they were not written, between margins."""
     fill = torch.nan if dtype.is_floating_point else -(2**31)
-    return torch.full(shape, fill, dtype=dtype)
+    return between_margins(prod(shape) * dtype.itemsize).view(dtype).view(shape).fill_(fill)
 
 
 def same(got: Tensor, wanted: Tensor) -> None:

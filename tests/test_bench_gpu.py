@@ -22,7 +22,7 @@ CEILING = {"read": 4e12, "copy": 2e12, "bfloat16": 8e14}
 def test_every_provider_runs(case):
     """dlcore's on Triton, too, with gradients that are as large as the inputs."""
     work = case.build(DEVICE, True)
-    assert work.reads > 0 or work.flops > 0
+    assert max(work.reads, work.writes, work.flops) > 0
     for provider, call in work.calls.items():
         if provider.startswith("dlcore"):
             with dlcore.use_backend("triton"):

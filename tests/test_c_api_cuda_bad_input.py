@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from c_arguments import KEY, ROWS, index_of
+from c_arguments import KEY, ROWS, between_margins, index_of, margins_kept
 from c_library import CError, Library
 from torch import Tensor
 
@@ -20,8 +20,15 @@ INDEX = index_of(torch.empty(ROWS, VOCAB))
 MAPS = {"normalize": 1, "project": 2, "angle": 2, "slerp": 2, "log_map": 2, "exp_map": 2, "rotate": 3}
 
 
+@pytest.fixture(autouse=True)
+def margins() -> Iterator[None]:
+    with margins_kept():
+        yield
+
+
 def _out() -> Tensor:
-    return torch.zeros(ROWS * VOCAB, dtype=torch.float64)
+    """Results, or a workspace."""
+    return between_margins(8 * ROWS * VOCAB).view(torch.float64).zero_()
 
 
 def _matrix(c: Library, columns: int = VOCAB) -> Any:
@@ -132,9 +139,13 @@ def test_every_function_is_here(cuda_c: Library) -> None:
 
 
 def _refused(c: Library, name: str, arguments: list[Any], status: str, message: str) -> None:
+    """Before anything is queued."""
+    arrays = [x for x in arguments if isinstance(x, Tensor)]
+    before = [x.clone() for x in arrays]
     with pytest.raises(CError, match=f"dlcore_cuda_{name}: {message}") as error:
         getattr(c, f"cuda_{name}")(*arguments)
     assert error.value.status == status
+    assert all(torch.equal(x, y) for x, y in zip(arrays, before, strict=True))
 
 
 @calls
@@ -182,9 +193,10 @@ def _empty_matrices(struct: Any) -> None:
 def test_what_devices_do_not_take(cuda_c: Library, name: str) -> None:
     c, arguments = cuda_c, CALLS[name](cuda_c)
     kl = "kl" in name
-    head = c.logits(values=_matrix(c), weight=_matrix(c))
-    arguments[0] = head if kl else _softmax(c, logits=head)
-    _refused(c, name, arguments, "UNSUPPORTED", ".*weight must be none on CUDA")
+    for part, value in (("weight", _matrix(c)), ("bias", _out())):
+        head = c.logits(values=_matrix(c), **{part: value})
+        arguments[0] = head if kl else _softmax(c, logits=head)
+        _refused(c, name, arguments, "UNSUPPORTED", f".*{part} must be none on CUDA")
     if name.endswith("backward"):
         arguments = CALLS[name](c)
         place = next(i for i, a in enumerate(arguments) if type(a).__name__ == "dlcore_logits_grad")
@@ -199,6 +211,22 @@ def test_what_devices_do_not_take(cuda_c: Library, name: str) -> None:
         arguments = CALLS[name](c)
         arguments[0] = _softmax(c, **members)
         _refused(c, name, arguments, "INVALID_VALUE", message)
+
+
+#: Functions whose workspace comes last but for the stream.
+WITH_WORKSPACE = [
+    *(f"categorical_{name}" for name in ("stats", "sample", "sample_mixture", "log_probs", "kl")),
+    *(f"bits_{name}" for name in ("matched_filter", "posterior", "step", "perturb", "loss", "loss_backward")),
+    "uniform_nelbo",
+]
+
+
+@pytest.mark.parametrize("name", WITH_WORKSPACE)
+def test_a_workspace_is_aligned(cuda_c: Library, name: str) -> None:
+    arguments = CALLS[name](cuda_c)
+    arguments[-2] = arguments[-2][1:]
+    message = "workspace must be aligned to 256 bytes, got 8 beyond"
+    _refused(cuda_c, name, arguments, "INVALID_VALUE", message)
 
 
 def test_nelbo_needs_its_tokens(cuda_c: Library) -> None:

@@ -21,6 +21,7 @@ from c_arguments import (
     levels,
     linear,
     logits_of,
+    margins_kept,
     normal,
     points,
     python_at_baseline,
@@ -41,7 +42,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def baseline() -> Iterator[None]:
     """Python at the level of the library under test."""
-    with python_at_baseline():
+    with python_at_baseline(), margins_kept():
         yield
 
 

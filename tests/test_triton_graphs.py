@@ -16,12 +16,17 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 from triton_calls import captured, quiet
 
 import dlcore
-from dlcore import LinearLogits, attention, bits, categorical, rng, sphere
+from dlcore import LinearLogits, attention, bits, categorical, rng, similarity, sphere
 from dlcore import _checks as checks
+from dlcore._dispatch import run
+from dlcore._registry import TRITON
 from dlcore.process import uniform
+from dlcore.triton import categorical as triton_categorical
 from dlcore.triton import launch, linear_logits_scan
 
 pytestmark = quiet
@@ -111,6 +116,11 @@ def _moved(x: Tensor, bits_: Tensor, key: Tensor, positive: Tensor, share: Tenso
     return bits.step(x, bits_, positive, positive * share, gamma_next=share, key=key)
 
 
+def _noise(key: Tensor, token: Tensor) -> Result:
+    keys = rng.fold_in(key, token)
+    return keys, rng.uniform(keys, 5), rng.normal(key, 5), rng.gumbel(keys, 5)
+
+
 LOGITS, TOKENS = (ROWS, VOCAB), (ROWS,)
 HEAD = {"hidden": (ROWS, DEPTH), "weight": (VOCAB, DEPTH), "bias": (VOCAB,)}
 TILED = HEAD | {"hidden": (MANY, DEPTH)}
@@ -191,6 +201,21 @@ CASES: dict[str, Case] = {
     ),
     "bits.encode": Case({"token": TOKENS}, lambda token: bits.encode(token, 16, gray=True), ("bits.encode",)),
     "bits.decode": Case({"x": (ROWS, 12)}, lambda x: bits.decode(x, gray=True), ("bits.decode",)),
+    "bits.matched_filter": Case(
+        {"x": (ROWS, BITS), "positive": (ROWS, 1)},
+        lambda x, positive: bits.matched_filter(x, positive),
+        ("bits.matched_filter",),
+    ),
+    "bits.posterior": Case(
+        {"x": (ROWS, BITS), "residual": (ROWS, BITS), "positive": ()},
+        lambda x, residual, positive: bits.posterior(x, positive, residual),
+        ("bits.posterior",),
+    ),
+    "bits.corrupt": Case(
+        {"x": (ROWS, BITS), "positive": (), "key": (2,)},
+        lambda x, positive, key: bits.corrupt(x, positive, key=key),
+        ("bits.perturb",),
+    ),
     "bits.step": Case(
         {"x": (ROWS, BITS), "bits_": (ROWS, BITS), "key": (2,), "positive": (), "share": ()},
         _moved,
@@ -200,6 +225,40 @@ CASES: dict[str, Case] = {
         {"residual": (ROWS, BITS), "x": (ROWS, BITS), "bit": (ROWS, BITS), "positive": (ROWS, 1)},
         trained(lambda residual, x, bit, positive: bits.loss(residual, x, bit, positive), "residual", "x"),
         ("bits.loss", "bits.loss_backward"),
+    ),
+    "rng": Case(
+        {"key": (2,), "token": TOKENS},
+        _noise,
+        ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
+    ),
+    "similarity.cosine": Case(
+        {"new": (2, 4, 2, 8), "cached": (2, 6, 2, 8)},
+        lambda new, cached: similarity.cosine(new, cached),
+        ("similarity.cosine",),
+    ),
+    "sphere.normalize": Case(
+        {"x": (ROWS, DEPTH)},
+        trained(lambda x: sphere.normalize(x)[:, :2], "x"),
+        ("sphere.normalize", "sphere.normalize_backward"),
+    ),
+    "sphere.project": Case(
+        POINTS,
+        trained(lambda point_x, point_y: sphere.project(point_x, point_y), *POINTS),
+        ("sphere.project", "sphere.project_backward"),
+    ),
+    "sphere.angle": Case(
+        POINTS,
+        trained(lambda point_x, point_y: sphere.angle(point_x, point_y), *POINTS),
+        ("sphere.angle", "sphere.angle_backward"),
+    ),
+    "sphere.rotate": Case(
+        POINTS | {"point_z": (ROWS, DEPTH)},
+        trained(
+            lambda point_x, point_y, point_z: sphere.rotate(point_x, point_y, point_z)[:, :2],
+            *POINTS,
+            "point_z",
+        ),
+        ("sphere.rotate", "sphere.rotate_backward"),
     ),
     "sphere.slerp": Case(
         POINTS | {"share": (ROWS,)},
@@ -226,8 +285,13 @@ CASES: dict[str, Case] = {
     ),
     "sphere.correct": Case(
         POINTS | {"share": (ROWS,), "key": (2,)},
-        lambda point_x, point_y, share, key: sphere.correct(point_x, point_y, share / DEPTH, key=key),
-        ("sphere.correct",),
+        trained(
+            lambda point_x, point_y, share, key: sphere.correct(point_x, point_y, share / DEPTH, key=key)[
+                :, :2
+            ],
+            *POINTS,
+        ),
+        ("sphere.correct", "sphere.correct_backward"),
     ),
     "sphere.velocity": Case(
         {"point_x": (ROWS, DEPTH), "logits": LOGITS, "share": ()} | TABLE,
@@ -252,6 +316,13 @@ CASES: dict[str, Case] = {
             point_x, logits, point_table, path="vmf", kappa=positive
         ),
         ("sphere.velocity",),
+    ),
+    "sphere.velocity, of the largest logits": Case(
+        {"point_x": (ROWS, DEPTH), "logits": LOGITS, "share": ()} | TABLE,
+        lambda point_x, logits, share, point_table: sphere.velocity(
+            point_x, logits, point_table, noise=share, top_k=20
+        ),
+        ("sphere.largest",),
     ),
     "vmf.sample": Case(
         {"point": (ROWS, DEPTH), "positive": (), "key": (2,)},
@@ -314,6 +385,30 @@ def test_replays_follow_their_inputs(case):
         before = tuple(x.clone() for x in found)
 
 
+#: Ops of torch that wait for a GPU: their result, or its shape, is read on the host.
+WAITING = (
+    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_linalg_check_errors"),
+    *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "repeat_interleave"),
+)
+
+
+class Watch(TorchDispatchMode):
+    """Refuses what would wait, inside dlcore's own ops, too."""
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        space, name = op._schema.name.split("::")
+        if space == "dlcore":
+            with self:
+                found = run(name.replace("_", ".", 1), *args)
+            # No kernel has written the ids.
+            return tree_map_only(Tensor, lambda x: x if x.is_floating_point() else x.zero_(), found)
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in masks)
+        if masked or name in WAITING:
+            raise AssertionError(f"{name} would wait for the GPU")
+        return op(*args, **(kwargs or {}))
+
+
 @contextmanager
 def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """On a GPU torch tells; without one, what would ask a tensor for its numbers raises, and nothing runs."""
@@ -328,11 +423,10 @@ def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     def refuse(*_: Any, what: str, **__: Any) -> Any:
         raise AssertionError(f"{what} would wait for the GPU")
 
-    with monkeypatch.context() as patch, launch.recording():
-        for name in ("item", "tolist", "nonzero", "cpu", "__bool__", "__int__", "__float__", "__index__"):
+    with monkeypatch.context() as patch, launch.recording(), Watch():
+        # What no op of torch tells of.
+        for name in ("tolist", "cpu", "numpy"):
             patch.setattr(Tensor, name, partial(refuse, what=name))
-        for where, name in ((torch, "equal"), (torch, "nonzero"), (torch, "unique"), (torch.linalg, "solve")):
-            patch.setattr(where, name, partial(refuse, what=name))
         yield
 
 
@@ -349,6 +443,37 @@ def test_nothing_waits_for_numbers(case, monkeypatch):
 def test_what_waits_is_told_of(monkeypatch):
     x = torch.ones(3, device=DEVICE)
     error = RuntimeError if ON_GPU else AssertionError
-    for call in (lambda: x[0].item(), lambda: bool(x[0] > 0), lambda: x.nonzero()):
+    for call in (
+        lambda: x[0].item(),
+        lambda: bool(x[0] > 0),
+        lambda: x.nonzero(),
+        lambda: x[x > 0],
+        lambda: x.masked_select(x > 0),
+        lambda: x.unique(),
+    ):
         with nothing_waits(monkeypatch), pytest.raises(error):
             call()
+
+
+def test_what_waits_inside_of_an_op_is_told_of(monkeypatch):
+    """A planted x[mask] in the host's part of a draw on Triton."""
+    inputs = {name: x.to(DEVICE) for name, x in values(CASES["stats"], 0).items()}
+    launched = launch.launch
+
+    def planted(kernel: Any, grid: Any, like: Tensor, *args: Any, **meta: Any) -> None:
+        like.flatten()[like.flatten() > 0]
+        launched(kernel, grid, like, *args, **meta)
+
+    monkeypatch.setattr(triton_categorical, "launch", planted)
+    error = RuntimeError if ON_GPU else AssertionError
+    with dlcore.use_backend("triton"), nothing_waits(monkeypatch), pytest.raises(error):
+        CASES["stats"].call(**inputs)
+
+
+#: Ops of Triton that no case runs, and why.
+ELSEWHERE: dict[str, str] = {}
+
+
+def test_every_op_is_captured():
+    taken = {op for case in CASES.values() for op in case.ops}
+    assert {op for ops in TRITON.values() for op in ops} - taken == ELSEWHERE.keys()

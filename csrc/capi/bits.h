@@ -1,6 +1,8 @@
 // The bodies of bits' functions, for the host and for devices.
 #pragma once
 
+#include <utility>
+
 #include "../common/bit_numbers.h"
 #include "capi.h"
 
@@ -91,10 +93,10 @@ void bit_perturb(const dlcore_matrix* x, const dlcore_doubles& spread, const dlc
   place(a, rows * a.x.columns * kBitNoise);
 }
 
-// What the loss and its gradient take.
+// What the loss and its gradient take, the slope aside, which is to be made of numbers.
 template <class Place>
-BitLossArguments bit_loss_arguments(const dlcore_bits* state, const dlcore_matrix* bits, int32_t kind,
-                                    Place& place) {
+std::pair<BitLossArguments, BitSlopes> bit_loss_arguments(const dlcore_bits* state, const dlcore_matrix* bits,
+                                                          int32_t kind) {
   const BitState s(state);
   BitLossArguments a;
   a.x = s.x;
@@ -104,29 +106,32 @@ BitLossArguments bit_loss_arguments(const dlcore_bits* state, const dlcore_matri
   one_of("kind", kind, 2);
   a.coding = s.coding;
   a.squared = kind == DLCORE_SQUARED_ERROR;
-  if (s.x.rows > 0) a.slope = place.numbers(BitSlopes{sigma, s.range()}, s.x.rows);
-  return a;
+  return {a, {sigma, s.range()}};
 }
 
 template <class Place>
 void bit_loss(const dlcore_bits* state, const dlcore_matrix* bits, int32_t kind, float* loss, Place place) {
-  const BitLossArguments a = bit_loss_arguments(state, bits, kind, place);
+  auto [a, slopes] = bit_loss_arguments<Place>(state, bits, kind);
   needed("loss", loss, a.x.rows);
-  if (a.x.rows > 0) place.means(a, loss);
+  if (a.x.rows == 0) return;
+  a.slope = place.numbers(slopes, a.x.rows);
+  place.means(a, loss);
 }
 
 template <class Place>
 void bit_loss_backward(const dlcore_bits* state, const dlcore_matrix* bits, int32_t kind, const float* grad,
                        void* residual_grad, void* x_grad, Place place) {
+  const auto [loss, slopes] = bit_loss_arguments<Place>(state, bits, kind);
   BitLossBackwardArguments a;
-  a.loss = bit_loss_arguments(state, bits, kind, place);
+  a.loss = loss;
   const View &x = a.loss.x, &residual = a.loss.residual;
   needed("grad", grad, x.rows);
   needed("residual_grad", residual_grad, x.rows);
   if (x.rows == 0) return;
-  a.grad = place.numbers(BitMeanGrads{grad, x.columns}, x.rows).data;
   a.residual_grad = result(residual_grad, residual.dtype, x.rows, x.columns);
   if (x_grad) a.x_grad = result(x_grad, x.dtype, x.rows, x.columns);
+  a.loss.slope = place.numbers(slopes, x.rows);
+  a.grad = place.numbers(BitMeanGrads{grad, x.columns}, x.rows).data;
   place(a, x.rows * x.columns);
 }
 

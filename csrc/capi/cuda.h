@@ -22,11 +22,16 @@ inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(s
 // Hands out parts of the caller's device memory; without any it counts what they take.
 class Workspace {
  public:
-  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {}
+  static constexpr int64_t kAlignment = 256;
+
+  explicit Workspace(void* memory) : memory_(static_cast<char*>(memory)) {
+    if (const auto beyond = reinterpret_cast<uintptr_t>(memory) % kAlignment)
+      refuse(DLCORE_INVALID_VALUE, "workspace must be aligned to ", kAlignment, " bytes, got ", beyond,
+             " beyond");
+  }
 
   template <class T>
   T* take(int64_t count) {
-    constexpr int64_t kAlignment = 256;
     char* part = memory_ ? memory_ + used_ : nullptr;
     const int64_t bytes = product("workspace", {count, static_cast<int64_t>(sizeof(T))});
     used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;

@@ -69,8 +69,7 @@ void sample_mixture(const DeviceRows& a, const dlcore_mixture& how, int64_t* tok
 }  // namespace
 
 DeviceRows::DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace)
-    : logits(view("logits.values", a.logits.values)), memory(workspace) {
-  if (a.logits.weight.data || a.logits.bias) refuse(DLCORE_UNSUPPORTED, "logits.weight must be none on CUDA");
+    : logits(dense("logits", a.logits)), memory(workspace) {
   softmax = softmax_of(a, rows(), vocab(), true, Memory::kDevice);
   state = memory.take<Summary>(rows());
   skip = memory.take<uint8_t>(rows());

@@ -12,6 +12,14 @@ inline bool truncates(const dlcore_sampling* how) {
   return how && (how->top_k.data || how->top_p.data || how->min_p.data);
 }
 
+// Rows of logits without a head, what a device takes.
+inline View dense(const char* name, const dlcore_logits& logits) {
+  const auto part = [&](const char* of) { return std::string(name) + of; };
+  if (logits.weight.data) refuse(DLCORE_UNSUPPORTED, part(".weight"), " must be none on CUDA");
+  if (logits.bias) refuse(DLCORE_UNSUPPORTED, part(".bias"), " must be none on CUDA");
+  return view(part(".values").c_str(), logits.values);
+}
+
 // Dense rows, and what a call keeps of them on the device.
 struct DeviceRows {
   DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory)

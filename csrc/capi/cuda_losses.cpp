@@ -39,16 +39,12 @@ void log_probs_backward(const DeviceRows& rows, const int64_t* target, const dou
   cuda::log_probs_backward(a, stream);
 }
 
-View dense(const char* name, const dlcore_logits* logits) {
-  const dlcore_logits& given = pointed(name, logits);
-  if (given.weight.data || given.bias) refuse(DLCORE_UNSUPPORTED, name, ".weight must be none on CUDA");
-  return view((std::string(name) + ".values").c_str(), given.values);
-}
-
 // Two rows of logits each, side by side.
 struct DevicePair {
   DevicePair(const dlcore_logits* left, const dlcore_logits* right, const dlcore_floats& at)
-      : p(dense("p", left)), q(dense("q", right)), temperature(per_row("temperature", at)) {
+      : p(dense("p", pointed("p", left))),
+        q(dense("q", pointed("q", right))),
+        temperature(per_row("temperature", at)) {
     if (q.rows != p.rows || q.columns != p.columns)
       refuse(DLCORE_INVALID_SHAPE, "q must have the rows and the vocabulary of p, ", p.rows, " and ",
              p.columns, ", got ", q.rows, " and ", q.columns);
@@ -180,7 +176,7 @@ dlcore_status dlcore_cuda_categorical_log_probs_backward(const dlcore_categorica
 dlcore_status dlcore_cuda_categorical_kl_workspace(const dlcore_logits* p, int64_t* bytes) {
   return queued(__func__, [&] {
     needed("bytes", bytes);
-    *bytes = KLMemory(dense("p", p), nullptr).memory.used();
+    *bytes = KLMemory(dense("p", pointed("p", p)), nullptr).memory.used();
   });
 }
 

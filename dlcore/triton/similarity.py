@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import product
 
 import torch
 import triton
@@ -19,10 +20,10 @@ _TILE = 4096
 
 
 @triton.jit
-def _load(data, column, columns, head_dim, head_stride, HEADS: tl.constexpr):
+def _load(data, column, columns, head_dim, head_stride, APART: tl.constexpr):
     at = column
-    if HEADS:
-        at = column // head_dim * head_stride + column % head_dim
+    if APART:
+        at = (column // head_dim).to(tl.int64) * head_stride + column % head_dim
     return tl.load(data + at, column < columns, 0.0).to(tl.float32)
 
 
@@ -30,17 +31,17 @@ def _load(data, column, columns, head_dim, head_stride, HEADS: tl.constexpr):
 def cosine_kernel(
     new, new_batch, new_row, new_head, cached, cached_batch, cached_row, cached_head,
     positions, page_table, out, rows, cached_rows, pages, page_size, num_pages, columns, head_dim,
-    ROWS: tl.constexpr, PAGED: tl.constexpr, HEADS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    APART: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """A row; ROWS if they have positions, HEADS if heads lie apart, WHOLE if one tile holds a row."""
+    """A row; APART if heads lie so, WHOLE if one tile holds a row."""
     program = tl.program_id(0).to(tl.int64)
     sequence, row = program // rows, program % rows
     position = row
-    if ROWS:
+    if positions is not None:
         position = tl.load(positions + program)
     inside = (position >= 0) & (position < cached_rows)
     place, holder = tl.where(inside, position, 0), sequence
-    if PAGED:
+    if page_table is not None:
         holder = tl.load(page_table + sequence * pages + place // page_size).to(tl.int64)
         inside = inside & (holder >= 0) & (holder < num_pages)
         place = place % page_size
@@ -50,13 +51,13 @@ def cosine_kernel(
 
     # A vector of any length has a square after its largest entry is brought next to 1.
     column = tl.arange(0, BLOCK)
-    a = _load(new, column, columns, head_dim, new_head, HEADS)
-    b = _load(cached, column, held, head_dim, cached_head, HEADS)
+    a = _load(new, column, columns, head_dim, new_head, APART)
+    b = _load(cached, column, held, head_dim, cached_head, APART)
     most_a, most_b = tl.max(tl.abs(a), 0), tl.max(tl.abs(b), 0)
     if not WHOLE:
         for first in range(BLOCK, columns, BLOCK):
-            x = _load(new, first + column, columns, head_dim, new_head, HEADS)
-            y = _load(cached, first + column, held, head_dim, cached_head, HEADS)
+            x = _load(new, first + column, columns, head_dim, new_head, APART)
+            y = _load(cached, first + column, held, head_dim, cached_head, APART)
             most_a = tl.maximum(most_a, tl.max(tl.abs(x), 0))
             most_b = tl.maximum(most_b, tl.max(tl.abs(y), 0))
     scale_a, scale_b = power_of_two_below(most_a), power_of_two_below(most_b)
@@ -64,8 +65,8 @@ def cosine_kernel(
     dot, square_a, square_b = tl.sum(a * b, 0), tl.sum(a * a, 0), tl.sum(b * b, 0)
     if not WHOLE:
         for first in range(BLOCK, columns, BLOCK):
-            x = _load(new, first + column, columns, head_dim, new_head, HEADS) * scale_a
-            y = _load(cached, first + column, held, head_dim, cached_head, HEADS) * scale_b
+            x = _load(new, first + column, columns, head_dim, new_head, APART) * scale_a
+            y = _load(cached, first + column, held, head_dim, cached_head, APART) * scale_b
             dot += tl.sum(x * y, 0)
             square_a += tl.sum(x * x, 0)
             square_b += tl.sum(y * y, 0)
@@ -92,12 +93,10 @@ def cosine(new: Tensor, cached: Tensor, rows: Tensor | None, page_table: Tensor 
         batch * count,
         new,
         *(new, *new.stride()[:3], cached, *cached.stride()[:3]),
-        new if rows is None else rows.contiguous(),
-        new if table is None else table,
+        None if rows is None else rows.contiguous(),
+        table,
         *(out, count, cached.shape[1] * pages, pages, cached.shape[1], cached.shape[0], columns, head_dim),
-        ROWS=rows is not None,
-        PAGED=table is not None,
-        HEADS=not all(x.stride(2) == head_dim for x in (new, cached)),
+        APART=not all(x.stride(2) == head_dim for x in (new, cached)),
         BLOCK=block,
         WHOLE=columns <= block,
         num_warps=min(8, max(1, block // 512)),
@@ -110,8 +109,8 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     rows = torch.empty(2, 16, dtype=torch.int64, device=device)
     table = torch.empty(2, 4, dtype=torch.int32, device=device)
     for heads, dtype in ((2, torch.float32), (8, torch.bfloat16), (64, torch.float16)):
-        x = torch.empty(2, 16, heads, 128, dtype=dtype, device=device)
+        new = torch.empty(2, 16, heads, 128, dtype=dtype, device=device)
         pages = torch.empty(8, 16, heads, 128, dtype=dtype, device=device)
-        yield partial(cosine, x, x, None, None)
-        yield partial(cosine, x, x, rows, None)
-        yield partial(cosine, x.transpose(1, 2).contiguous().transpose(1, 2), pages, rows, table)
+        apart = new.transpose(1, 2).contiguous().transpose(1, 2)
+        for x, at, (cached, where) in product((new, apart), (None, rows), ((new, None), (pages, table))):
+            yield partial(cosine, x, cached, at, where)

@@ -75,7 +75,7 @@ typedef enum dlcore_status {
   DLCORE_INVALID_VALUE = 3, /* a value out of range */
   DLCORE_INVALID_DTYPE = 4, /* a dtype that is unknown, not taken here, or not that of another argument */
   DLCORE_OUT_OF_MEMORY = 5,
-  DLCORE_UNSUPPORTED = 6, /* a CPU capability that was asked for and is not to be had */
+  DLCORE_UNSUPPORTED = 6, /* a CPU capability that is not to be had, or what CUDA functions do not take */
   DLCORE_INTERNAL_ERROR = 7,
   DLCORE_CUDA_ERROR = 8 /* CUDA refused a launch */
 } dlcore_status;
