@@ -352,9 +352,11 @@ def masked_inverse_loss(
     student's own denoiser its expectation is KL(f̂‖f*) summed over the noisy states, which is 0 only where the
     student's law is the teacher's. One round of training:
 
-    1. x̂ = student(z', α'), z' data (or the student's last output) masked at a random level.
-    2. z = masked.corrupt(categorical.sample(x̂, exclude=mask_id).tokens, α, mask_id) at another random level.
-    3. Several steps of the fake on `masked_fake_loss`, then one of the student on this.
+    1. x̂ = student(z', α'), z' data (or the student's last output) masked at a random level. A token that z'
+       shows is itself: x = categorical.sample(x̂, exclude=mask_id).tokens where z' is masked, else z'.
+    2. z = masked.corrupt(x, α, mask_id) at another random level.
+    3. Several steps of the fake, then one of the student on this where z' is masked and on nothing elsewhere.
+       The fake's loss is `masked_fake_loss` where z' is masked, elsewhere `masked.nelbo` of x.
 
     The relaxation is that x̂ enters the loss as a point of the simplex: gradients reach the student through x̂
     alone, not through the draw z, as in the published code. Freeze the networks of teacher and fake: their
@@ -364,7 +366,7 @@ def masked_inverse_loss(
 
     Args:
         student, teacher, fake: (..., V) logits of one dtype; student at z', the others at z.
-        z: (...) int64, the masked draw of the student.
+        z: (...) int64, what the student wrote, masked.
         alpha: in [0, 1), of z; dalpha: dα/dt <= 0; broadcast to z.shape.
         mask_id: the mask token, of probability 0.
 
