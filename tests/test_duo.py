@@ -428,6 +428,10 @@ def test_kappa_rules() -> None:
         1
     ] * 4
     assert duo.kappa("cap", torch.full((2, 1), t), s, torch.full((1,), eta)).shape == (2, 1)
+    etas = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    for rule in ("constant", "cap", "rescale", "remdm"):
+        each = torch.stack([duo.kappa(rule, t, s, float(e)) for e in etas])
+        torch.testing.assert_close(duo.kappa(rule, t, s, etas), each)
     assert masked.remask_probability("rescale", t, s, eta=eta) == pytest.approx(0.08)
 
 
@@ -521,7 +525,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: duo.embed(X, torch.ones(2), torch.ones(4)), ValueError, r"table must be \(V, E\)"),
     (lambda: duo.kappa("max", 0.1, 0.2, 0.1), ValueError, "rule must be one of 'constant', 'cap'"),
     (lambda: duo.kappa("cap", 0.1, 0.2, 1.1), ValueError, r"eta must lie in \[0, 1\]"),
-    (lambda: duo.kappa("cap", 0.3, 0.2, 0.1), ValueError, "alpha_s must be at least alpha_t"),
+    (lambda: duo.kappa("cap", 0.3, 0.2, 0.1), ValueError, "duo.kappa: alpha_s must be at least alpha_t"),
     (
         lambda: duo.kappa("cap", 0.1, 0.2, 0.1, published=True),
         ValueError,

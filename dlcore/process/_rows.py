@@ -66,6 +66,12 @@ def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     return torch.where(alpha_s > 0, alpha_t / torch.where(alpha_s > 0, alpha_s, 1), 1)
 
 
+def largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+    """σ_max = min(1, (1-α_s)/α_t): more would leave too few tokens for the marginal at s."""
+    some = alpha_t > 0
+    return torch.where(some, ((1 - alpha_s) / torch.where(some, alpha_t, 1)).clamp(max=1), 1)
+
+
 def log_odds(alpha: Tensor, size: int) -> Tensor:
     """log c = log(size·α/(1-α)), for alpha below 1."""
     return alpha.log() + math.log(size) - torch.log1p(-alpha)

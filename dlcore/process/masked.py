@@ -41,12 +41,6 @@ def _mask_token(op: str, mask_id: int) -> None:
         raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
 
 
-def _largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
-    """σ_max = min(1, (1-α_s)/α_t): more would leave too few tokens for the marginal at s."""
-    some = alpha_t > 0
-    return torch.where(some, ((1 - alpha_s) / torch.where(some, alpha_t, 1)).clamp(max=1), 1)
-
-
 def corrupt(
     x: Tensor,
     alpha: float | Tensor,
@@ -140,7 +134,7 @@ def step(
 def _remask(op: str, sigma: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     """sigma, checked against its bound and clamped to it."""
     checks.within(op, "remask", sigma, 0, 1)
-    bound = _largest_remask(alpha_t, alpha_s)
+    bound = rows.largest_remask(alpha_t, alpha_s)
     if checks.reads_data(sigma) and checks.reads_data(bound):
         wrong = sigma > bound + _SLACK
         if bool(wrong.any()):
@@ -202,7 +196,7 @@ def remask_probability(
         lead, device = confidence.shape, confidence.device
     else:
         lead, device = rows.together(op, alpha_t=alpha_t, alpha_s=alpha_s, eta=eta)
-    bound = _largest_remask(*rows.levels(op, alpha_t, alpha_s, lead, device))
+    bound = rows.largest_remask(*rows.levels(op, alpha_t, alpha_s, lead, device))
     if confidence is not None:
         return bound * _shares(confidence.double())
     if eta is None:

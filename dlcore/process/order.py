@@ -282,7 +282,8 @@ def nelbo(logits: Logits, z: Tensor, x: Tensor, forward: Level, reverse: Level, 
     runs = v_f > 0
     match = torch.where(runs, v_f, 1).log() - torch.where(runs, v_r, 1).log()
     matching = v_r - v_f + torch.where(runs, v_f * match, 0)
-    return torch.where(is_masked, matching.to(log_p.dtype) - v_f.to(log_p.dtype) * log_p, 0)
+    evidence = v_f.to(log_p.dtype) * torch.where(runs, log_p, 0)
+    return torch.where(is_masked, matching.to(log_p.dtype) - evidence, 0)
 
 
 def step(
@@ -427,7 +428,7 @@ def token_nelbo(
         TypeError: dtypes. ValueError: shapes, ids, t, exponents.
 
     Source:
-        GenMD4, arXiv 2406.04329, section 6.
+        GenMD4, arXiv 2406.04329.
 
     Example:
         >>> import torch
