@@ -445,7 +445,7 @@ BAD = [
     (
         lambda: guidance.cfg(LOGITS, LOGITS[:1], 1.0),
         ValueError,
-        r"cfg: uncond must have cond' shape \(2, 3, 4\), got \(1, 3, 4\)",
+        r"cfg: uncond must have the shape of cond \(2, 3, 4\), got \(1, 3, 4\)",
     ),
     (
         lambda: guidance.cfg(LOGITS, LOGITS, torch.inf),
@@ -481,7 +481,7 @@ BAD = [
     (
         lambda: guidance.cbg(LOGITS, LOGITS[..., :3], 1.0),
         ValueError,
-        r"cbg: guide must have logits' shape \(2, 3, 4\), got \(2, 3, 3\)",
+        r"cbg: guide must have the shape of logits \(2, 3, 4\), got \(2, 3, 3\)",
     ),
     (
         lambda: guidance.cbg_masked_step(LOGITS, LOGITS, Z, 0.2, 0.3, 4, 1.0),

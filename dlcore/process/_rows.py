@@ -24,6 +24,13 @@ def tokens(op: str, name: str, x: Tensor, h: Head) -> None:
     checks.token_range(op, name, x, h.vocab)
 
 
+def mask_token(op: str, mask_id: int) -> None:
+    """A token to mask with; -1 marks a broken row."""
+    checks.integer(op, "mask_id", mask_id)
+    if mask_id < 0:
+        raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
+
+
 def level(
     op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device, ends: str = "[]"
 ) -> Tensor:

@@ -1,6 +1,7 @@
 """Distillation of a many-step teacher into a few-step student: SDTT's, Duo's and IDLM's targets and losses.
 
-Logits are Tensors or `LinearLogits`; every loss is per row, (...) in nats, 0 where a row does not count. A
+Logits are Tensors or `LinearLogits`; every loss is per row, (...), 0 where a row does not count, and in
+nats but for the total variation. A
 LinearLogits student and teacher never form (B, L, V); a dense pair adds nothing of that size to what the two
 networks returned. None of these functions has a mean in it: sum, divide by the rows that count, and weigh.
 
@@ -120,7 +121,7 @@ def _by_chunks(function: Callable[..., Tensor], heads: tuple[Logits, ...], *numb
 def divergence(
     student: Logits, teacher: Logits, *, kind: str = "forward", exclude: int | None = None
 ) -> Tensor:
-    """How far a student's softmax is from a teacher's, per row, in nats: (...), differentiable in student.
+    """How far a student's softmax is from a teacher's, per row: (...), differentiable in student.
 
     "forward": KL(teacher‖student). "reverse": KL(student‖teacher). "total_variation": ½ Σ|p - q|, not in
     nats, over chunks of rows. The teacher is a constant. (Published SDTT takes its "tvd" and "mse" between
@@ -144,7 +145,11 @@ def divergence(
         >>> distill.divergence(student, teacher), distill.divergence(student, teacher, kind="total_variation")
         (tensor(0.3681), tensor(0.4000))
     """
-    op = "distill.divergence"
+    return between("distill.divergence", student, teacher, kind, exclude)
+
+
+def between(op: str, student: Logits, teacher: Logits, kind: str, exclude: int | None = None) -> Tensor:
+    """`divergence`, checked in the name of op."""
     h = _same(op, student=student, teacher=teacher)
     checks.option(op, "kind", kind, KINDS)
     _excluded(op, "exclude", exclude, h.vocab)

@@ -34,13 +34,6 @@ def _observed(op: str, logits: Logits, z: Tensor, mask_id: int) -> Tensor:
     return z == mask_id
 
 
-def _mask_token(op: str, mask_id: int) -> None:
-    checks.integer(op, "mask_id", mask_id)
-    # -1 marks a broken row.
-    if mask_id < 0:
-        raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
-
-
 def corrupt(
     x: Tensor,
     alpha: float | Tensor,
@@ -64,7 +57,7 @@ def corrupt(
         tensor([1, 9, 3])
     """
     op = "masked.corrupt"
-    _mask_token(op, mask_id)
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "x", x)
     a = rows.level(op, "alpha", alpha, x.shape, x.device)
     (u,) = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 1)
@@ -285,7 +278,7 @@ def first_hitting(
         tensor([ 1, -1])
     """
     op = "masked.first_hitting"
-    _mask_token(op, mask_id)
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "z", z)
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{op}: z must be (B, L), L >= 1, got {tuple(z.shape)}")

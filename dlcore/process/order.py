@@ -26,7 +26,6 @@ from dlcore import _checks as checks
 from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
-from dlcore.process import masked
 
 __all__ = [
     "Level",
@@ -204,9 +203,11 @@ def corrupt(
         tensor([1, 2, 9, 9])
     """
     op = "order.corrupt"
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "x", x)
     noise = _part(op, "forward", forward, "noise", x).detach()
-    return masked.corrupt(x, 1 - noise, mask_id, key=key, generator=generator)
+    (u,) = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 1)
+    return torch.where(u < 1 - noise, x, mask_id)
 
 
 def log_prob(z: Tensor, forward: Level, mask_id: int) -> Tensor:

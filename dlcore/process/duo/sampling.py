@@ -74,7 +74,7 @@ def _sections(op: str, count: int, high: float, middle: float) -> tuple[int, int
     checks.real(op, "middle", middle, 0, 1)
     first, second = round(high * count), round(middle * count)
     if first + second > count:
-        raise ValueError(f"{op}: high and middle must leave no less than nothing of 1, got {high} + {middle}")
+        raise ValueError(f"{op}: high + middle must be at most 1, got {high} + {middle}")
     return first, second
 
 
