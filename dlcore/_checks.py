@@ -53,6 +53,19 @@ def tokens(
         on_device(op, name, x, device)
 
 
+def mask(
+    op: str, name: str, x: object, shape: torch.Size | None = None, device: torch.device | None = None
+) -> None:
+    """A bool per position of each sequence, of `shape` and on `device` if given."""
+    if not isinstance(x, Tensor) or x.dtype != torch.bool:
+        raise TypeError(f"{op}: {name} must be a bool Tensor, got {describe(x)}")
+    if x.dim() != 2 or (shape is not None and x.shape != shape):
+        wanted = "(B, L)" if shape is None else tuple(shape)
+        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(x.shape)}")
+    if device is not None:
+        on_device(op, name, x, device)
+
+
 def sequences(op: str, name: str, x: Tensor) -> None:
     """One value per position of each sequence."""
     if x.dim() != 2:

@@ -21,11 +21,11 @@ BAD = [
     (lambda: cache.rows(BOOLS, -1), ValueError, "cache.rows: size must be at least 0, got -1"),
     (lambda: cache.rows(BOOLS, 1.0), TypeError, "cache.rows: size must be an int, got float 1.0"),
     (lambda: cache.take(TOKENS, (1, 2)), TypeError, "cache.take: rows must be Rows, got tuple (1, 2)"),
-    (lambda: cache.take([1], ROWS), TypeError, "cache.take: takes a Tensor, got list [1]"),
+    (lambda: cache.take([1], ROWS), TypeError, "cache.take: x must be a Tensor, got list [1]"),
     (
         lambda: cache.take(TOKENS[:2], ROWS),
         ValueError,
-        "cache.take: rows.positions must be (B, n) for (B, L, ...)",
+        "cache.take: rows.positions must be (B, n) for x (B, L, ...)",
     ),
     (
         lambda: cache.take(TOKENS[:, :9], ROWS),
@@ -47,7 +47,7 @@ BAD = [
         TypeError,
         "cache.attend: cache must be a KVCache",
     ),
-    (lambda: cache.attend(FLOATS[:, :3], FLOATS, FLOATS, KV, 0, ROWS), ValueError, "for (B, n, ...)"),
+    (lambda: cache.attend(FLOATS[:, :3], FLOATS, FLOATS, KV, 0, ROWS), ValueError, "for q (B, n, ...)"),
     (
         lambda: cache.attend(FLOATS, FLOATS.half(), None, KV, 0, ROWS),
         TypeError,
@@ -68,7 +68,11 @@ BAD = [
     ),
     (lambda: cache.dkv_decode(BOOLS, LENGTH + 1, 0), ValueError, "lengths must lie in [0, 16], got 17"),
     (lambda: cache.dkv_decode(BOOLS, LENGTH[:2], 0), ValueError, "lengths must have shape (3,), got (2,)"),
-    (lambda: cache.dkv_decode(BOOLS, 16, 0), TypeError, "lengths must be an int64 Tensor, got int 16"),
+    (
+        lambda: cache.dkv_decode(BOOLS, 16, 0),
+        TypeError,
+        "lengths must be an int32 or int64 Tensor, got int 16",
+    ),
     (lambda: cache.dkv_decode(BOOLS, LENGTH, -1), ValueError, "step must lie in [0, inf], got -1"),
     (lambda: cache.dkv_decode(BOOLS, LENGTH, None), TypeError, "step must be an int or an integer Tensor"),
     (
@@ -90,7 +94,7 @@ BAD = [
     (
         lambda: cache.prefix_cache(PROMPT, None, 16),
         TypeError,
-        "lengths must be an int64 Tensor, got NoneType None",
+        "lengths must be an int32 or int64 Tensor, got NoneType None",
     ),
     (lambda: cache.prefix_cache(-PROMPT, LENGTH, 16), ValueError, "start must lie in [0, inf], got -3"),
     (lambda: cache.prefix_cache(PROMPT, LENGTH, 0), ValueError, "max_len must be at least 1, got 0"),

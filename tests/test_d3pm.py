@@ -155,6 +155,15 @@ def test_gradients() -> None:
             )
 
 
+@pytest.mark.parametrize("subs", [False, True])
+def test_a_step_of_no_length_at_an_impossible_token(subs: bool) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0]], requires_grad=True)
+    z, x = torch.tensor([3]), torch.tensor([0])
+    value = d3pm.loss(logits, z, x, 0.5, 0.5, mask_id=3, subs=subs)
+    assert value.item() == 0
+    assert torch.autograd.grad(value.sum(), logits)[0].isfinite().all()
+
+
 def test_float32_over_many_steps() -> None:
     """T·KL keeps its digits in float32, though KL itself falls as 1/T."""
     g = torch.Generator().manual_seed(7)

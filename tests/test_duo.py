@@ -364,6 +364,9 @@ def test_curriculum_temperature() -> None:
     schedule = {"start": 10, "stop": 20, "tau_start": 1e-1, "tau_stop": 1e-3}
     got = [duo.curriculum_temperature(step, **schedule) for step in (0, 10, 15, 19, 20, 99)]
     assert got == pytest.approx([1e-1, 1e-1, 1e-2, 10**-2.8, 1e-10, 1e-10])
+    shares = {"start": 0.1, "stop": 0.2, "tau_start": 1e-1, "tau_stop": 1e-3}
+    got = [duo.curriculum_temperature(share, **shares) for share in (0.0, 0.1, 0.15, 0.19, 0.2, 1)]
+    assert got == pytest.approx([1e-1, 1e-1, 1e-2, 10**-2.8, 1e-10, 1e-10])
 
 
 # --- consistency distillation ------------------------------------------------------------------------------
@@ -428,6 +431,10 @@ def test_kappa_rules() -> None:
         1
     ] * 4
     assert duo.kappa("cap", torch.full((2, 1), t), s, torch.full((1,), eta)).shape == (2, 1)
+    etas = torch.tensor([0.1, 0.2], dtype=torch.float64)
+    for rule in ("constant", "cap", "rescale", "remdm"):
+        each = torch.stack([duo.kappa(rule, t, s, float(e)) for e in etas])
+        torch.testing.assert_close(duo.kappa(rule, t, s, etas), each)
     assert masked.remask_probability("rescale", t, s, eta=eta) == pytest.approx(0.08)
 
 
@@ -514,14 +521,23 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (lambda: duo.curriculum(X, 0.0, 0.0, 4), ValueError, r"tau must lie in \(0, inf\), got 0.0"),
     (lambda: duo.curriculum(X, 0.0, 1.0, 4, top_k=4), ValueError, r"top_k must lie in \[1, 4\), got 4"),
     (lambda: duo.curriculum(X, 0.0, 1.0, 4, top_k=1.0), TypeError, "top_k must be an int"),
-    (lambda: duo.consistency_pair(X, -1.0, 0.0, 4), ValueError, "gamma_s must be at most gamma_t, got 0.0"),
+    (
+        lambda: duo.consistency_pair(X, -1.0, 0.0, 4),
+        ValueError,
+        "gamma_s must be at most gamma_t, got 0.0 above -1.0",
+    ),
+    (
+        lambda: duo.consistency_loss(torch.zeros(2, 4), torch.zeros(2, 5)),
+        ValueError,
+        "duo.consistency_loss: teacher must have",
+    ),
     (lambda: duo.embed(X, torch.ones(3), torch.ones(4, 2)), ValueError, r"ids must have shape \(3,\)"),
     (lambda: duo.embed(X, X, torch.ones(4, 2)), TypeError, "weights must be float32"),
     (lambda: duo.embed(X, torch.ones(2), torch.ones(1, 2)), ValueError, r"ids must lie in \[0, 1\), got 1"),
     (lambda: duo.embed(X, torch.ones(2), torch.ones(4)), ValueError, r"table must be \(V, E\)"),
     (lambda: duo.kappa("max", 0.1, 0.2, 0.1), ValueError, "rule must be one of 'constant', 'cap'"),
     (lambda: duo.kappa("cap", 0.1, 0.2, 1.1), ValueError, r"eta must lie in \[0, 1\]"),
-    (lambda: duo.kappa("cap", 0.3, 0.2, 0.1), ValueError, "alpha_s must be at least alpha_t"),
+    (lambda: duo.kappa("cap", 0.3, 0.2, 0.1), ValueError, "duo.kappa: alpha_s must be at least alpha_t"),
     (
         lambda: duo.kappa("cap", 0.1, 0.2, 0.1, published=True),
         ValueError,
@@ -529,7 +545,7 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     ),
     (lambda: duo.alpha_profile(0), ValueError, "steps must be at least 1, got 0"),
     (lambda: duo.alpha_profile(9, plateau=1.0), ValueError, r"plateau must lie in \(0, 1\), got 1"),
-    (lambda: duo.alpha_profile(9, plateau=0.5, high=0.7), ValueError, "high and middle must"),
+    (lambda: duo.alpha_profile(9, plateau=0.5, high=0.7), ValueError, r"high \+ middle must be at most 1"),
     (lambda: duo.alpha_profile(2, plateau=0.5), ValueError, "must hold a level each"),
     (
         lambda: duo.kappa_profile(torch.ones(1), *[("constant", 1.0)] * 3),

@@ -244,7 +244,7 @@ def test_exact_guide_tries_every_token_everywhere() -> None:
     where = torch.tensor([[True, False, False], [False, True, True]])
     some = guidance.exact_guide(classifier, z, 3, where=where, chunk=4)
     assert some.equal(found * where.unsqueeze(-1))
-    none = guidance.exact_guide(classifier, z, 3, where=torch.zeros_like(where))
+    none = guidance.exact_guide(lambda tokens: pytest.fail("called"), z, 3, where=torch.zeros_like(where))
     assert none.equal(torch.zeros(2, 3, 3))
 
 
@@ -445,7 +445,7 @@ BAD = [
     (
         lambda: guidance.cfg(LOGITS, LOGITS[:1], 1.0),
         ValueError,
-        r"cfg: uncond must have cond' shape \(2, 3, 4\), got \(1, 3, 4\)",
+        r"cfg: uncond must have the shape of cond \(2, 3, 4\), got \(1, 3, 4\)",
     ),
     (
         lambda: guidance.cfg(LOGITS, LOGITS, torch.inf),
@@ -481,7 +481,7 @@ BAD = [
     (
         lambda: guidance.cbg(LOGITS, LOGITS[..., :3], 1.0),
         ValueError,
-        r"cbg: guide must have logits' shape \(2, 3, 4\), got \(2, 3, 3\)",
+        r"cbg: guide must have the shape of logits \(2, 3, 4\), got \(2, 3, 3\)",
     ),
     (
         lambda: guidance.cbg_masked_step(LOGITS, LOGITS, Z, 0.2, 0.3, 4, 1.0),
@@ -500,8 +500,23 @@ BAD = [
     ),
     (
         lambda: guidance.exact_guide(lambda t: t, Z, 4, where=Z),
+        TypeError,
+        r"exact_guide: where must be a bool Tensor, got int64",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4, where=[True]),
+        TypeError,
+        r"exact_guide: where must be a bool Tensor, got list \[True\]",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4, where=torch.zeros_like(Z, dtype=torch.bool)[:1]),
         ValueError,
-        r"exact_guide: where must be bool \(2, 3\), got int64",
+        r"exact_guide: where must have shape \(2, 3\), got \(1, 3\)",
+    ),
+    (
+        lambda: guidance.exact_guide(lambda t: t, Z, 4, where=torch.zeros(2, 3, device="meta").bool()),
+        ValueError,
+        "exact_guide: where must be on cpu, got meta",
     ),
     (
         lambda: guidance.exact_guide(lambda t: t, Z, 4, chunk=0),

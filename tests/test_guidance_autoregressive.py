@@ -256,7 +256,7 @@ BAD = [
     (
         lambda: guidance.arpc_score(LOGITS, LOGITS[..., :3]),
         ValueError,
-        "arpc_score: ar_logits must have logits' shape",
+        "arpc_score: ar_logits must have the shape of logits",
     ),
     (
         lambda: guidance.arpc_score(LOGITS, LOGITS, exclude=4),

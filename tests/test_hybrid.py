@@ -232,6 +232,41 @@ def test_gradients() -> None:
     assert bool(torch.isfinite(leaf.grad).all())
 
 
+def test_pure_ends_have_numbers_and_gradients() -> None:
+    """Whatever has no mass tells nothing: all masked, all replaced, all clean."""
+    x = torch.tensor([0, 1, 2])
+    all_masked, replaced, clean = torch.full_like(x, MASK), torch.tensor([1, 1, 2]), x
+    logits = with_mask(torch.rand(3, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    ends = [
+        (hybrid.nelbo, all_masked, hybrid.level(0.0, 1.0, -1.0, 1.0)),
+        (hybrid.nelbo, replaced, hybrid.level(0.0, 0.0, -1.0, 0.0)),
+        (hybrid.loss, all_masked, hybrid.schedule(1.0)),
+        (hybrid.loss, replaced, hybrid.level(0.0, 0.0, -1.0, 0.0)),
+        (hybrid.loss, clean, hybrid.schedule(0.0)),
+    ]
+    for function, z, at in ends:
+        given = logits.clone().requires_grad_()
+        value = function(given, z, x, at, MASK)
+        (gradient,) = torch.autograd.grad(value.sum(), given)
+        assert torch.equal(value.detach(), torch.zeros_like(value))
+        assert torch.equal(gradient, torch.zeros_like(gradient))
+    impossible = logits.index_fill(-1, torch.tensor([0]), -torch.inf).requires_grad_()
+    value = hybrid.nelbo(impossible, all_masked, x, hybrid.schedule(0.5, p_uniform=0.0), MASK)
+    assert value[0] == torch.inf
+    assert value[1:].isfinite().all()
+    assert torch.autograd.grad(value.sum(), impossible)[0].isfinite().all()
+
+
+def test_infinite_rates_are_refused() -> None:
+    x = torch.tensor([0])
+    for t, z, got in ((0.0, 0, "nan"), (0.0, 1, "inf"), (1.0, MASK, "inf")):
+        at = hybrid.schedule(t)
+        with pytest.raises(ValueError, match=rf"hybrid.nelbo: at's rate into z must lie in .*, got {got}"):
+            hybrid.nelbo(torch.zeros(1, V + 1), torch.tensor([z]), x, at, MASK)
+    with pytest.raises(ValueError, match=r"hybrid.loss: at's rate into z must lie in .*, got nan"):
+        hybrid.loss(torch.zeros(1, V + 1), x, x, hybrid.schedule(0.0), MASK, weighting="clip")
+
+
 def test_float32_and_large_vocabularies() -> None:
     g = torch.Generator().manual_seed(22)
     vocab, mask = 20_000, 19_999

@@ -261,6 +261,16 @@ def test_gradients() -> None:
     torch.testing.assert_close(grad, torch.full((4,), 1 / 0.3, dtype=torch.float64).where(z == MASK, 0))
 
 
+def test_no_velocity_at_an_impossible_token() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, 0.0]], requires_grad=True)
+    velocity = torch.zeros(1, dtype=torch.float64, requires_grad=True)
+    z, x, noise = torch.tensor([3]), torch.tensor([0]), torch.tensor([0.5])
+    reverse = order.Level(noise, torch.tensor([2.0]))
+    value = order.nelbo(logits, z, x, order.Level(noise, velocity), reverse, 3)
+    assert value.item() == 2
+    assert all(g.isfinite().all() for g in torch.autograd.grad(value.sum(), (logits, velocity)))
+
+
 def test_rloo_is_unbiased() -> None:
     """Its mean over both draws, enumerated, is the gradient of the enumerated expectation."""
     x, network = torch.tensor([2, 0]), Network(2, seed=9)

@@ -254,6 +254,14 @@ def test_linear_logits(bias: bool) -> None:
     assert score.entropy(head.materialize().bfloat16(), z, x, 0.4, -1.0).dtype == torch.float32
 
 
+def test_a_step_of_no_length_has_a_gradient() -> None:
+    log_score = torch.zeros(2, V + 1, requires_grad=True)
+    z = torch.tensor([MASK, 0])
+    law = score.bridge_log_probs(log_score, z, 0.4, 0.4, mask_id=MASK)
+    assert law.argmax(-1).equal(z)
+    assert torch.autograd.grad(law.exp().sum(), log_score)[0].isfinite().all()
+
+
 def test_broken_rows_and_keys() -> None:
     g = torch.Generator().manual_seed(11)
     log_score, key = torch.randn(2, 3, V + 1, generator=g), dlcore.rng.key(12)

@@ -24,6 +24,13 @@ def tokens(op: str, name: str, x: Tensor, h: Head) -> None:
     checks.token_range(op, name, x, h.vocab)
 
 
+def mask_token(op: str, mask_id: int) -> None:
+    """A token to mask with; -1 marks a broken row."""
+    checks.integer(op, "mask_id", mask_id)
+    if mask_id < 0:
+        raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
+
+
 def level(
     op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device, ends: str = "[]"
 ) -> Tensor:
@@ -64,6 +71,12 @@ def together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, torc
 def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     """alpha_{t|s} = alpha_t / alpha_s, and 1 where both are 0: nothing changes between two pure noises."""
     return torch.where(alpha_s > 0, alpha_t / torch.where(alpha_s > 0, alpha_s, 1), 1)
+
+
+def largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+    """σ_max = min(1, (1-α_s)/α_t): more would leave too few tokens for the marginal at s."""
+    some = alpha_t > 0
+    return torch.where(some, ((1 - alpha_s) / torch.where(some, alpha_t, 1)).clamp(max=1), 1)
 
 
 def log_odds(alpha: Tensor, size: int) -> Tensor:

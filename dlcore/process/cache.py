@@ -119,7 +119,7 @@ def rows(mask: Tensor, size: int | None = None) -> Rows:
 
 def take(x: Tensor, rows: Rows) -> Tensor:
     """x (B, L, ...) at the rows: (B, n, ...); slots that don't count hold what position 0 has."""
-    _check_rows("cache.take", x, rows)
+    _check_rows("cache.take", "x", x, rows)
     return x.gather(1, _like(rows.positions, x).expand(*rows.positions.shape, *x.shape[2:]))
 
 
@@ -135,7 +135,7 @@ def put(x: Tensor, rows: Rows, values: Tensor) -> None:
         tensor([[0., 0., 0., 1.]])
     """
     op = "cache.put"
-    _check_rows(op, x, rows)
+    _check_rows(op, "x", x, rows)
     wanted = (*rows.positions.shape, *x.shape[2:])
     if not isinstance(values, Tensor) or values.dtype != x.dtype:
         raise TypeError(f"{op}: values must be a {x.dtype} Tensor, got {checks.describe(values)}")
@@ -166,7 +166,7 @@ def attend(
     op = "cache.attend"
     if not isinstance(cache, KVCache):
         raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
-    _check_rows(op, q, rows, of_slots=True)
+    _check_rows(op, "q", q, rows, of_slots=True)
     keys, values = cache.layer_for(op, layer, k, v)
     if k is not None or v is not None:
         cache.scatter(layer, rows.positions, k, v, rows.counts)
@@ -368,7 +368,7 @@ def similarity(values: Tensor, cache: KVCache, layer: int, rows: Rows) -> Tensor
     op = "cache.similarity"
     if not isinstance(cache, KVCache):
         raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
-    _check_rows(op, values, rows, of_slots=True)
+    _check_rows(op, "values", values, rows, of_slots=True)
     _, held = cache.layer_for(op, layer, None, values)
     return rows_similarity.cosine(values, held, rows.positions, page_table=cache.page_table)
 
@@ -412,18 +412,18 @@ def _check_mask(op: str, name: str, mask: object, shape: torch.Size | None = Non
         raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(mask.shape)}")
 
 
-def _check_rows(op: str, x: object, rows: object, of_slots: bool = False) -> None:
+def _check_rows(op: str, name: str, x: object, rows: object, of_slots: bool = False) -> None:
     """Rows of x (B, L, ...), or x (B, n, ...) in slots."""
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: takes a Tensor, got {checks.describe(x)}")
+        raise TypeError(f"{op}: {name} must be a Tensor, got {checks.describe(x)}")
     if not isinstance(rows, Rows):
         raise TypeError(f"{op}: rows must be Rows, got {checks.describe(rows)}")
     checks.tokens(op, "rows.positions", rows.positions)
     wanted = rows.positions.shape if of_slots else rows.positions.shape[:1]
     if rows.positions.dim() != 2 or x.dim() < 2 or x.shape[: len(wanted)] != wanted:
         got = f"{tuple(rows.positions.shape)} for {tuple(x.shape)}"
-        kind = "n" if of_slots else "L"
-        raise ValueError(f"{op}: rows.positions must be (B, n) for (B, {kind}, ...), got {got}")
+        wanted_x = f"{name} (B, {'n' if of_slots else 'L'}, ...)"
+        raise ValueError(f"{op}: rows.positions must be (B, n) for {wanted_x}, got {got}")
     checks.tokens(op, "rows.counts", rows.counts, rows.positions.shape[:1])
     if not of_slots:
         checks.token_range(op, "rows.positions", rows.positions, x.shape[1])
@@ -434,7 +434,7 @@ def _per_sequence(
 ) -> Tensor:
     """(B, 1) int64, on the device of `like` (B,)."""
     if not isinstance(value, Tensor) or value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{op}: {name} must be an int64 Tensor, got {checks.describe(value)}")
+        raise TypeError(f"{op}: {name} must be an int32 or int64 Tensor, got {checks.describe(value)}")
     if value.dim() != 1 or value.shape != like.shape:
         raise ValueError(f"{op}: {name} must have shape {tuple(like.shape)}, got {tuple(value.shape)}")
     checks.value_range(op, name, value, low, high)
@@ -453,7 +453,7 @@ def _positions(op: str, max_len: int, like: Tensor) -> Tensor:
     if max_len < 1:
         raise ValueError(f"{op}: max_len must be at least 1, got {max_len}")
     if not isinstance(like, Tensor):
-        raise TypeError(f"{op}: lengths must be an int64 Tensor, got {checks.describe(like)}")
+        raise TypeError(f"{op}: lengths must be an int32 or int64 Tensor, got {checks.describe(like)}")
     return torch.arange(max_len, device=like.device)
 
 

@@ -101,7 +101,8 @@ def _absorbing(
     noise_t = torch.where(t < 1, 1 - t, 1)
     # At alpha_s = 1 nothing stays masked.
     stays = torch.where(s < 1, torch.log1p(s * mass / torch.where(s < 1, 1 - s, 1)), 0)
-    kl = torch.log1p(t * mass / noise_t) - ((s - t) * log_px.double() + (1 - s) * stays) / noise_t
+    shown = (s - t) * torch.where(s > t, log_px, 0).double()
+    kl = torch.log1p(t * mass / noise_t) - (shown + (1 - s) * stays) / noise_t
     return torch.where(is_masked, kl, 0).to(log_px.dtype)
 
 

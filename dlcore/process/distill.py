@@ -1,6 +1,7 @@
 """Distillation of a many-step teacher into a few-step student: SDTT's, Duo's and IDLM's targets and losses.
 
-Logits are Tensors or `LinearLogits`; every loss is per row, (...) in nats, 0 where a row does not count. A
+Logits are Tensors or `LinearLogits`; every loss is per row, (...), 0 where a row does not count, and in
+nats but for the total variation. A
 LinearLogits student and teacher never form (B, L, V); a dense pair adds nothing of that size to what the two
 networks returned. None of these functions has a mean in it: sum, divide by the rows that count, and weigh.
 
@@ -120,7 +121,7 @@ def _by_chunks(function: Callable[..., Tensor], heads: tuple[Logits, ...], *numb
 def divergence(
     student: Logits, teacher: Logits, *, kind: str = "forward", exclude: int | None = None
 ) -> Tensor:
-    """How far a student's softmax is from a teacher's, per row, in nats: (...), differentiable in student.
+    """How far a student's softmax is from a teacher's, per row: (...), differentiable in student.
 
     "forward": KL(teacher‖student). "reverse": KL(student‖teacher). "total_variation": ½ Σ|p - q|, not in
     nats, over chunks of rows. The teacher is a constant. (Published SDTT takes its "tvd" and "mse" between
@@ -144,7 +145,11 @@ def divergence(
         >>> distill.divergence(student, teacher), distill.divergence(student, teacher, kind="total_variation")
         (tensor(0.3681), tensor(0.4000))
     """
-    op = "distill.divergence"
+    return between("distill.divergence", student, teacher, kind, exclude)
+
+
+def between(op: str, student: Logits, teacher: Logits, kind: str, exclude: int | None = None) -> Tensor:
+    """`divergence`, checked in the name of op."""
     h = _same(op, student=student, teacher=teacher)
     checks.option(op, "kind", kind, KINDS)
     _excluded(op, "exclude", exclude, h.vocab)
@@ -352,9 +357,11 @@ def masked_inverse_loss(
     student's own denoiser its expectation is KL(f̂‖f*) summed over the noisy states, which is 0 only where the
     student's law is the teacher's. One round of training:
 
-    1. x̂ = student(z', α'), z' data (or the student's last output) masked at a random level.
-    2. z = masked.corrupt(categorical.sample(x̂, exclude=mask_id).tokens, α, mask_id) at another random level.
-    3. Several steps of the fake on `masked_fake_loss`, then one of the student on this.
+    1. x̂ = student(z', α'), z' data (or the student's last output) masked at a random level. A token that z'
+       shows is itself: x = categorical.sample(x̂, exclude=mask_id).tokens where z' is masked, else z'.
+    2. z = masked.corrupt(x, α, mask_id) at another random level.
+    3. Several steps of the fake, then one of the student on this where z' is masked and on nothing elsewhere.
+       The fake's loss is `masked_fake_loss` where z' is masked, elsewhere `masked.nelbo` of x.
 
     The relaxation is that x̂ enters the loss as a point of the simplex: gradients reach the student through x̂
     alone, not through the draw z, as in the published code. Freeze the networks of teacher and fake: their
@@ -364,7 +371,7 @@ def masked_inverse_loss(
 
     Args:
         student, teacher, fake: (..., V) logits of one dtype; student at z', the others at z.
-        z: (...) int64, the masked draw of the student.
+        z: (...) int64, what the student wrote, masked.
         alpha: in [0, 1), of z; dalpha: dα/dt <= 0; broadcast to z.shape.
         mask_id: the mask token, of probability 0.
 

@@ -51,7 +51,7 @@ class Level(NamedTuple):
 def schedule(t: float | Tensor, *, p_uniform: float = 0.1, gamma: float = 1.0) -> Level:
     """GIDD's levels: μ/α = t/(1-t) and υ/α = c/(1-t), c = B·(t·(1-t))^{γ/2}, B = 2^γ·p_u/(1-p_u).
 
-    In the middle, at t = 1/2, the share p_u of all noise is uniform; both ends are pure.
+    At t = 1/2 the mass υ of uniform noise is p_u; both ends are pure.
 
     Args:
         t: in [0, 1], a number or (...); 0 is clean, 1 all masked.
@@ -210,17 +210,17 @@ def nelbo(logits: Logits, z: Tensor, x: Tensor, at: Level, mask_id: int) -> Tens
     Args:
         logits: (..., V).
         z, x: (...) int64 observed and clean tokens; x is never the mask.
-        at: the level, broadcast to z.shape, with finite rates.
+        at: the level, broadcast to z.shape, with a finite rate into z.
         mask_id: the mask token; it has probability 0.
 
     Returns:
         (...) float32 (float64 for float64 logits), differentiable in logits (or hidden, weight, bias).
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, ids, levels.
+        TypeError: dtypes. ValueError: shapes, ids, levels, an infinite rate.
 
     Source:
-        GIDD, arXiv 2503.04482, theorem 3.
+        GIDD, arXiv 2503.04482.
 
     Example:
         >>> import torch
@@ -229,7 +229,9 @@ def nelbo(logits: Logits, z: Tensor, x: Tensor, at: Level, mask_id: int) -> Tens
         >>> hybrid.nelbo(torch.zeros(3, 5), z, x, hybrid.schedule(0.5, p_uniform=0.2), mask_id=4)
         tensor([1.3183, 0.2735, 1.5231])
     """
-    weight, divergence, _ = _elbo("hybrid.nelbo", logits, z, x, at, mask_id)
+    op = "hybrid.nelbo"
+    weight, divergence, _ = _elbo(op, logits, z, x, at, mask_id)
+    checks.within(op, "at's rate into z", weight, 0, torch.inf, "[)")
     return (weight * divergence).to(_dtype(logits))
 
 
@@ -263,7 +265,7 @@ def loss(
         TypeError: dtypes. ValueError: shapes, ids, levels, an unknown weighting.
 
     Source:
-        GIDD, arXiv 2503.04482, section 4. (Its code has sigmoid(-t) where λ should stand.)
+        GIDD, arXiv 2503.04482. (Its code has sigmoid(-t) where λ should stand.)
 
     Example:
         >>> import torch
@@ -280,6 +282,8 @@ def loss(
     )
     if weighting == "dynamic":
         weight = torch.where(z == x, odds, torch.where(z == mask_id, 2.0, 1.0).double())
+    else:
+        checks.within(op, "at's rate into z", weight, 0, torch.inf)
     return (torch.minimum(weight, most) * divergence).to(_dtype(logits))
 
 
@@ -301,13 +305,17 @@ def _elbo(
     log_p = _log_probs(logits, mask_id)
     log_px, log_pz = (rows.gather(log_p, torch.where(is_masked, x, i)).double() for i in (x, z))
     log_alpha, log_each = alpha.log(), each.log()
-    own = (alpha + each).log()
-    gain = own - torch.logaddexp(log_alpha + log_px, log_each)
+
+    def against(log_q: Tensor, log_p: Tensor) -> Tensor:
+        """log of q over α·p + υ/N; without α both are the noise alone."""
+        return torch.where(alpha > 0, log_q - rows.logaddexp(log_alpha + log_p, log_each), 0)
+
+    gain = against((alpha + each).log(), log_px)
     spread = each > 0
     log_c = torch.where(spread, log_alpha - torch.where(spread, each, 1).log(), 0)
     total = rows.log1p_scaled(log_c.to(log_p.dtype).unsqueeze(-1) + log_p).sum(-1).double()
     kl = alpha * gain + torch.where(spread, each * (rows.log1p_scaled(log_c) - total), 0)
-    log_r = torch.where(z == x, gain, log_each - torch.logaddexp(log_alpha + log_pz, log_each))
+    log_r = torch.where(z == x, gain, against(log_each, log_pz))
     log_r = torch.where(is_masked, 0, log_r)
     share = torch.where(z == x, each / torch.where(alpha + each > 0, alpha + each, 1), 1)
     weight = torch.where(is_masked, noise.mask_rate, noise.uniform_rate * share)
@@ -446,7 +454,7 @@ def step(
         TypeError: dtypes. ValueError: shapes, ids, levels, at_s with a smaller alpha than at_t.
 
     Source:
-        GIDD, arXiv 2503.04482, section 3.
+        GIDD, arXiv 2503.04482.
 
     Example:
         >>> import torch, dlcore
@@ -521,7 +529,7 @@ def correct(
         TypeError: dtypes. ValueError: z is not (B, L), other shapes, ids.
 
     Source:
-        GIDD, arXiv 2503.04482, section 5 (self-correction).
+        GIDD, arXiv 2503.04482 (self-correction).
 
     Example:
         >>> import torch

@@ -34,19 +34,6 @@ def _observed(op: str, logits: Logits, z: Tensor, mask_id: int) -> Tensor:
     return z == mask_id
 
 
-def _mask_token(op: str, mask_id: int) -> None:
-    checks.integer(op, "mask_id", mask_id)
-    # -1 marks a broken row.
-    if mask_id < 0:
-        raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
-
-
-def _largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
-    """σ_max = min(1, (1-α_s)/α_t): more would leave too few tokens for the marginal at s."""
-    some = alpha_t > 0
-    return torch.where(some, ((1 - alpha_s) / torch.where(some, alpha_t, 1)).clamp(max=1), 1)
-
-
 def corrupt(
     x: Tensor,
     alpha: float | Tensor,
@@ -70,7 +57,7 @@ def corrupt(
         tensor([1, 9, 3])
     """
     op = "masked.corrupt"
-    _mask_token(op, mask_id)
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "x", x)
     a = rows.level(op, "alpha", alpha, x.shape, x.device)
     (u,) = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 1)
@@ -140,7 +127,7 @@ def step(
 def _remask(op: str, sigma: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
     """sigma, checked against its bound and clamped to it."""
     checks.within(op, "remask", sigma, 0, 1)
-    bound = _largest_remask(alpha_t, alpha_s)
+    bound = rows.largest_remask(alpha_t, alpha_s)
     if checks.reads_data(sigma) and checks.reads_data(bound):
         wrong = sigma > bound + _SLACK
         if bool(wrong.any()):
@@ -202,7 +189,7 @@ def remask_probability(
         lead, device = confidence.shape, confidence.device
     else:
         lead, device = rows.together(op, alpha_t=alpha_t, alpha_s=alpha_s, eta=eta)
-    bound = _largest_remask(*rows.levels(op, alpha_t, alpha_s, lead, device))
+    bound = rows.largest_remask(*rows.levels(op, alpha_t, alpha_s, lead, device))
     if confidence is not None:
         return bound * _shares(confidence.double())
     if eta is None:
@@ -291,7 +278,7 @@ def first_hitting(
         tensor([ 1, -1])
     """
     op = "masked.first_hitting"
-    _mask_token(op, mask_id)
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "z", z)
     if z.dim() != 2 or z.shape[1] < 1:
         raise ValueError(f"{op}: z must be (B, L), L >= 1, got {tuple(z.shape)}")

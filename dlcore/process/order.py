@@ -26,7 +26,6 @@ from dlcore import _checks as checks
 from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
-from dlcore.process import masked
 
 __all__ = [
     "Level",
@@ -204,9 +203,11 @@ def corrupt(
         tensor([1, 2, 9, 9])
     """
     op = "order.corrupt"
+    rows.mask_token(op, mask_id)
     checks.tokens(op, "x", x)
     noise = _part(op, "forward", forward, "noise", x).detach()
-    return masked.corrupt(x, 1 - noise, mask_id, key=key, generator=generator)
+    (u,) = rows.uniforms(rows.row_keys(op, key, generator, x.shape, x.device), 1)
+    return torch.where(u < 1 - noise, x, mask_id)
 
 
 def log_prob(z: Tensor, forward: Level, mask_id: int) -> Tensor:
@@ -282,7 +283,8 @@ def nelbo(logits: Logits, z: Tensor, x: Tensor, forward: Level, reverse: Level, 
     runs = v_f > 0
     match = torch.where(runs, v_f, 1).log() - torch.where(runs, v_r, 1).log()
     matching = v_r - v_f + torch.where(runs, v_f * match, 0)
-    return torch.where(is_masked, matching.to(log_p.dtype) - v_f.to(log_p.dtype) * log_p, 0)
+    evidence = v_f.to(log_p.dtype) * torch.where(runs, log_p, 0)
+    return torch.where(is_masked, matching.to(log_p.dtype) - evidence, 0)
 
 
 def step(
@@ -427,7 +429,7 @@ def token_nelbo(
         TypeError: dtypes. ValueError: shapes, ids, t, exponents.
 
     Source:
-        GenMD4, arXiv 2406.04329, section 6.
+        GenMD4, arXiv 2406.04329.
 
     Example:
         >>> import torch

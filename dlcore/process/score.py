@@ -126,7 +126,7 @@ def entropy(
         TypeError: dtypes. ValueError: shapes, ids, levels, scaled without mask_id.
 
     Source:
-        SEDD, arXiv 2310.16834, theorem 3.6.
+        SEDD, arXiv 2310.16834.
 
     Example:
         >>> import torch
@@ -223,7 +223,9 @@ def bridge_log_probs(
     raw = scores.index_fill(-1, column, -torch.inf)
     total = torch.logsumexp(raw, -1)
     reveal = _reveal(total.double(), t, s, vocab, scaled).to(raw.dtype)
-    law = raw - (total - reveal.log()).unsqueeze(-1)
+    moves = reveal > 0
+    log_reveal = torch.where(moves, reveal, 1).log().masked_fill(~moves, -torch.inf)
+    law = raw - (total - log_reveal).unsqueeze(-1)
     law = torch.where(
         (torch.arange(vocab, device=z.device) == mask_id), torch.log1p(-reveal).unsqueeze(-1), law
     )
@@ -290,7 +292,7 @@ def step(
         TypeError: dtypes. ValueError: shapes, ids, levels, alpha_s below alpha_t, scaled without mask_id.
 
     Source:
-        SEDD, arXiv 2310.16834, theorem 4.2.
+        SEDD, arXiv 2310.16834.
 
     Example:
         >>> import torch, dlcore

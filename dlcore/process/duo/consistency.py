@@ -45,8 +45,9 @@ def consistency_pair(
     """
     op = "duo.consistency_pair"
     t, s = noise_level(op, x, gamma_t, vocab_size), noise_level(op, x, gamma_s, vocab_size)
-    if checks.reads_data(t) and checks.reads_data(s) and bool((s > t).any()):
-        raise ValueError(f"{op}: gamma_s must be at most gamma_t, got {gamma_s!r} above {gamma_t!r}")
+    if checks.reads_data(t) and checks.reads_data(s) and bool((wrong := s > t).any()):
+        got = f"{checks.first(s, wrong)!r} above {checks.first(t, wrong)!r}"
+        raise ValueError(f"{op}: gamma_s must be at most gamma_t, got {got}")
     noise = draw(rows.row_keys(op, key, generator, x.shape, x.device), 1, vocab_size, x)
     return argmax(x, t, noise), argmax(x, s, noise)
 
@@ -54,7 +55,7 @@ def consistency_pair(
 def consistency_loss(
     student: Tensor | LinearLogits, teacher: Tensor | LinearLogits, *, kind: str = "reverse"
 ) -> Tensor:
-    """Divergence of a student at z_t from a teacher at z_s, at every position: (...), nats.
+    """Divergence of a student at z_t from a teacher at z_s, at every position: (...).
 
     Args:
         student, teacher: (..., V) logits, the networks' own outputs as in published code; the teacher (a copy
@@ -76,4 +77,4 @@ def consistency_loss(
         >>> duo.consistency_loss(torch.zeros(2, 4), torch.zeros(2, 4))
         tensor([0., 0.])
     """
-    return distill.divergence(student, teacher, kind=kind)
+    return distill.between("duo.consistency_loss", student, teacher, kind)

@@ -272,9 +272,11 @@ def embed(ids: Tensor, weights: Tensor, table: Tensor) -> Tensor:
 
 
 def curriculum_temperature(
-    step: int, *, start: int, stop: int, tau_start: float, tau_stop: float, settled: float = 1e-10
+    step: float, *, start: float, stop: float, tau_start: float, tau_stop: float, settled: float = 1e-10
 ) -> float:
     """τ at a training step: tau_start until `start`, then geometric to tau_stop at `stop`, then `settled`.
+
+    Steps are real: counted, or shares of the training.
 
     Raises:
         TypeError, ValueError: what does not fit.
@@ -286,14 +288,14 @@ def curriculum_temperature(
         [0.01, 0.001, 0.0]
     """
     op = "duo.curriculum_temperature"
-    for name, whole in (("step", step), ("start", start), ("stop", stop)):
-        checks.integer(op, name, whole)
+    for name, at in (("step", step), ("start", start), ("stop", stop)):
+        checks.real(op, name, at, -1e30, 1e30)
     for name, value in (("tau_start", tau_start), ("tau_stop", tau_stop), ("settled", settled)):
         if checks.real(op, name, value, 0, 1e30) == 0:
             raise ValueError(f"{op}: {name} must be positive, got 0")
     if stop < start:
-        raise ValueError(f"{op}: stop must be at least start {start}, got {stop}")
+        raise ValueError(f"{op}: stop must be at least start {start:g}, got {stop:g}")
     if step >= stop:
         return settled
-    share = max(step - start, 0) / max(stop - start, 1)
+    share = (step - start) / (stop - start) if step > start else 0.0
     return float(tau_start ** (1 - share) * tau_stop**share)

@@ -9,7 +9,6 @@ from dlcore import _checks as checks
 from dlcore import categorical
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
-from dlcore.process import masked
 from dlcore.process.uniform import _terms
 
 RULES = ("constant", "cap", "rescale", "remdm")
@@ -32,8 +31,8 @@ def kappa(
 
     Args:
         rule: one of the four.
-        alpha_t, alpha_s: in [0, 1], alpha_s >= alpha_t; they broadcast together.
-        eta: in [0, 1].
+        alpha_t, alpha_s: in [0, 1], alpha_s >= alpha_t.
+        eta: in [0, 1]; the three broadcast together.
         published: Duo's code has eta·min(eta, (1-α_s)/α_t) for "rescale", which is ReMDM's only where the
             bound is below eta; this asks for it.
 
@@ -55,16 +54,18 @@ def kappa(
     checks.option(op, "rule", rule, RULES)
     if published and rule != "rescale":
         raise ValueError(f"{op}: published is about rule 'rescale', got rule {rule!r}")
-    bound = masked.remask_probability("max", alpha_t, alpha_s)
-    share = rows.level(op, "eta", eta, bound.shape, bound.device)
-    noise_s = 1 - rows.level(op, "alpha_s", alpha_s, bound.shape, bound.device)
+    lead, device = rows.together(op, alpha_t=alpha_t, alpha_s=alpha_s, eta=eta)
+    t, s = rows.levels(op, alpha_t, alpha_s, lead, device)
+    share = rows.level(op, "eta", eta, lead, device)
+    noise_s = 1 - s
     if rule == "constant":
-        return torch.where(noise_s > 0, share, 1).expand(bound.shape)
+        return torch.where(noise_s > 0, share, 1).expand(lead)
     sigma = share
     if rule == "rescale":
+        bound = rows.largest_remask(t, s)
         sigma = share * (torch.minimum(bound, share) if published else bound)
     kept = 1 - sigma / torch.where(noise_s > 0, noise_s, 1)
-    return torch.where(noise_s > 0, kept.clamp(0, 1), 1).expand(bound.shape)
+    return torch.where(noise_s > 0, kept.clamp(0, 1), 1).expand(lead)
 
 
 def _sections(op: str, count: int, high: float, middle: float) -> tuple[int, int]:
@@ -73,7 +74,7 @@ def _sections(op: str, count: int, high: float, middle: float) -> tuple[int, int
     checks.real(op, "middle", middle, 0, 1)
     first, second = round(high * count), round(middle * count)
     if first + second > count:
-        raise ValueError(f"{op}: high and middle must leave no less than nothing of 1, got {high} + {middle}")
+        raise ValueError(f"{op}: high + middle must be at most 1, got {high} + {middle}")
     return first, second
 
 

@@ -231,7 +231,7 @@ class Transformation:
         c0, c1, c2, c3 = self._cubics[cell].unbind(-1)
         drop = c1 + c2 + c3
         theta = torch.where(drop < 0, (flat - c0) / torch.where(drop < 0, drop, 1), 0).clamp(0, 1)
-        # Newton from the chord: the cubic bends by the cell's width, so three rounds reach rounding.
+        # Newton from the chord: the cubic bends by the cell's width, so four rounds reach rounding.
         for _ in range(4):
             value = c0 + theta * (c1 + theta * (c2 + theta * c3)) - flat
             slope = c1 + theta * (2 * c2 + theta * 3 * c3)

@@ -46,7 +46,7 @@ def edm_precondition(sigma: float | Tensor, *, sigma_data: float = 0.5) -> Preco
 
 
 def edm_grid(steps: int, *, sigma_max: float = 80.0, sigma_min: float = 0.002, rho: float = 7.0) -> Tensor:
-    """Noise levels sigma_max = σ_0 > ... > σ_{steps-1} = sigma_min, even in σ^(1/ρ), then 0 (EDM, eq. 5).
+    """Noise levels sigma_max = σ_0 > ... > σ_{steps-1} = sigma_min, even in σ^(1/ρ), then 0 (EDM).
 
     Args:
         steps: >= 1, of the sampler. With one there is sigma_max and 0 alone.

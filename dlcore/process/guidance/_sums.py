@@ -23,7 +23,7 @@ def same_shape(op: str, name: str, x: Logits, other_name: str, other: Logits) ->
     a, b = head(op, x, name), head(op, other, other_name)
     if (a.lead, a.vocab) != (b.lead, b.vocab):
         raise ValueError(
-            f"{op}: {name} must have {other_name}' shape {(*b.lead, b.vocab)}, got {(*a.lead, a.vocab)}"
+            f"{op}: {name} must have the shape of {other_name} {(*b.lead, b.vocab)}, got {(*a.lead, a.vocab)}"
         )
     checks.on_device(op, name, a.logits, b.logits.device)
 

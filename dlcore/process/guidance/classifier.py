@@ -36,7 +36,8 @@ def exact_guide(
         chunk: sequences per call, at least 1.
 
     Returns:
-        (B, L, V) in the classifier's dtype: a guide for `cbg` and its steps. Without gradient.
+        (B, L, V) in the classifier's dtype (float32 where it tried nothing): a guide for `cbg` and its
+        steps. Without gradient.
 
     Raises:
         TypeError: dtypes. ValueError: shapes, ids, chunk below 1, a classifier's result that is not (n,).
@@ -60,13 +61,15 @@ def exact_guide(
     checks.integer(op, "chunk", chunk)
     if chunk < 1:
         raise ValueError(f"{op}: chunk must be at least 1, got {chunk}")
-    if where is not None and (where.dtype != torch.bool or where.shape != z.shape):
-        raise ValueError(f"{op}: where must be bool {tuple(z.shape)}, got {checks.describe(where)}")
+    if where is not None:
+        checks.mask(op, "where", where, z.shape, z.device)
     tried = torch.ones_like(z, dtype=torch.bool) if where is None else where
     sites = tried.flatten().nonzero().squeeze(-1)
+    if not len(sites):
+        return torch.zeros(*z.shape, vocab_size, device=z.device)
     found = []
     with torch.no_grad():
-        for start in range(0, max(len(sites) * vocab_size, 1), chunk):
+        for start in range(0, len(sites) * vocab_size, chunk):
             index = torch.arange(start, min(start + chunk, len(sites) * vocab_size), device=z.device)
             site = sites[index // vocab_size]
             changed = z[site // z.shape[1]].scatter(
