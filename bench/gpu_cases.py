@@ -447,6 +447,7 @@ def _vmf(device: str, tiny: bool) -> Work:
     calls = {
         "dlcore": lambda: sphere.vmf.sample(mean, kappa, key=key),
         "eager": lambda: peers_sphere.sample_vmf(mean, kappa),
+        "eager, in rounds": lambda: peers_sphere.sample_vmf_in_rounds(mean, kappa),
         "compile": _compiled(peers_sphere.sample_vmf_in_rounds, mean, kappa),
     }
     return Work(calls, _size(mean), _size(mean))

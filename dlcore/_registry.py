@@ -227,13 +227,15 @@ CUDA: dict[str, tuple[str, ...]] = {
 }
 
 
-#: What runs CUDA tensors unasked where an op has kernels of both kinds, op by op. Who has measured an op on a
-#: device adds a line to the second dict: "bits.step": Preference("cuda", "triton", "1.2 times as fast").
+#: What measurements on a device say: "bits.step": Preference("cuda", "triton", "1.2 times as fast").
+MEASURED: dict[str, Preference] = {}
+
+#: What runs CUDA tensors unasked where an op has kernels of both kinds, op by op.
 PREFERRED: dict[str, Preference] = {
     op: Preference("triton", "cuda", "cuda has not been measured faster on a device")
     for ops in CUDA.values()
     for op in ops
-} | {}
+} | MEASURED
 
 for _op, _preference in PREFERRED.items():
     prefer(_op, _preference)

@@ -13,10 +13,12 @@ from c_library import Library
 from torch import Tensor
 
 import dlcore
-from dlcore import _C, LinearLogits, rng, sphere
+from dlcore import _C, LinearLogits, _ops, rng, sphere
 from dlcore.cpu import choose_capability
 
 KEY = rng.key(-7, 11)
+#: How many vectors each map of the sphere takes.
+MAPS = {name: len(set(given) - {"t"}) for name, given in _ops.sphere.MAPS.items()}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = 5
 

@@ -10,6 +10,7 @@ import torch
 from c_arguments import (
     DTYPES,
     KEY,
+    MAPS,
     ROWS,
     between_margins,
     bits_of,
@@ -342,9 +343,6 @@ def test_bits_loss(cuda_c: Library, sigma: Any, kind: str, columns: int) -> None
 
 
 # --- sphere ---
-
-#: How many vectors a map takes.
-MAPS = {"normalize": 1, "project": 2, "angle": 2, "slerp": 2, "log_map": 2, "exp_map": 2, "rotate": 3}
 
 
 def _points(seed: int, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from c_arguments import KEY, ROWS, between_margins, index_of, margins_kept
+from c_arguments import KEY, MAPS, ROWS, between_margins, index_of, margins_kept
 from c_library import CError, Library
 from torch import Tensor
 
@@ -16,8 +16,6 @@ pytestmark = pytest.mark.slow
 
 VOCAB = 301
 INDEX = index_of(torch.empty(ROWS, VOCAB))
-#: How many vectors a map takes.
-MAPS = {"normalize": 1, "project": 2, "angle": 2, "slerp": 2, "log_map": 2, "exp_map": 2, "rotate": 3}
 
 
 @pytest.fixture(autouse=True)

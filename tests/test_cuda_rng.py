@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -74,9 +74,21 @@ def test_a_result_that_does_not_lie_at_a_multiple_of_a_pair(monkeypatch: pytest.
     assert room[[0, 11]].isnan().all()
 
 
-def test_fold_in_of_strided_keys() -> None:
-    keys = _keys(300).unsqueeze(1).expand(300, 2, 2)
-    data = torch.arange(-300, 300).view(300, 2)
+def _one_key() -> torch.Tensor:
+    return rng.key(-3, 2**62)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: _keys(300).unsqueeze(1).expand(300, 2, 2),
+        lambda: _one_key().expand(300, 2, 2),
+        lambda: torch.stack((_one_key(), _one_key()), 1)[:, 0].expand(300, 2, 2),
+    ],
+    ids=["per row", "shared", "shared, its numbers apart"],
+)
+def test_fold_in_of_strided_keys(make: Callable[[], torch.Tensor]) -> None:
+    keys, data = make(), torch.arange(-300, 300).view(300, 2)
     with dlcore.use_backend("cpu"):
         expected = rng.fold_in(keys, data)
     assert torch.equal(rng.fold_in(keys.to(DEVICE), data.to(DEVICE)).cpu(), expected)

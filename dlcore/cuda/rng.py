@@ -28,7 +28,9 @@ uniform, gumbel, normal = partial(_fill, _UNIFORM), partial(_fill, _GUMBEL), par
 
 def fold_in(key: Tensor, data: Tensor) -> Tensor:
     """Keys (..., 2) with data (...) hashed into their offsets."""
-    key, data = key.contiguous(), data.contiguous()
+    shared = key.stride(-1) == 1 and not any(key.stride()[:-1])
+    key, data = key if shared else key.contiguous(), data.contiguous()
     out = torch.empty((*data.shape, 2), dtype=torch.int64, device=key.device)
-    call(_cuda.fold_in, key, key.data_ptr(), 2, data.data_ptr(), 1, data.numel(), out.data_ptr())
+    keys = (key.data_ptr(), 0 if shared else 2)
+    call(_cuda.fold_in, key, *keys, data.data_ptr(), 1, data.numel(), out.data_ptr())
     return out

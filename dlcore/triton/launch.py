@@ -1,4 +1,4 @@
-"""What every Triton family shares on the host: why it cannot run, how a kernel is launched, and what was."""
+"""What every Triton family shares on the host: why it cannot run, and how a kernel is launched."""
 
 from __future__ import annotations
 
