@@ -38,13 +38,13 @@ class IDLM(MDLM):
 
     def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
         """The fake's loss plus the student's, each blind to the other's weights: no bound."""
-        *noise, draw_key, again_key = rng.split(key, 4)
-        z = masked.corrupt(x, levels(len(x), noise[0]), self.mask_id, key=noise[1])
+        keys = rng.split(key, 5)
+        z = masked.corrupt(x, levels(len(x), keys[0]), self.mask_id, key=keys[1])
         student, hidden = self.network(z), z == self.mask_id
-        drawn = categorical.sample(student, exclude=self.mask_id, key=draw_key).tokens
+        drawn = categorical.sample(student, exclude=self.mask_id, key=keys[2]).tokens
         written = torch.where(hidden, drawn, z)
-        alpha = levels(len(x), rng.fold_in(again_key, 0))
-        noisy = masked.corrupt(written, alpha, self.mask_id, key=rng.fold_in(again_key, 1))
+        alpha = levels(len(x), keys[3])
+        noisy = masked.corrupt(written, alpha, self.mask_id, key=keys[4])
         noise = noisy, alpha, -1.0, self.mask_id
         fake, teacher = self.fake(noisy), self.frozen(noisy)
         # What z shows is a token; what the student filled in is its whole softmax.
