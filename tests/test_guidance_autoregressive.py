@@ -114,9 +114,9 @@ def test_scores_are_those_of_plain_torch(
         (LinearLogits(logits, torch.eye(9)), LinearLogits(ar_logits, torch.eye(9))),
         (logits, LinearLogits(ar_logits, torch.eye(9))),
     ):
-        for chunk in (rows.CHUNK, 20):
+        for chunk in (rows.GRADIENT_CHUNK, 20):
             with monkeypatch.context() as patch:
-                patch.setattr(rows, "CHUNK", chunk)
+                patch.setattr(rows, "GRADIENT_CHUNK", chunk)
                 found = guidance.arpc_score(a, b, tokens, score=score, exclude=exclude)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     assert set(guidance.SCORES) == set(plain_scores(logits, ar_logits, tokens))

@@ -152,15 +152,6 @@ def _level(op: str, name: str, value: Level, lead: torch.Size, device: torch.dev
     return Level(*masses, *rates)
 
 
-def _observed(op: str, logits: Logits, z: Tensor, mask_id: int) -> Tensor:
-    """Where z is masked, after checks of logits, z and mask_id."""
-    h = categorical.head(op, logits)
-    rows.tokens(op, "z", z, h)
-    checks.integer(op, "mask_id", mask_id)
-    rows.vocabulary(op, h.vocab, mask_id)
-    return z == mask_id
-
-
 def corrupt(
     x: Tensor,
     at: Level,
@@ -295,7 +286,7 @@ def _elbo(
     op: str, logits: Logits, z: Tensor, x: Tensor, at: Level, mask_id: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """w, KL + r - log r - 1, and 1/c = υ/(N·α), each float64 per token."""
-    is_masked = _observed(op, logits, z, mask_id)
+    is_masked = rows.masked(op, logits, z, mask_id)
     h = categorical.head(op, logits)
     rows.tokens(op, "x", x, h)
     if checks.reads_data(x) and bool((x == mask_id).any()):
@@ -377,7 +368,7 @@ def bridge_log_probs(
         tensor([0.9151, 0.0560, 0.0290])
     """
     op = "hybrid.bridge_log_probs"
-    is_masked = _observed(op, logits, z, mask_id)
+    is_masked = rows.masked(op, logits, z, mask_id)
     heat = checks.number(op, "temperature", temperature, z.shape, z.device)
     return _law(
         op,
@@ -415,8 +406,7 @@ def _law(
     at_z = z.unsqueeze(-1) == ids
     law = before + torch.where(at_z, column(step.ratio + step.into), column(step.into))
     possible = (law > -torch.inf).any(-1, keepdim=True)
-    point = torch.where(at_z, 0, -torch.inf).to(law.dtype)
-    return torch.log_softmax(torch.where(possible, law, point), -1)
+    return torch.log_softmax(torch.where(possible, law, rows.point(law, z)), -1)
 
 
 def step(
@@ -465,7 +455,7 @@ def step(
         torch.Size([2, 8])
     """
     op = "hybrid.step"
-    is_masked = _observed(op, logits, z, mask_id)
+    is_masked = rows.masked(op, logits, z, mask_id)
     heat = checks.number(op, "temperature", temperature, z.shape, z.device)
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     if min_p is not None:
@@ -539,9 +529,8 @@ def correct(
         tensor([[1, 0, 0]])
     """
     op = "hybrid.correct"
-    _observed(op, logits, z, mask_id)
-    if z.dim() != 2:
-        raise ValueError(f"{op}: z must be (B, L), got {tuple(z.shape)}")
+    rows.masked(op, logits, z, mask_id)
+    checks.sequences(op, "z", z)
     draw = categorical.sample(
         logits, temperature=temperature, exclude=mask_id, key=checks.key(op, key, generator, z.shape)
     )

@@ -80,17 +80,12 @@ def denoiser_to_log_score(logits: Logits, z: Tensor, alpha: float | Tensor, mask
     log_p = torch.log_softmax(rows.dense(op, logits).index_fill(-1, column, -torch.inf), -1)
     log_k = torch.where(a < 1, a.log() - torch.log1p(-torch.where(a < 1, a, 0)), 0)
     scores = (log_p + log_k.to(log_p.dtype).unsqueeze(-1)).index_fill(-1, column, 0)
-    return torch.where(is_masked.unsqueeze(-1), scores, _point(scores, z))
+    return torch.where(is_masked.unsqueeze(-1), scores, rows.point(scores, z))
 
 
 def _below_one(op: str, alpha: Tensor, is_masked: Tensor) -> None:
     if checks.reads_data(alpha) and bool((is_masked & (alpha == 1)).any()):
         raise ValueError(f"{op}: alpha must be below 1 where z is masked, got 1")
-
-
-def _point(like: Tensor, z: Tensor) -> Tensor:
-    """log of the point mass at z, in the shape of `like`."""
-    return torch.full_like(like, -torch.inf).scatter(-1, z.unsqueeze(-1), 0)
 
 
 def entropy(
@@ -229,7 +224,7 @@ def bridge_log_probs(
     law = torch.where(
         (torch.arange(vocab, device=z.device) == mask_id), torch.log1p(-reveal).unsqueeze(-1), law
     )
-    return torch.where((z == mask_id).unsqueeze(-1), law, _point(law, z))
+    return torch.where((z == mask_id).unsqueeze(-1), law, rows.point(law, z))
 
 
 def _levels(
