@@ -9,6 +9,21 @@ The predictor p plays the part of the leave-one-out posterior: where a token sta
 that token tells. The mask has probability 0 under it.
 
 Source: GIDD, arXiv 2503.04482.
+
+Example:
+    A loss at a random t, and a sample in eight steps.
+
+    >>> import torch
+    >>> from dlcore.process import hybrid
+    >>> network = torch.nn.Sequential(torch.nn.Embedding(9, 16), torch.nn.Linear(16, 9))
+    >>> x, at = torch.randint(8, (2, 6)), hybrid.schedule(torch.rand(2, 1, dtype=torch.float64))
+    >>> z = hybrid.corrupt(x, at, vocab_size=9, mask_id=8)
+    >>> hybrid.loss(network(z), z, x, at, mask_id=8).mean().backward()
+    >>> z, levels = torch.full((2, 6), 8), [hybrid.schedule(1 - step / 8) for step in range(9)]
+    >>> for now, before in zip(levels, levels[1:]):
+    ...     z = hybrid.step(network(z), z, now, before, mask_id=8)
+    >>> bool((z < 8).all())
+    True
 """
 
 from __future__ import annotations

@@ -241,11 +241,11 @@ def cfg_uniform_step(
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
     keys = rows.row_keys(op, key, generator, z.shape, z.device).reshape(-1, 2)
     draw = rows.coefficients(torch.ones_like(b.alpha_s), 0.0, 0.0, 0.0, 1.0, 0.0, keep=b.settled)
-    streams = rows.flat(cond), rows.flat(uncond)
+    cond, uncond = rows.flat(cond), rows.flat(uncond)
     drawn = []
     for at in rows.chunks(z.numel(), cond.shape[-1]):
         part = b.part(at)
-        law = _guided(op, *(rows.take(x, at) for x in streams), part, exclude)
+        law = _guided(op, rows.take(cond, at), rows.take(uncond, at), part, exclude)
         drawn.append(
             categorical.sample_mixture(law, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at])
         )
