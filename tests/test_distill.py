@@ -13,6 +13,7 @@ from torch import Tensor
 
 import dlcore
 from dlcore import LinearLogits
+from dlcore.process import _rows as rows
 from dlcore.process import distill, masked, uniform
 
 MASK = V
@@ -38,7 +39,7 @@ def by_hand(kind: str, student: Tensor, teacher: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("exclude", [None, 0, 4, 6])
 def test_divergence(kind: str, exclude: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "_CHUNK", 14)
+    monkeypatch.setattr(rows, "GRADIENT_CHUNK", 14)
     heads = [rand(3, 5, 4, seed=i) for i in range(2)]
     weights, biases = [rand(7, 4, seed=2 + i) for i in range(2)], [rand(7, seed=4 + i) for i in range(2)]
     linear = [LinearLogits(h, w, b) for h, w, b in zip(heads, weights, biases, strict=True)]
@@ -69,7 +70,7 @@ def test_divergence(kind: str, exclude: int | None, monkeypatch: pytest.MonkeyPa
 
 def test_total_variation_keeps_a_chunk_of_softmaxes(monkeypatch: pytest.MonkeyPatch) -> None:
     """What backward keeps is the inputs: nothing else as large as the logits."""
-    monkeypatch.setattr(distill, "_CHUNK", 1000)
+    monkeypatch.setattr(rows, "GRADIENT_CHUNK", 1000)
     student, teacher = rand(40, 100, seed=1).requires_grad_(), rand(40, 100, seed=2)
     kept: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -323,7 +324,7 @@ def dense_generator_kl(student: Tensor, model: Tensor, z: Tensor, alpha: float) 
 
 
 def test_uniform_losses_are_the_dense_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distill, "_CHUNK", 40)
+    monkeypatch.setattr(rows, "GRADIENT_CHUNK", 40)
     student, teacher, fake = (
         rand(3, 5, 11, seed=20 + i, dtype=torch.float64).requires_grad_() for i in range(3)
     )
@@ -402,9 +403,13 @@ BAD: list[tuple[Callable[[], object], type[Exception], str]] = [
     (
         lambda: distill.divergence(P, P[:1]),
         ValueError,
-        r"teacher must have student's shape \(2, 4\), got \(1, 4\)",
+        r"teacher must have the shape of student \(2, 4\), got \(1, 4\)",
     ),
-    (lambda: distill.divergence(P, P.double()), TypeError, "teacher must have student's dtype torch.float32"),
+    (
+        lambda: distill.divergence(P, P.double()),
+        TypeError,
+        "teacher must have the dtype of student torch.float32",
+    ),
     (lambda: distill.divergence(P, P, kind="mse"), ValueError, "kind must be one of 'forward', 'reverse'"),
     (lambda: distill.divergence(P, P, exclude=4), ValueError, r"exclude must lie in \[0, 4\), got 4"),
     (lambda: distill.divergence(P[:, :1], P[:, :1], exclude=0), ValueError, "exclude leaves no token"),

@@ -228,6 +228,17 @@ def bilinear(seed: int, length: int, vocab: int) -> Callable[[Tensor], Tensor]:
     return lambda e: (e * weight).sum((-2, -1))
 
 
+def test_guided_uniform_step_multiplies_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    g = torch.Generator().manual_seed(41)
+    cond, uncond = (LinearLogits(torch.randn(2, 3, 4, generator=g), torch.eye(5, 4)) for _ in range(2))
+    z, dense = torch.zeros(2, 3, dtype=torch.int64), LinearLogits.materialize
+    made: list[LinearLogits] = []
+    monkeypatch.setattr(LinearLogits, "materialize", lambda x: made.append(x) or dense(x))
+    monkeypatch.setattr(dlcore.categorical, "stats", lambda *_, **__: pytest.fail("read once more"))
+    guidance.cfg_uniform_step(cond, uncond, z, 0.4, 0.6, 2.0)
+    assert len(made) == 2
+
+
 def test_exact_guide_tries_every_token_everywhere() -> None:
     table = torch.randn(3, 3, 3, generator=torch.Generator().manual_seed(18))
 

@@ -114,12 +114,24 @@ def test_scores_are_those_of_plain_torch(
         (LinearLogits(logits, torch.eye(9)), LinearLogits(ar_logits, torch.eye(9))),
         (logits, LinearLogits(ar_logits, torch.eye(9))),
     ):
-        for chunk in (rows.CHUNK, 20):
+        for chunk in (rows.GRADIENT_CHUNK, 20):
             with monkeypatch.context() as patch:
-                patch.setattr(rows, "CHUNK", chunk)
+                patch.setattr(rows, "GRADIENT_CHUNK", chunk)
                 found = guidance.arpc_score(a, b, tokens, score=score, exclude=exclude)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     assert set(guidance.SCORES) == set(plain_scores(logits, ar_logits, tokens))
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize("score", ["kl", "reverse_kl"])
+def test_divergence_without_the_last_token_is_one_read(
+    score: str, linear: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits, ar_logits = logits_like(3, 4, 9, seed=7), logits_like(3, 4, 9, seed=8)
+    wanted = guidance.arpc_score(logits[..., :8], ar_logits[..., :8], score=score)
+    pair = [LinearLogits(x, torch.eye(9)) for x in (logits, ar_logits)] if linear else [logits, ar_logits]
+    monkeypatch.setattr(rows, "chunks", lambda *_: pytest.fail("by chunks"))
+    torch.testing.assert_close(guidance.arpc_score(*pair, score=score, exclude=8), wanted)
 
 
 def test_scores_name_their_arguments() -> None:

@@ -449,6 +449,11 @@ BAD = [
         "order.corrupt: forward must be an order.Level, got float 0.5",
     ),
     (
+        lambda: order.corrupt(Z, order.block(0.5, 3), -1),
+        ValueError,
+        "order.corrupt: mask_id must not be negative, got -1",
+    ),
+    (
         lambda: order.corrupt(Z, order.block(0.5, 7), MASK),
         ValueError,
         r"order.corrupt: forward.noise must broadcast to \(2, 3\), got \(7,\)",

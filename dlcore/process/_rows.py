@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -29,6 +29,37 @@ def mask_token(op: str, mask_id: int) -> None:
     checks.integer(op, "mask_id", mask_id)
     if mask_id < 0:
         raise ValueError(f"{op}: mask_id must not be negative, got {mask_id}")
+
+
+def masked(op: str, logits: Tensor | LinearLogits, z: Tensor, mask_id: int) -> Tensor:
+    """Where z is masked, after checks of logits, z and mask_id."""
+    h = head(op, logits)
+    tokens(op, "z", z, h)
+    checks.integer(op, "mask_id", mask_id)
+    vocabulary(op, h.vocab, mask_id)
+    return z == mask_id
+
+
+def alike(op: str, *, one_dtype: bool = False, **logits: Tensor | LinearLogits) -> Head:
+    """Heads over the same rows and tokens; the first."""
+    first, like = next(iter(logits.items()))
+    wanted = head(op, like, first)
+    shape = (*wanted.lead, wanted.vocab)
+    for name, other in logits.items():
+        h = head(op, other, name)
+        if (h.lead, h.vocab) != (wanted.lead, wanted.vocab):
+            got = (*h.lead, h.vocab)
+            raise ValueError(f"{op}: {name} must have the shape of {first} {shape}, got {got}")
+        if one_dtype and h.logits.dtype != wanted.logits.dtype:
+            got_dtype = f"{wanted.logits.dtype}, got {h.logits.dtype}"
+            raise TypeError(f"{op}: {name} must have the dtype of {first} {got_dtype}")
+        checks.on_device(op, name, h.logits, wanted.logits.device)
+    return wanted
+
+
+def positive(op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
+    """A positive finite number per row: a temperature."""
+    return checks.within(op, name, checks.number(op, name, value, lead, device), 0, torch.inf, "()")
 
 
 def level(
@@ -162,32 +193,49 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
+def point(like: Tensor, z: Tensor) -> Tensor:
+    """log of the point mass at z, in the shape of `like`."""
+    return torch.full_like(like, -torch.inf).scatter(-1, z.unsqueeze(-1), 0)
+
+
+def total_variation(p: Tensor, q: Tensor) -> Tensor:
+    """½ Σ|p - q| of two laws (..., V)."""
+    return (p - q).abs().sum(-1) / 2
+
+
 def without(op: str, logits: Tensor | LinearLogits, exclude: int | None, name: str = "logits") -> Tensor:
     """Dense logits with -inf at `exclude`."""
     x = dense(op, logits, name)
     return x if exclude is None else x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
 
 
+def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> Tensor | LinearLogits:
+    """The logits after a change of their rows alone."""
+    if isinstance(logits, Tensor):
+        return change(logits)
+    return LinearLogits(change(logits.hidden), logits.weight, logits.bias)
+
+
 def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
     """Rows of logits, by an index into their leading dimensions."""
-    if isinstance(logits, LinearLogits):
-        return LinearLogits(logits.hidden[index], logits.weight, logits.bias)
-    return logits[index]
+    return over(logits, lambda x: x[index])
 
 
 def flat(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Logits with one leading dimension."""
-    if isinstance(logits, LinearLogits):
-        return LinearLogits(logits.hidden.reshape(-1, logits.hidden.shape[-1]), logits.weight, logits.bias)
-    return logits.reshape(-1, logits.shape[-1])
+    return over(logits, lambda x: x.reshape(-1, x.shape[-1]))
 
 
 #: Entries of the dense rows that a pass of several operations holds at once: 4 MiB of float32.
 CHUNK = 2**20
 
 
-def chunks(count: int, vocab: int) -> Iterator[slice]:
-    """Slices of rows that together hold about CHUNK entries; one empty slice where there are no rows."""
-    size = max(1, CHUNK // vocab)
+#: The same where there is a backward pass: each chunk then adds a gradient of the weight's size.
+GRADIENT_CHUNK = 2**22
+
+
+def chunks(count: int, vocab: int, entries: int | None = None) -> Iterator[slice]:
+    """Slices of rows that together hold about so many entries, CHUNK if None; an empty one for no rows."""
+    size = max(1, (CHUNK if entries is None else entries) // vocab)
     for start in range(0, max(count, 1), size):
         yield slice(start, min(start + size, count))

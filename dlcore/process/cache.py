@@ -100,7 +100,7 @@ def rows(mask: Tensor, size: int | None = None) -> Rows:
                 [2, 0]]), counts=tensor([2, 1]))
     """
     op = "cache.rows"
-    _check_mask(op, "mask", mask)
+    checks.mask(op, "mask", mask)
     count = mask.sum(1)
     if size is None:
         size = max(1, int(count.max())) if count.numel() else 1
@@ -210,7 +210,7 @@ def dkv_decode(
         [[False, False, True, True]]
     """
     op = "cache.dkv_decode"
-    _check_mask(op, "decoded", decoded)
+    checks.mask(op, "decoded", decoded)
     inside = _inside(op, lengths, decoded)
     return inside & (~decoded | _due(op, step, interval, inside))
 
@@ -249,8 +249,8 @@ def dkv_greedy(
         [[1, 0, 0, 1, 1, 1]]
     """
     op = "cache.dkv_greedy"
-    _check_mask(op, "upcoming", upcoming)
-    _check_mask(op, "last", last, upcoming.shape)
+    checks.mask(op, "upcoming", upcoming)
+    checks.mask(op, "last", last, upcoming.shape)
     checks.integer(op, "window", window)
     if window < 0:
         raise ValueError(f"{op}: window must be at least 0, got {window}")
@@ -392,7 +392,7 @@ def least_similar(similarity: Tensor, candidates: Tensor, ratio: float | Tensor)
     """
     op = "cache.least_similar"
     checks.floating(op, "similarity", similarity)
-    _check_mask(op, "candidates", candidates, similarity.shape)
+    checks.mask(op, "candidates", candidates, similarity.shape)
     share = checks.number(op, "ratio", ratio, candidates.shape[:1], candidates.device)
     checks.within(op, "ratio", share, 0, 1)
     # A ratio such as 0.29 of 100 rows is 29 of them, though its product with 100 is less.
@@ -402,14 +402,6 @@ def least_similar(similarity: Tensor, candidates: Tensor, ratio: float | Tensor)
 
 def _like(index: Tensor, x: Tensor) -> Tensor:
     return index.reshape(*index.shape, *[1] * (x.dim() - 2))
-
-
-def _check_mask(op: str, name: str, mask: object, shape: torch.Size | None = None) -> None:
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"{op}: {name} must be a bool Tensor, got {checks.describe(mask)}")
-    if mask.dim() != 2 or (shape is not None and mask.shape != shape):
-        wanted = "(B, L)" if shape is None else tuple(shape)
-        raise ValueError(f"{op}: {name} must have shape {wanted}, got {tuple(mask.shape)}")
 
 
 def _check_rows(op: str, name: str, x: object, rows: object, of_slots: bool = False) -> None:

@@ -1,9 +1,9 @@
 """Distillation of a many-step teacher into a few-step student: SDTT's, Duo's and IDLM's targets and losses.
 
-Logits are Tensors or `LinearLogits`; every loss is per row, (...), 0 where a row does not count, and in
-nats but for the total variation. A
-LinearLogits student and teacher never form (B, L, V); a dense pair adds nothing of that size to what the two
-networks returned. None of these functions has a mean in it: sum, divide by the rows that count, and weigh.
+Logits are Tensors or `LinearLogits`; every loss is per row, (...), 0 where a row does not count, in nats but
+for the total variation. A LinearLogits student and teacher never form (B, L, V); a dense pair adds nothing of
+that size to what the two networks returned. None of these functions has a mean in it: sum, divide by the rows
+that count, and weigh.
 
 - SDTT: `rollout` runs the teacher and hands over, step by step, the rows that it unmasked and what it
   thought of them; `self_distillation_loss` holds a student's one forward pass against them.
@@ -18,15 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from dlcore import _checks as checks
 from dlcore import categorical, rng
 from dlcore.linear_logits import LinearLogits
+from dlcore.process import _divergences as divergences
 from dlcore.process import _rows as rows
 from dlcore.process import masked
 
@@ -44,78 +44,11 @@ __all__ = [
 ]
 
 Logits = Tensor | LinearLogits
-KINDS = ("forward", "reverse", "total_variation")
-#: Logits that a loss over chunks of rows forms at once.
-_CHUNK = 1 << 22
-
-
-def _same(op: str, **logits: Logits) -> categorical.Head:
-    """Heads of one shape and dtype; the first."""
-    first, like = next(iter(logits.items()))
-    wanted = categorical.head(op, like, first)
-    for name, other in logits.items():
-        h = categorical.head(op, other, name)
-        if (h.lead, h.vocab) != (wanted.lead, wanted.vocab):
-            shape = (*wanted.lead, wanted.vocab)
-            raise ValueError(f"{op}: {name} must have {first}'s shape {shape}, got {(*h.lead, h.vocab)}")
-        if h.logits.dtype != wanted.logits.dtype:
-            got = f"{wanted.logits.dtype}, got {h.logits.dtype}"
-            raise TypeError(f"{op}: {name} must have {first}'s dtype {got}")
-        checks.on_device(op, name, h.logits, wanted.logits.device)
-    return wanted
-
-
-def _detach(logits: Logits) -> Logits:
-    if isinstance(logits, Tensor):
-        return logits.detach()
-    bias = None if logits.bias is None else logits.bias.detach()
-    return LinearLogits(logits.hidden.detach(), logits.weight.detach(), bias)
-
-
-def _over_rows(logits: Logits, change: Callable[[Tensor], Tensor]) -> Logits:
-    """The logits after a change of their rows alone."""
-    if isinstance(logits, Tensor):
-        return change(logits)
-    return LinearLogits(change(logits.hidden), logits.weight, logits.bias)
 
 
 def _take(logits: Logits, index: Tensor) -> Logits:
     """Rows of the flattened leading dimensions."""
-    return _over_rows(logits, lambda x: x.flatten(0, -2).index_select(0, index))
-
-
-def _without(logits: Logits, token: int | None) -> Logits:
-    """The logits without one token's column: a view if it is the last one."""
-    if token is None:
-        return logits
-
-    def drop(x: Tensor, dim: int) -> Tensor:
-        before, after = x.narrow(dim, 0, token), x.narrow(dim, token + 1, x.shape[dim] - token - 1)
-        return torch.cat([before, after], dim) if after.shape[dim] else before
-
-    if isinstance(logits, Tensor):
-        return drop(logits, -1)
-    bias = None if logits.bias is None else drop(logits.bias, 0)
-    return LinearLogits(logits.hidden, drop(logits.weight, 0), bias)
-
-
-def _by_chunks(function: Callable[..., Tensor], heads: tuple[Logits, ...], *numbers: Tensor) -> Tensor:
-    """function(dense rows (n, V) of each head, numbers (n,)) -> (n,), few rows at a time, also backward."""
-    lead, vocab = heads[0].shape[:-1], heads[0].shape[-1]
-    flat = [_over_rows(h, lambda x: x.reshape(-1, x.shape[-1])) for h in heads]
-    count = lead.numel()
-    size = max(1, _CHUNK // vocab)
-
-    def part(start: int) -> Tensor:
-        stop = min(start + size, count)
-        dense = [rows.dense("distill", _over_rows(h, lambda x: x[start:stop])) for h in flat]
-        return function(*dense, *(n.expand(lead).reshape(-1)[start:stop] for n in numbers))
-
-    parts = [
-        cast(Tensor, checkpoint(part, start, use_reentrant=False, preserve_rng_state=False))
-        for start in range(0, count, size)
-    ]
-    return torch.cat(parts).reshape(lead) if parts else rows.dense("distill", heads[0]).sum(-1)
+    return rows.over(rows.flat(logits), lambda x: x.index_select(0, index))
 
 
 def divergence(
@@ -145,30 +78,7 @@ def divergence(
         >>> distill.divergence(student, teacher), distill.divergence(student, teacher, kind="total_variation")
         (tensor(0.3681), tensor(0.4000))
     """
-    return between("distill.divergence", student, teacher, kind, exclude)
-
-
-def between(op: str, student: Logits, teacher: Logits, kind: str, exclude: int | None = None) -> Tensor:
-    """`divergence`, checked in the name of op."""
-    h = _same(op, student=student, teacher=teacher)
-    checks.option(op, "kind", kind, KINDS)
-    _excluded(op, "exclude", exclude, h.vocab)
-    student, teacher = _without(student, exclude), _without(_detach(teacher), exclude)
-    if kind == "forward":
-        return categorical.kl(teacher, student)
-    if kind == "reverse":
-        return categorical.kl(student, teacher)
-    return _by_chunks(_total_variation, (student, teacher))
-
-
-def _excluded(op: str, name: str, token: int | None, vocab: int) -> None:
-    checks.token_id(op, name, token, vocab)
-    if token is not None and vocab == 1:
-        raise ValueError(f"{op}: {name} leaves no token in a vocabulary of 1")
-
-
-def _total_variation(student: Tensor, teacher: Tensor) -> Tensor:
-    return (torch.softmax(student, -1) - torch.softmax(teacher, -1)).abs().sum(-1) / 2
+    return divergences.between("distill.divergence", student, teacher, kind, exclude)
 
 
 # --- self-distillation through time ------------------------------------------------------------------------
@@ -290,7 +200,7 @@ def self_distillation_loss(
     lead = categorical.head(op, student, "student").lead
     loss: Tensor | None = None
     for target in targets:
-        part = divergence(_take(student, target.rows), target.logits, kind=kind, exclude=exclude)
+        part = divergences.between(op, _take(student, target.rows), target.logits, kind, exclude)
         loss = part.new_zeros(lead.numel()) if loss is None else loss
         loss = loss.index_add(0, target.rows, part)
     if loss is None:
@@ -336,7 +246,7 @@ def _masked_weight(
     """Where z is masked, and -α'/(1-α)."""
     rows.tokens(op, "z", z, h)
     checks.integer(op, "mask_id", mask_id)
-    _excluded(op, "mask_id", mask_id, h.vocab)
+    divergences.excluded(op, "mask_id", mask_id, h.vocab)
     a = rows.level(op, "alpha", alpha, z.shape, z.device, "[)")
     return z == mask_id, -rows.slope(op, dalpha, z.shape, z.device) / (1 - a)
 
@@ -393,9 +303,9 @@ def masked_inverse_loss(
         tensor([1.0217, 0.0000])
     """
     op = "distill.masked_inverse_loss"
-    h = _same(op, student=student, teacher=teacher, fake=fake)
+    h = rows.alike(op, one_dtype=True, student=student, teacher=teacher, fake=fake)
     is_masked, weight = _masked_weight(op, z, alpha, dalpha, mask_id, h)
-    x, first, second = (_without(logits, mask_id) for logits in (student, teacher, fake))
+    x, first, second = (divergences.dropped(logits, mask_id) for logits in (student, teacher, fake))
     gap = categorical.kl(x, first) - categorical.kl(x, second)
     return torch.where(is_masked, weight.to(gap.dtype) * gap, 0)
 
@@ -429,9 +339,11 @@ def masked_fake_loss(
         tensor([0.7361])
     """
     op = "distill.masked_fake_loss"
-    h = _same(op, fake=fake, student=student)
+    h = rows.alike(op, one_dtype=True, fake=fake, student=student)
     is_masked, weight = _masked_weight(op, z, alpha, dalpha, mask_id, h)
-    gap = categorical.kl(_without(_detach(student), mask_id), _without(fake, mask_id))
+    gap = categorical.kl(
+        divergences.dropped(divergences.detach(student), mask_id), divergences.dropped(fake, mask_id)
+    )
     return torch.where(is_masked, weight.to(gap.dtype) * gap, 0)
 
 
@@ -478,7 +390,7 @@ def uniform_inverse_loss(
         tensor([0.4360])
     """
     op = "distill.uniform_inverse_loss"
-    h = _same(op, student=student, teacher=teacher, fake=fake)
+    h = rows.alike(op, one_dtype=True, student=student, teacher=teacher, fake=fake)
     return _uniform_gap(op, (student, teacher, fake), z, alpha, dalpha, h)
 
 
@@ -505,8 +417,8 @@ def uniform_fake_loss(
         tensor([2.0236])
     """
     op = "distill.uniform_fake_loss"
-    h = _same(op, fake=fake, student=student)
-    fixed = _detach(student)
+    h = rows.alike(op, one_dtype=True, fake=fake, student=student)
+    fixed = divergences.detach(student)
     return _uniform_gap(op, (fixed, fake, fixed), z, alpha, dalpha, h)
 
 
@@ -523,7 +435,7 @@ def _uniform_gap(
     a = rows.level(op, "alpha", alpha, z.shape, z.device, "()")
     da = rows.slope(op, dalpha, z.shape, z.device)
     odds = h.vocab * a / (1 - a)
-    return _by_chunks(_rate_gap, heads, z, odds, -da / (h.vocab * a), h.vocab / (1 - a))
+    return divergences.by_chunks(_rate_gap, heads, z, odds, -da / (h.vocab * a), h.vocab / (1 - a))
 
 
 def _rate_gap(
@@ -586,7 +498,7 @@ def gaussian_relaxation(
     g = checks.within(
         op, "gamma", checks.number(op, "gamma", gamma, h.lead, device), -torch.inf, torch.inf, "()"
     )
-    heat = checks.within(op, "tau", checks.number(op, "tau", tau, h.lead, device), 0, torch.inf, "()")
+    heat = rows.positive(op, "tau", tau, h.lead, device)
     x = torch.softmax(rows.dense(op, student, "student"), -1)
     noise = rng.normal(rows.row_keys(op, key, generator, h.lead, device), (h.vocab,), dtype=x.dtype)
     signal, spread = (torch.sigmoid(s).sqrt().to(x.dtype).unsqueeze(-1) for s in (-g, g))

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore.linear_logits import LinearLogits
+from dlcore.process import _divergences as divergences
 from dlcore.process import _rows as rows
-from dlcore.process import distill
 from dlcore.process.duo.relaxation import argmax, draw, noise_level
 
 
@@ -77,4 +77,4 @@ def consistency_loss(
         >>> duo.consistency_loss(torch.zeros(2, 4), torch.zeros(2, 4))
         tensor([0., 0.])
     """
-    return distill.between("duo.consistency_loss", student, teacher, kind)
+    return divergences.between("duo.consistency_loss", student, teacher, kind)

@@ -195,7 +195,7 @@ def curriculum(
     checks.integer(op, "top_k", top_k)
     if not 1 <= top_k < vocab_size:
         raise ValueError(f"{op}: top_k must lie in [1, {vocab_size}), got {top_k}")
-    heat = checks.within(op, "tau", checks.number(op, "tau", tau, x.shape, x.device), 0, torch.inf, "()")
+    heat = rows.positive(op, "tau", tau, x.shape, x.device)
     noise = draw(rows.row_keys(op, key, generator, x.shape, x.device), top_k, vocab_size, x)
     height, least = _height(g, noise), noise.others[..., -1]
     inside = height > least

@@ -3,7 +3,8 @@
 ==================  =========================================  ==========================================
 guidance            what is sampled                            calls
 ==================  =========================================  ==========================================
-classifier-free     q_c^γ · q_u^(1-γ), normalised              `cfg`, `cfg_uniform_step`
+classifier-free     q_c^γ · q_u^(1-γ), normalised              `cfg`, `cfg_uniform_step` and its law,
+                                                               `cfg_uniform_log_probs`
 classifier-based    q(y) · p(class | x with y at l)^γ          `exact_guide` or `taylor_guide`, then `cbg`,
                                                                `cbg_masked_step`, `cbg_uniform_step`
 guided diffusion    the network's own tokens, as many as an    `verify`

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore.categorical import head
 from dlcore.linear_logits import LinearLogits
 
 Logits = Tensor | LinearLogits
@@ -16,16 +15,6 @@ def weight(op: str, value: float | Tensor, lead: torch.Size, device: torch.devic
     """γ per row, finite."""
     gamma = checks.number(op, "gamma", value, lead, device)
     return checks.within(op, "gamma", gamma, -torch.inf, torch.inf, "()")
-
-
-def same_shape(op: str, name: str, x: Logits, other_name: str, other: Logits) -> None:
-    """Two pairs of logits over the same rows and tokens."""
-    a, b = head(op, x, name), head(op, other, other_name)
-    if (a.lead, a.vocab) != (b.lead, b.vocab):
-        raise ValueError(
-            f"{op}: {name} must have the shape of {other_name} {(*b.lead, b.vocab)}, got {(*a.lead, a.vocab)}"
-        )
-    checks.on_device(op, name, a.logits, b.logits.device)
 
 
 def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:

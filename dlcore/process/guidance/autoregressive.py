@@ -7,9 +7,9 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import categorical
+from dlcore.process import _divergences as divergences
 from dlcore.process import _rows as rows
 from dlcore.process import unmask
-from dlcore.process.guidance import _sums as sums
 from dlcore.process.guidance._sums import Logits
 
 
@@ -18,12 +18,7 @@ def _candidates(op: str, candidates: Tensor | None, tokens: Tensor) -> Tensor:
     checks.sequences(op, "tokens", tokens)
     if candidates is None:
         return torch.ones_like(tokens, dtype=torch.bool)
-    if not isinstance(candidates, Tensor) or candidates.dtype != torch.bool:
-        raise TypeError(f"{op}: candidates must be a bool Tensor, got {checks.describe(candidates)}")
-    if candidates.shape != tokens.shape:
-        got = tuple(candidates.shape)
-        raise ValueError(f"{op}: candidates must have shape {tuple(tokens.shape)}, got {got}")
-    checks.on_device(op, "candidates", candidates, tokens.device)
+    checks.mask(op, "candidates", candidates, tokens.shape, tokens.device)
     return candidates
 
 
@@ -143,15 +138,19 @@ def arpc_score(
     op = "guidance.arpc_score"
     checks.option(op, "score", score, SCORES)
     h = categorical.head(op, logits)
-    checks.token_id(op, "exclude", exclude, h.vocab)
+    divergences.excluded(op, "exclude", exclude, h.vocab)
     if score in ("entropy", "confidence", "margin"):
         s = categorical.stats(logits, exclude=exclude)
         return {"entropy": s.entropy, "confidence": -s.argmax_logprob.exp(), "margin": -s.margin}[score]
     if ar_logits is None:
         raise ValueError(f"{op}: score {score!r} needs ar_logits")
-    sums.same_shape(op, "ar_logits", ar_logits, "logits", logits)
-    if score in ("kl", "reverse_kl", "tv"):
-        return _divergence(op, score, logits, ar_logits, exclude)
+    rows.alike(op, logits=logits, ar_logits=ar_logits)
+    if score == "tv":
+        return divergences.total_variation(logits, ar_logits, exclude)
+    if score == "kl":
+        return divergences.kl(ar_logits, logits, exclude)
+    if score == "reverse_kl":
+        return divergences.kl(logits, ar_logits, exclude)
     if score == "ar_entropy":
         return categorical.stats(ar_logits, exclude=exclude).entropy
     if tokens is None:
@@ -160,22 +159,6 @@ def arpc_score(
     s = categorical.stats(ar_logits, tokens, exclude=exclude)
     assert s.index_logprob is not None
     return -s.index_logprob if score == "ar_nll" else s.argmax_logprob - s.index_logprob
-
-
-def _divergence(op: str, score: str, logits: Logits, ar_logits: Logits, exclude: int | None) -> Tensor:
-    """KL either way or total variation; dense copies, where one is needed, a few rows at a time."""
-    if score != "tv" and exclude is None:
-        p, q = logits, ar_logits
-        return categorical.kl(q, p) if score == "kl" else categorical.kl(p, q)
-    found = []
-    p_rows, q_rows = rows.flat(logits), rows.flat(ar_logits)
-    for at in rows.chunks(logits.shape[:-1].numel(), logits.shape[-1]):
-        p, q = (rows.without(op, rows.take(x, at), exclude) for x in (p_rows, q_rows))
-        if score == "tv":
-            found.append((torch.softmax(p, -1) - torch.softmax(q, -1)).abs().sum(-1) / 2)
-        else:
-            found.append(categorical.kl(q, p) if score == "kl" else categorical.kl(p, q))
-    return torch.cat(found).view(logits.shape[:-1])
 
 
 def renoise(

@@ -164,7 +164,7 @@ def cbg(logits: Logits, guide: Logits, gamma: float | Tensor) -> Logits:
         torch.Size([100, 11])
     """
     op = "guidance.cbg"
-    sums.same_shape(op, "guide", guide, "logits", logits)
+    rows.alike(op, logits=logits, guide=guide)
     g = sums.weight(op, gamma, logits.shape[:-1], logits.device)
     return _tilt(op, logits, guide, g)
 
@@ -187,11 +187,6 @@ def _at(guide: Logits, z: Tensor) -> Tensor:
         return rows.gather(guide, z).double()
     value = (guide.hidden.double() * guide.weight[z].double()).sum(-1)
     return value if guide.bias is None else value + guide.bias[z].double()
-
-
-def _positive(op: str, temperature: float | Tensor, z: Tensor) -> Tensor:
-    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
-    return checks.within(op, "temperature", heat, 0, torch.inf, "()")
 
 
 def cbg_masked_step(
@@ -242,14 +237,14 @@ def cbg_masked_step(
         torch.Size([2, 8])
     """
     op = "guidance.cbg_masked_step"
-    sums.same_shape(op, "guide", guide, "logits", logits)
+    rows.alike(op, logits=logits, guide=guide)
     h = categorical.head(op, logits)
     rows.tokens(op, "z", z, h)
     checks.integer(op, "mask_id", mask_id)
     checks.token_id(op, "mask_id", mask_id, h.vocab)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
     g = sums.weight(op, gamma, z.shape, z.device)
-    heat = _positive(op, temperature, z)
+    heat = rows.positive(op, "temperature", temperature, z.shape, z.device)
     guided = _tilt(op, logits, guide, g * heat)
     lse, guided_lse = (
         categorical.stats(x, temperature=heat, exclude=mask_id).logsumexp.double() for x in (logits, guided)
@@ -319,11 +314,11 @@ def cbg_uniform_step(
     """
     op = "guidance.cbg_uniform_step"
     size = terms.observed(op, logits, z, exclude)
-    sums.same_shape(op, "guide", guide, "logits", logits)
+    rows.alike(op, logits=logits, guide=guide)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
     g = sums.weight(op, gamma, z.shape, z.device)
-    heat = _positive(op, temperature, z)
+    heat = rows.positive(op, "temperature", temperature, z.shape, z.device)
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     shift, bonus = terms.shift(parameterization, t, size), terms.lift(rows.ratio(t, s), size)
     lse = categorical.stats(logits, z, shift=shift, temperature=heat, exclude=exclude).logsumexp

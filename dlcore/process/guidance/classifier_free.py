@@ -51,7 +51,7 @@ def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
         tensor([0., 4.])
     """
     op = "guidance.cfg"
-    sums.same_shape(op, "uncond", uncond, "cond", cond)
+    rows.alike(op, cond=cond, uncond=uncond)
     g = sums.weight(op, gamma, cond.shape[:-1], cond.device)
     if isinstance(cond, LinearLogits) and isinstance(uncond, LinearLogits):
         if cond.weight is uncond.weight and cond.bias is uncond.bias:
@@ -107,12 +107,11 @@ def _bridge(
 ) -> _Bridge:
     """The checks, and the row-wise terms."""
     size = terms.observed(op, cond, z, exclude)
-    sums.same_shape(op, "uncond", uncond, "cond", cond)
+    rows.alike(op, cond=cond, uncond=uncond)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
     g = sums.weight(op, gamma, z.shape, z.device)
-    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
-    checks.within(op, "temperature", heat, 0, torch.inf, "()")
+    heat = rows.positive(op, "temperature", temperature, z.shape, z.device)
     shift, bonus = terms.shift(parameterization, t, size), terms.lift(rows.ratio(t, s), size)
 
     def flat(x: Tensor) -> Tensor:
@@ -138,11 +137,19 @@ def _tempered(op: str, name: str, logits: Logits, b: _Bridge, exclude: int | Non
     return x / b.heat.to(x.dtype).unsqueeze(-1)
 
 
-def _log_mass(x: Tensor, logsumexp: Tensor, b: _Bridge) -> Tensor:
+def _log_mass(x: Tensor, b: _Bridge) -> Tensor:
     """log(α_s·p(y) + (1-α_s)/V): what of the bridge depends on the predictor; finite at either end of α_s."""
-    signal = b.alpha_s.log() - logsumexp.double()
+    signal = b.alpha_s.log() - torch.logsumexp(x, -1).double()
     noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
     return rows.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
+
+
+def _guided(op: str, cond: Logits, uncond: Logits, b: _Bridge, exclude: int | None) -> Tensor:
+    """The guided law but for the bonus at z, as logits (n, V)."""
+    c, u = (
+        _log_mass(_tempered(op, name, x, b, exclude), b) for name, x in (("cond", cond), ("uncond", uncond))
+    )
+    return _blend(c, u, b.gamma)
 
 
 def cfg_uniform_log_probs(
@@ -178,19 +185,11 @@ def cfg_uniform_log_probs(
     """
     op = "guidance.cfg_uniform_log_probs"
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
-    c, u = (
-        _log_mass(x, torch.logsumexp(x, -1), b)
-        for x in (
-            _tempered(op, "cond", rows.flat(cond), b, exclude),
-            _tempered(op, "uncond", rows.flat(uncond), b, exclude),
-        )
-    )
-    law = terms.add_at(_blend(c, u, b.gamma), b.z, b.bonus)
+    law = terms.add_at(_guided(op, rows.flat(cond), rows.flat(uncond), b, exclude), b.z, b.bonus)
     if exclude is not None:
         law = law.index_fill(-1, torch.tensor([exclude], device=law.device), -torch.inf)
     log_q = torch.log_softmax(law, -1)
-    point = torch.full_like(log_q, -torch.inf).scatter(-1, b.z.unsqueeze(-1), 0)
-    return torch.where(b.settled.unsqueeze(-1), point, log_q).view(*z.shape, -1)
+    return torch.where(b.settled.unsqueeze(-1), rows.point(log_q, b.z), log_q).view(*z.shape, -1)
 
 
 def cfg_uniform_step(
@@ -209,8 +208,8 @@ def cfg_uniform_step(
 ) -> Tensor:
     """One guided reverse step of a uniform process: a draw from `cfg_uniform_log_probs`.
 
-    One read of each stream for its normaliser and one of both for the draw, a few rows at a time: nothing of
-    size (B, L, V) is made, of `LinearLogits` neither. Rows with alpha_s = alpha_t keep z, unread.
+    Of few rows at a time, each multiplied out once: nothing of size (B, L, V) is made, of `LinearLogits`
+    neither. Rows with alpha_s = alpha_t keep z, unread.
 
     Args:
         cond, uncond: (..., V), of one shape: the network with and without the condition.
@@ -242,17 +241,11 @@ def cfg_uniform_step(
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
     keys = rows.row_keys(op, key, generator, z.shape, z.device).reshape(-1, 2)
     draw = rows.coefficients(torch.ones_like(b.alpha_s), 0.0, 0.0, 0.0, 1.0, 0.0, keep=b.settled)
-    streams = ("cond", rows.flat(cond)), ("uncond", rows.flat(uncond))
+    cond, uncond = rows.flat(cond), rows.flat(uncond)
     drawn = []
     for at in rows.chunks(z.numel(), cond.shape[-1]):
-        part, masses = b.part(at), []
-        for name, stream in streams:
-            few = rows.take(stream, at)
-            lse = categorical.stats(
-                few, part.z, shift=part.shift, temperature=part.heat, exclude=exclude
-            ).logsumexp
-            masses.append(_log_mass(_tempered(op, name, few, part, exclude), lse, part))
-        law = _blend(masses[0], masses[1], part.gamma)
+        part = b.part(at)
+        law = _guided(op, rows.take(cond, at), rows.take(uncond, at), part, exclude)
         drawn.append(
             categorical.sample_mixture(law, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at])
         )

@@ -10,6 +10,21 @@ what matters, and a float32 α near 1 has already lost it. A position with α = 
 
 Sources: leave-one-out uniform diffusion, arXiv 2605.22765; The Diffusion Duality, arXiv 2506.10892 and
 2602.21185; UDLM, arXiv 2412.10193.
+
+Example:
+    A loss at α = 1 - t, whose mean over t bounds -log p(x), and a sample in eight steps.
+
+    >>> import torch
+    >>> from dlcore.process import uniform
+    >>> network = torch.nn.Sequential(torch.nn.Embedding(9, 16), torch.nn.Linear(16, 9))
+    >>> x, alpha = torch.randint(9, (2, 6)), torch.rand(2, 1, dtype=torch.float64)
+    >>> z = uniform.corrupt(x, alpha, vocab_size=9)
+    >>> uniform.nelbo(network(z), z, x, alpha, -1.0).mean().backward()
+    >>> z = torch.randint(9, (2, 6))
+    >>> for step in range(8):
+    ...     z = uniform.step(network(z), z, step / 8, (step + 1) / 8)
+    >>> z.shape
+    torch.Size([2, 6])
 """
 
 from dlcore.process.uniform.conversions import (

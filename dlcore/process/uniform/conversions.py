@@ -35,8 +35,7 @@ def loo_to_denoiser(logits: Logits, z: Tensor, alpha: float | Tensor) -> Tensor:
     x = rows.dense(op, logits)
     a = rows.level(op, "alpha", alpha, z.shape, x.device)
     lifted = torch.log_softmax(terms.add_at(x, z, terms.lift(a, size)), -1)
-    point = torch.full_like(lifted, -torch.inf).scatter(-1, z.unsqueeze(-1), 0)
-    return torch.where((a < 1).unsqueeze(-1), lifted, point)
+    return torch.where((a < 1).unsqueeze(-1), lifted, rows.point(lifted, z))
 
 
 def denoiser_to_loo(logits: Logits, z: Tensor, alpha: float | Tensor) -> Tensor:

@@ -88,15 +88,8 @@ def correct(
     checks.option(op, "score", score, SCORES)
     checks.sequences(op, "z", z)
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
-    greed = checks.within(op, "tau", checks.number(op, "tau", tau, z.shape, z.device), 0, torch.inf, "()")
-    checks.within(
-        op,
-        "temperature",
-        checks.number(op, "temperature", temperature, z.shape, z.device),
-        0,
-        torch.inf,
-        "()",
-    )
+    greed = rows.positive(op, "tau", tau, z.shape, z.device)
+    rows.positive(op, "temperature", temperature, z.shape, z.device)
     keys = rows.row_keys(op, key, generator, z.shape, z.device)
     shift = terms.shift(parameterization, a, size)
     priority = rng.gumbel(keys, (), dtype=torch.float64)
@@ -228,4 +221,4 @@ def loo_probe(
         hop = 1 + (which * (size - 1)).long()
         other = rows.expand_ids((rows.compact_ids(z[index], exclude) + hop) % size, exclude)
         after, _ = law(z.index_put(index, other))
-    return (before - after).abs().sum(-1) / 2
+    return rows.total_variation(before, after)
