@@ -100,3 +100,17 @@ def test_the_sanitizer_sees_a_read_past_the_end():
     module = cuda_on_host.build([(SCAN, "column < columns ?", "column < columns + 64 ?")], sanitize=True)
     code = PROGRAM.format(module=str(module)).replace("room[32:-32]", "room[64:]")
     assert "heap-buffer-overflow" in run_python(code, **sanitizer())
+
+
+NUMBERS = "csrc/cuda/bit_numbers.cu"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "edit", [None, (NUMBERS, "r < rows; r +=", "r <= rows; r +=")], ids=["as it is", "fault"]
+)
+def test_the_numbers_of_bits_levels_stay_in_their_arrays(edit, tmp_path):
+    """Python's module does not call them; a program of its own does, under AddressSanitizer."""
+    done = cuda_on_host.run_program("bit_numbers", [NUMBERS], [edit] if edit else [], tmp_path)
+    assert (done.returncode == 0) == (edit is None), done.stdout + done.stderr
+    assert ("heap-buffer-overflow" in done.stderr) == (edit is not None)

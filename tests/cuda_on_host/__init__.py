@@ -21,6 +21,9 @@ COMPILER = os.environ.get("CXX", "c++")
 #: (GCC sees ghosts in pybind11 then.)
 SANITIZE = ("-fsanitize=address", "-fno-omit-frame-pointer", "-Wno-maybe-uninitialized")
 
+FLAGS = ("-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas")
+FLAGS += ('-DDLCORE_CUDA_DEVICE="cpu"',)
+
 #: Where a source differs from what is committed: (path, old text, new text).
 Edit = tuple[str, str, str]
 
@@ -35,28 +38,35 @@ def _sources(edits: Iterable[Edit]) -> dict[str, str]:
     return texts
 
 
+def _write(texts: dict[str, str], place: Path) -> None:
+    for path, text in texts.items():
+        (place / path).parent.mkdir(parents=True, exist_ok=True)
+        (place / path).write_text(text)
+
+
+def run_program(
+    name: str, sources: Iterable[str], edits: Iterable[Edit], place: Path
+) -> subprocess.CompletedProcess[str]:
+    """tests/cuda_on_host/NAME.cpp and sources of csrc/cuda, built in `place` under AddressSanitizer, run."""
+    _write(_sources(edits), place)
+    units = [place / "tests/cuda_on_host" / f"{name}.cpp", *(place / source for source in sources)]
+    include = f"-isystem{place / 'tests/cuda_on_host'}"
+    subprocess.run(
+        [COMPILER, *FLAGS, *SANITIZE, include, "-x", "c++", *units, "-o", place / name], check=True
+    )
+    return subprocess.run([place / name], capture_output=True, text=True, check=False)
+
+
 def build(edits: Iterable[Edit] = (), *, sanitize: bool = False) -> Path:
     """The compiled module; it is built anew only where a source has changed."""
     texts = _sources(edits)
-    flags = [
-        "-std=c++17",
-        "-O1",
-        "-g1",
-        "-fPIC",
-        "-fvisibility=hidden",
-        "-Wall",
-        "-Wextra",
-        "-Werror",
-    ]
-    flags += ["-Wno-unknown-pragmas", '-DDLCORE_CUDA_DEVICE="cpu"', *(SANITIZE if sanitize else ())]
+    flags = [*FLAGS, "-fPIC", "-fvisibility=hidden", *(SANITIZE if sanitize else ())]
     said = repr((sorted(texts.items()), flags, COMPILER, sys.version))
     place = BUILDS / hashlib.sha256(said.encode()).hexdigest()[:16]
     module = place / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     if module.exists():
         return module
-    for path, text in texts.items():
-        (place / path).parent.mkdir(parents=True, exist_ok=True)
-        (place / path).write_text(text)
+    _write(texts, place)
     places = (place / "tests/cuda_on_host", pybind11.get_include(), sysconfig.get_paths()["include"])
     found = [*flags, *(f"-isystem{p}" for p in places)]
     units = [p for p in texts if p.startswith("csrc/cuda/") and not p.endswith(".h")]
