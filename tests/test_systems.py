@@ -30,7 +30,7 @@ from bench.systems import (
     training,
 )
 from bench.systems.checkpoint import Reached
-from bench.systems.system import System
+from bench.systems.system import System, levels
 from bench.systems.vectors import WIDTH
 from dlcore import rng
 from dlcore.demo import flows, measures, samplers
@@ -379,6 +379,14 @@ def test_exact_posteriors_make_the_bound_the_likelihood(name: str, chain: Markov
     assert error < 0.02
     gap, error = excess(name, blind(chain), chain)
     assert gap > 5 * error
+
+
+def test_levels_stay_inside_after_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    for end in (0.0, 1 - 2**-53):
+        jitter = torch.full((16,), end, dtype=torch.float64)
+        monkeypatch.setattr(rng, "uniform", lambda key, shape, jitter=jitter: jitter)
+        found = levels(16, rng.key(0))
+        assert 0 < float(found.min()) < float(found.max()) < 1
 
 
 def test_the_schedule_of_bits_follows_the_errors() -> None:

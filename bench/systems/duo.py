@@ -31,16 +31,17 @@ class Duo(LeaveOneOut):
 
     def loss(self, x: Tensor, key: Tensor, done: float) -> Tensor:
         if not self.training:
-            return super().loss(
-                x, key, done
-            )  # the bound is over all noise levels, the curriculum's are fewer
+            # The bound is over all noise levels, the curriculum's are fewer.
+            return super().loss(x, key, done)
         level_key, noise_key = rng.split(key, 2)
         gamma, alpha, dalpha = self.transformation.levels(levels(len(x), level_key))
         if done >= CURRICULUM:
             z = duo.corrupt(x, gamma, self.vocab_size, key=noise_key)
             logits = self.network(z, level=alpha)
         else:
-            tau = TAU_START * (TAU_STOP / TAU_START) ** (done / CURRICULUM)
+            tau = duo.curriculum_temperature(
+                done, start=0.0, stop=CURRICULUM, tau_start=TAU_START, tau_stop=TAU_STOP
+            )
             z, ids, weights = duo.curriculum(x, gamma, tau, self.vocab_size, top_k=TERMS, key=noise_key)
             soft = duo.embed(ids, weights, self.network.table)
             logits = self.network.from_mixed(self.network.mix(soft, alpha))

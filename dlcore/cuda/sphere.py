@@ -70,16 +70,19 @@ rotate, rotate_backward = partial(_map, _ROTATE), partial(_map_backward, _ROTATE
 
 
 def slerp(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
+    """Points of x's shape and dtype."""
     return _map(_SLERP, x, y, t=t)
 
 
 def slerp_backward(
     grad: Tensor, needed: Sequence[bool], x: Tensor, y: Tensor, t: Tensor
 ) -> tuple[Tensor, ...]:
+    """The gradients by x, y and t; `needed` says which are wanted."""
     return _map_backward(_SLERP, grad, needed, x, y, t=t)
 
 
 def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
+    """x moved by t·v, by the exponential map or by normalising."""
     return _map(_STEP if exponential else _RETRACT, x, v, t=t)
 
 

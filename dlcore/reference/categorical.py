@@ -126,6 +126,7 @@ def stats(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
+    """The argmax of each row and its six numbers, which `dlcore.categorical.stats` names."""
     dense = materialize(logits, weight, bias)
     x = transform(dense, index, shift, temperature, softcap, exclude)
     return _statistics(x, index, _invalid(dense, x, exclude))
