@@ -10,6 +10,9 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore._ops.declare import autograd, define, result_dtype
 
+#: Tokens that share a Gumbel number.
+GROUP = 256
+
 HEAD = "Tensor logits, Tensor? weight, Tensor? bias"
 ROW = "Tensor? temperature, float? softcap, int? exclude"
 
@@ -51,6 +54,17 @@ def _check_stats(*args: Any) -> None:
     _check_row("categorical.stats", logits, weight, index, temperature, greedy=False)
 
 
+def _check_summary(*args: Any) -> None:
+    logits, weight, _, first, *_, temperature, _, _, _, _ = args
+    op, last = "categorical.summary", first + vocab_size(logits, weight) - 1
+    if first < 0 or (first % GROUP and first // GROUP != last // GROUP):
+        raise ValueError(
+            f"{op}: first must be a multiple of {GROUP}, or all tokens lie in one group of as many, "
+            f"got tokens {first} to {last}"
+        )
+    _check_temperature(op, temperature, greedy=True)
+
+
 def _check_sample(*args: Any) -> None:
     logits, weight, _, index, _, temperature, _, _, top_k, top_p, min_p, _ = args
     op = "categorical.sample"
@@ -77,6 +91,16 @@ define(
     f"({HEAD}, Tensor? index, Tensor? shift, {ROW}) -> (Tensor, Tensor)",
     lambda logits, *_: (logits.new_empty(logits.shape[:-1], dtype=torch.int64), _numbers(logits, 6)),
     _check_stats,
+)
+define(
+    "categorical.summary",
+    f"({HEAD}, int first, Tensor? index, Tensor? shift, Tensor? target, {ROW}, "
+    "Tensor? skip, Tensor? key) -> (Tensor, Tensor)",
+    lambda logits, *_: (
+        logits.new_empty((2, *logits.shape[:-1]), dtype=torch.int64),
+        logits.new_empty((8, *logits.shape[:-1]), dtype=torch.float64),
+    ),
+    _check_summary,
 )
 define(
     "categorical.sample",

@@ -48,15 +48,16 @@ def transform(
     return x
 
 
-def _invalid(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
-    """Rows with NaN or +inf before or after the transformation, or with nothing but -inf after it.
-
-    What stands at `exclude` does not matter.
-    """
+def _broken(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
+    """Rows with NaN or +inf before or after the transformation; what stands at `exclude` does not matter."""
     if exclude is not None:
         logits = logits.index_fill(-1, torch.tensor([exclude], device=logits.device), 0)
-    broken = torch.isnan(logits) | torch.isposinf(logits) | torch.isnan(x) | torch.isposinf(x)
-    return broken.any(-1) | torch.isneginf(x).all(-1)
+    return (torch.isnan(logits) | torch.isposinf(logits) | torch.isnan(x) | torch.isposinf(x)).any(-1)
+
+
+def _invalid(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
+    """Broken rows, and those with nothing but -inf."""
+    return _broken(logits, x, exclude) | torch.isneginf(x).all(-1)
 
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
@@ -83,18 +84,24 @@ def _statistics(x: Tensor, index: Tensor | None, invalid: Tensor) -> tuple[Tenso
 
 def draw(x: Tensor, key: Tensor) -> Tensor:
     """One token per row of softmax(x): a Gumbel-max over groups of 256, then within the winning group."""
+    return winner(x, key)[1]
+
+
+def winner(x: Tensor, key: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The score of the draw's group, float64, and the draw, of tokens [first, first + n); a row without any
+    mass scores -inf."""
     lead, vocab = x.shape[:-1], x.shape[-1]
     keys = rng.row_keys(key, lead)
     # A vocabulary below one group needs no padding to it.
     size = min(GROUP, vocab)
     groups = F.pad(x, (0, -vocab % size), value=-torch.inf).unflatten(-1, (-1, size))
     count = groups.shape[-2]
-    ids = torch.arange(count, device=x.device)
+    ids = first // GROUP + torch.arange(count, device=x.device)
     group_noise = rng.gumbel_noise(keys, Domain.GROUP, ids.expand(*lead, -1))
-    winner = (torch.logsumexp(groups, -1) + group_noise).argmax(-1)
-    inside = groups.gather(-2, winner[..., None, None].expand(*lead, 1, size)).squeeze(-2)
-    tokens = winner.unsqueeze(-1) * GROUP + torch.arange(size, device=x.device)
-    return _gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
+    score, best = (torch.logsumexp(groups, -1) + group_noise).max(-1)
+    inside = groups.gather(-2, best[..., None, None].expand(*lead, 1, size)).squeeze(-2)
+    tokens = first + best.unsqueeze(-1) * GROUP + torch.arange(size, device=x.device)
+    return score, _gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
 
 
 def truncate(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
@@ -130,6 +137,66 @@ def stats(
     dense = materialize(logits, weight, bias)
     x = transform(dense, index, shift, temperature, softcap, exclude)
     return _statistics(x, index, _invalid(dense, x, exclude))
+
+
+def summary(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: int,
+    index: Tensor | None,
+    shift: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    skip: Tensor | None,
+    key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """What tokens [first, first + n) of a vocabulary say of each row; parts of it merge.
+
+    Ids are the vocabulary's; `first` is a multiple of 256, unless all n tokens lie in one group. numbers
+    (8, ...) float64, of logits x scaled by 1/temperature: the largest, the largest other, Σ exp(x - largest),
+    Σ exp(x - largest)·(x - largest), the score of the draw's group (logsumexp + Gumbel) and the draw's x, x
+    at `index` and at `target` (NaN where they are elsewhere). tokens (2, ...): argmax and draw. A row with
+    nothing but -inf, or that `skip` marks, has largest -inf, sums 0, score -inf and tokens -1; a row with
+    NaN or +inf a sum of NaN, and then no other number means anything.
+    """
+    dense = materialize(logits, weight, bias)
+    columns = dense.shape[-1]
+    at, here = _inside(index, first, columns)
+    if shift is not None and here is not None:
+        shift = torch.where(here, shift, 0)
+    out = exclude is None or not first <= exclude < first + columns
+    local = None if out or exclude is None else exclude - first
+    x = transform(dense, at, shift, temperature, softcap, local)
+    broken = _broken(dense, x, local)
+    x = x.double().masked_fill(broken.unsqueeze(-1), 0)
+    if skip is not None:
+        x, broken = x.masked_fill(skip.unsqueeze(-1), -torch.inf), broken & ~skip
+    best = _first_largest(x)
+    top, second = _gather(x, best), x.scatter(-1, best.unsqueeze(-1), -torch.inf).amax(-1)
+    empty = torch.isneginf(top)
+    drop = x - top.masked_fill(empty, 0).unsqueeze(-1)
+    mass = drop.exp()
+    weighted = torch.where(mass > 0, mass * drop, 0).sum(-1)
+    score, drawn = torch.full_like(top, -torch.inf), torch.full_like(best, -1)
+    if key is not None:
+        score, drawn = winner(x, key, first)
+    token_logit = _gather(x, (drawn - first).clamp(min=0)) if key is not None else score
+    numbers = [top, second, mass.sum(-1).masked_fill(broken, torch.nan), weighted, score, token_logit]
+    for place, found in ((at, here), _inside(target, first, columns)):
+        nowhere = torch.full_like(top, torch.nan)
+        numbers.append(nowhere if place is None else torch.where(found, _gather(x, place), nowhere))
+    return torch.stack([first + best, drawn]).masked_fill(empty, -1), torch.stack(numbers)
+
+
+def _inside(ids: Tensor | None, first: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+    """Columns of token ids, 0 for those elsewhere, and which are here."""
+    if ids is None:
+        return None, None
+    here = (ids >= first) & (ids < first + columns)
+    return torch.where(here, ids - first, 0), here
 
 
 def sample(
@@ -243,11 +310,11 @@ def kl(
     q_bias: Tensor | None,
     temperature: Tensor | None,
 ) -> Tensor:
-    """(3, ...): KL(p || q), and the two logsumexps."""
+    """(3, ...): KL(p || q), and the two logsumexps, -inf where a row has nothing but -inf: KL is NaN then."""
     p_dense, q_dense = materialize(p_logits, p_weight, p_bias), materialize(q_logits, q_weight, q_bias)
     p, q = transform(p_dense, temperature=temperature), transform(q_dense, temperature=temperature)
-    p_lse = torch.logsumexp(p, -1).masked_fill(_invalid(p_dense, p), torch.nan)
-    q_lse = torch.logsumexp(q, -1).masked_fill(_invalid(q_dense, q), torch.nan)
+    p_lse = torch.logsumexp(p, -1).masked_fill(_broken(p_dense, p), torch.nan)
+    q_lse = torch.logsumexp(q, -1).masked_fill(_broken(q_dense, q), torch.nan)
     log_p, log_q = p - p_lse.unsqueeze(-1), q - q_lse.unsqueeze(-1)
     # 0 · (-inf - log q) is 0: a token that p excludes costs nothing.
     gap = torch.where(torch.isneginf(log_p), 0, log_p) - torch.where(torch.isneginf(log_p), 0, log_q)
@@ -263,10 +330,10 @@ def expectation(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """Σ_k softmax_k table[k] (..., E) and the logsumexp (...)."""
+    """Σ_k softmax_k table[k] (..., E) and the logsumexp (...), -inf, and a mean of NaN, where all is -inf."""
     dense = materialize(logits, weight, bias)
     x = transform(dense, None, None, temperature, softcap, exclude)
-    lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x, exclude), torch.nan)
+    lse = torch.logsumexp(x, -1).masked_fill(_broken(dense, x, exclude), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
 
