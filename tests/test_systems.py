@@ -30,6 +30,7 @@ from bench.systems import (
     training,
 )
 from bench.systems.checkpoint import Reached
+from bench.systems.lomdm import _exponent
 from bench.systems.system import System, levels
 from bench.systems.vectors import WIDTH
 from dlcore import rng
@@ -387,6 +388,15 @@ def test_levels_stay_inside_after_rounding(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(rng, "uniform", lambda key, shape, jitter=jitter: jitter)
         found = levels(16, rng.key(0))
         assert 0 < float(found.min()) < float(found.max()) < 1
+
+
+def test_a_learned_order_warps_no_time() -> None:
+    made = catalogue.find("lomdm")(20, 16)
+    for parameter in made.forward_order.parameters():
+        nn.init.normal_(parameter)
+    exponents = _exponent(made.forward_order(torch.arange(32).view(2, 16) % 20)).detach().log()
+    assert bool((exponents.std(-1) > 0.3).all())
+    assert bool((exponents.mean(-1).abs() < 1e-6).all())
 
 
 def test_the_schedule_of_bits_follows_the_errors() -> None:
