@@ -56,8 +56,8 @@ def _linear(shape: Shape) -> Work:
     cond, uncond = (normal((*lead, WIDTH), seed=seed) for seed in (1, 2))
 
     def ours(c: Tensor, u: Tensor, z: Tensor) -> Tensor:
-        heads = (LinearLogits(x, weight) for x in (c, u))
-        return guidance.cfg_uniform_step(*heads, z, ALPHA_T, ALPHA_S, GAMMA, key=key)
+        cond, uncond = LinearLogits(c, weight), LinearLogits(u, weight)
+        return guidance.cfg_uniform_step(cond, uncond, z, ALPHA_T, ALPHA_S, GAMMA, key=key)
 
     def check(result: Tensor, *_: Tensor) -> None:
         assert result.shape == z.shape
