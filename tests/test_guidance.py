@@ -171,6 +171,29 @@ def test_impossible_tokens_make_no_nan(gamma: float) -> None:
         assert bool((guidance.cfg_uniform_step(c, u, z, 0.3, alpha_s, gamma) >= 0).all())
 
 
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+@pytest.mark.parametrize("alpha_s", [0.6, 1.0])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 3.0, -1.0])
+def test_uniform_step_is_a_draw_from_its_log_probs(
+    gamma: float, alpha_s: float, parameterization: str
+) -> None:
+    """Token by token under one key, impossible tokens included; what it is given is left as it was."""
+    g = torch.Generator().manual_seed(42)
+    c, u = (2 * torch.randn(600, 300, generator=g) for _ in range(2))
+    for x in (c, u):
+        x[torch.rand(x.shape, generator=g) < 0.2] = -torch.inf
+    z = torch.randint(300, (600,), generator=g)
+    arguments = (c, u, z, 0.3, alpha_s, gamma)
+    options = {"parameterization": parameterization, "temperature": 0.8, "exclude": 7}
+    z[z == 7] = 8
+    before, key = [c.clone(), u.clone()], dlcore.rng.key(43)
+    drawn = guidance.cfg_uniform_step(*arguments, key=key, **options)
+    law = guidance.cfg_uniform_log_probs(*arguments, **options)
+    assert drawn.equal(dlcore.categorical.sample(law, key=key).tokens)
+    assert c.equal(before[0])
+    assert u.equal(before[1])
+
+
 def test_broken_rows_and_rows_that_stay() -> None:
     good, bad = torch.randn(2, 5), torch.full((2, 5), torch.nan)
     z = torch.tensor([1, 2])
@@ -234,7 +257,13 @@ def test_guided_uniform_step_multiplies_out_once(monkeypatch: pytest.MonkeyPatch
     z, dense = torch.zeros(2, 3, dtype=torch.int64), LinearLogits.materialize
     made: list[LinearLogits] = []
     monkeypatch.setattr(LinearLogits, "materialize", lambda x: made.append(x) or dense(x))
-    monkeypatch.setattr(dlcore.categorical, "stats", lambda *_, **__: pytest.fail("read once more"))
+    stats = dlcore.categorical.stats
+
+    def of_dense_rows(x: Tensor | LinearLogits, **options: int | None) -> dlcore.categorical.Stats:
+        assert isinstance(x, Tensor), "multiplied out once more"
+        return stats(x, **options)
+
+    monkeypatch.setattr(dlcore.categorical, "stats", of_dense_rows)
     guidance.cfg_uniform_step(cond, uncond, z, 0.4, 0.6, 2.0)
     assert len(made) == 2
 

@@ -82,6 +82,20 @@ def test_relative_agreement_takes_the_two_likeliest_alone() -> None:
 # --- the informed predictor-corrector ----------------------------------------------------------------------
 
 
+#: What a score is of, beside which it takes nothing.
+READS = {
+    "kl": {"logits", "ar_logits"},
+    "reverse_kl": {"logits", "ar_logits"},
+    "tv": {"logits", "ar_logits"},
+    "ar_nll": {"ar_logits", "tokens"},
+    "ar_gap": {"ar_logits", "tokens"},
+    "ar_entropy": {"ar_logits"},
+    "entropy": {"logits"},
+    "confidence": {"logits"},
+    "margin": {"logits"},
+}
+
+
 def plain_scores(logits: Tensor, ar_logits: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     log_p, log_q = torch.log_softmax(logits.double(), -1), torch.log_softmax(ar_logits.double(), -1)
     p, q = log_p.exp(), log_q.exp()
@@ -117,7 +131,9 @@ def test_scores_are_those_of_plain_torch(
         for chunk in (rows.GRADIENT_CHUNK, 20):
             with monkeypatch.context() as patch:
                 patch.setattr(rows, "GRADIENT_CHUNK", chunk)
-                found = guidance.arpc_score(a, b, tokens, score=score, exclude=exclude)
+                every = {"logits": a, "ar_logits": b, "tokens": tokens}
+                given = {name: every[name] for name in READS[score]}
+                found = guidance.arpc_score(**given, score=score, exclude=exclude)
             torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     assert set(guidance.SCORES) == set(plain_scores(logits, ar_logits, tokens))
 
@@ -134,14 +150,20 @@ def test_divergence_without_the_last_token_is_one_read(
     torch.testing.assert_close(guidance.arpc_score(*pair, score=score, exclude=8), wanted)
 
 
-def test_scores_name_their_arguments() -> None:
-    logits = logits_like(1, 2, 4, seed=6)
-    for score in ("entropy", "confidence", "margin"):
-        assert guidance.arpc_score(logits, score=score).shape == (1, 2)
-    with pytest.raises(ValueError, match="arpc_score: score 'kl' needs ar_logits"):
-        guidance.arpc_score(logits)
-    with pytest.raises(ValueError, match="arpc_score: score 'ar_nll' needs tokens"):
-        guidance.arpc_score(logits, logits, score="ar_nll")
+@pytest.mark.parametrize("name", ["logits", "ar_logits", "tokens"])
+@pytest.mark.parametrize("score", guidance.SCORES)
+def test_a_score_takes_what_it_is_of_and_nothing_else(score: str, name: str) -> None:
+    every = {"logits": LOGITS, "ar_logits": LOGITS, "tokens": Z}
+    others = {n: every[n] for n in READS[score] - {name}}
+    needs = name in READS[score]
+    assert guidance.arpc_score(**others, **({name: every[name]} if needs else {}), score=score).shape == (
+        2,
+        3,
+    )
+    wrong = others if needs else {**others, name: every[name]}
+    verb = "needs" if needs else "takes no"
+    with pytest.raises(ValueError, match=f"^guidance.arpc_score: score '{score}' {verb} {name}$"):
+        guidance.arpc_score(**wrong, score=score)
 
 
 def test_renoise_takes_the_worst_candidates() -> None:
@@ -201,7 +223,9 @@ def test_both_make_few_steps_likelier() -> None:
         plain = masked.step(diffusion(plain), plain, t, s, mask, key=key)
         logits = diffusion(corrected)
         draft = masked.step(logits, corrected, t, 1.0, mask, key=key)
-        score = guidance.arpc_score(logits, autoregressive(draft), draft, score="ar_nll", exclude=mask)
+        score = guidance.arpc_score(
+            ar_logits=autoregressive(draft), tokens=draft, score="ar_nll", exclude=mask
+        )
         corrected = guidance.renoise(draft, score, s, prior=mask)
     assert loss(corrected) < loss(plain) - 0.2
     for i in range(length):
@@ -220,10 +244,11 @@ def test_compiles_whole_and_once() -> None:
     every = tokens >= 0
 
     def everything(p: Tensor, t: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        score = guidance.arpc_score(p, q, tokens)
+        score = guidance.arpc_score(p, q)
         return (
             score,
-            guidance.arpc_score(p, q, tokens, score="tv", exclude=2),
+            guidance.arpc_score(p, q, score="tv", exclude=2),
+            guidance.arpc_score(ar_logits=q, tokens=tokens, score="ar_gap"),
             guidance.verify(p, tokens, every, relative=t),
             guidance.renoise(tokens, score, t, prior="uniform", vocab_size=9, key=k),
         )
@@ -259,6 +284,11 @@ BAD = [
         lambda: guidance.verify(LOGITS, Z + 4, EVERY),
         ValueError,
         r"verify: tokens must lie in \[0, 4\), got 4",
+    ),
+    (
+        lambda: guidance.arpc_score(ar_logits=LOGITS, tokens=Z + 4, score="ar_nll"),
+        ValueError,
+        r"arpc_score: tokens must lie in \[0, 4\), got 4",
     ),
     (
         lambda: guidance.arpc_score(LOGITS, LOGITS, score="best"),

@@ -1,4 +1,4 @@
-"""Every system learns, writes, goes on after a kill, and with exact posteriors writes by the text's law."""
+"""Every system learns, writes, goes on after a kill, and trains on what it is said to train on."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small_systems import DATA, LENGTH, build, shrink
 from torch import Tensor, nn
 
 from bench.systems import (
@@ -19,8 +20,7 @@ from bench.systems import (
     checkpoint,
     command,
     digits,
-    flm,
-    gidd,
+    guidance,
     idlm,
     molecules,
     network,
@@ -32,39 +32,15 @@ from bench.systems import (
 from bench.systems.checkpoint import Reached
 from bench.systems.lomdm import _exponent
 from bench.systems.system import System, levels
-from bench.systems.vectors import WIDTH
-from dlcore import rng
-from dlcore.demo import flows, measures, samplers
+from dlcore import LinearLogits, rng
 from dlcore.demo.options import UserError
-from dlcore.process import hybrid
-from dlcore.testing.emissions import gaussian_emission
-from dlcore.testing.markov import MarkovChain, uniform_emission
 
-TALE = (
-    "the cat sat on the mat and the rat sat on the hat. a cat that sat on a rat had the rat on the mat. "
-    "then the hat ran, and the cat and the rat ran at the hat. "
-) * 10
-LENGTH = 16
-DATA = training.Data(
-    torch.tensor([sorted(set(TALE)).index(letter) for letter in TALE]), vocab_size=len(set(TALE))
-)
 TRAINED = [name for name in catalogue.NAMES if catalogue.find(name).trains()]
 
 
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(network, "LAYERS", 1)
-    monkeypatch.setattr(network, "WIDTH", 32)
-
-
-def build(name: str, vocab_size: int = DATA.vocab_size, length: int = LENGTH) -> System:
-    """A small system of fixed weights, started from its teacher if it has one."""
-    torch.manual_seed(0)
-    kind = catalogue.find(name)
-    made = kind(vocab_size, length)
-    if kind.teacher is not None:
-        made.learn_from(build(kind.teacher.name, vocab_size, length))
-    return made
+    shrink(monkeypatch)
 
 
 def losses(system: System, steps: int, path: Path | None = None, stop: int | None = None) -> list[float]:
@@ -182,206 +158,6 @@ def test_a_wrong_checkpoint_is_refused(leave: Callable[[Path], None], message: s
         losses(build("mdlm"), 6, path)
 
 
-class Exact(nn.Module):
-    """Posteriors in a network's place."""
-
-    def __init__(self, posterior: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.posterior = posterior
-
-    def forward(self, *states: Tensor, level: float | None = None) -> Tensor:
-        return self.posterior(*states) if level is None else self.posterior(*states, level)
-
-
-def _masked(system: System, chain: MarkovChain) -> None:
-    system.network = Exact(samplers.Network(chain).masked)
-
-
-def _uniform(system: System, chain: MarkovChain) -> None:
-    known = samplers.Network(chain)
-    system.network = Exact(lambda z, alpha: known.uniform(z, alpha).leave_one_out)
-
-
-def _scores(system: System, chain: MarkovChain) -> None:
-    known = samplers.Network(chain)
-    system.network = Exact(lambda z, alpha: known.masked(z) + math.log(chain.vocab_size))
-
-
-def _without_mask(system: System, chain: MarkovChain) -> None:
-    known = samplers.Network(chain)
-    never = torch.tensor([0.0] * chain.vocab_size + [-math.inf])
-    system.network = Exact(lambda z, alpha: known.masked(z) + never)
-
-
-def _hybrid(system: System, chain: MarkovChain) -> None:
-    def posterior(z: Tensor, t: float) -> Tensor:
-        at = hybrid.schedule(torch.as_tensor(t).expand(z.shape).unsqueeze(-1), p_uniform=gidd.UNIFORM)
-        hit = z.unsqueeze(-1) == torch.arange(chain.vocab_size)
-        seen = torch.where(hit, at.alpha, 0) + at.uniform / chain.vocab_size
-        emission = torch.where(z.unsqueeze(-1) == chain.vocab_size, 0, seen.log()).float()
-        return nn.functional.pad(chain.posterior(emission).leave_one_out, (0, 1))
-
-    system.network = Exact(posterior)
-
-
-def _absorbing(system: System, chain: MarkovChain) -> None:
-    def posterior(z: Tensor, u: Tensor, alpha: float | Tensor) -> Tensor:
-        emission = uniform_emission(z, 0.5, chain.vocab_size)
-        settled = torch.where(emission == emission.amax(-1, keepdim=True), 0, -math.inf)
-        lifted = torch.log1p(-torch.as_tensor(alpha).expand(z.shape)).unsqueeze(-1)
-        undecided = torch.where(settled == 0, 0, lifted)
-        return chain.posterior(torch.where((z == u).unsqueeze(-1), undecided, settled).float()).leave_one_out
-
-    system.network = Exact(posterior)
-
-
-def _bits(system: System, chain: MarkovChain) -> None:
-    system.residual = flows.FlowNetwork(chain).residual
-
-
-def _known(system: System, chain: MarkovChain) -> flows.FlowNetwork:
-    """The exact network of the system's table."""
-    known = flows.FlowNetwork(chain)
-    system.points.data.copy_(known.points)
-    return known
-
-
-def _elf(system: System, chain: MarkovChain) -> None:
-    known = _known(system, chain)
-    # The last state has no noise; its posterior is that of very little.
-    system.logits = lambda x, t: known.embedded(x, min(float(t), 0.999))
-
-
-def _one_hot(system: System, chain: MarkovChain) -> None:
-    system.points.data.copy_(torch.eye(chain.vocab_size, WIDTH))
-    known = flows.FlowNetwork(chain)
-    gamma = flm.gammas(chain.vocab_size).tolist()
-    system.logits = lambda y, part: (
-        known._posterior(gaussian_emission(y, system.table, 1 - gamma[part], alpha=gamma[part])).denoiser
-    )
-
-
-def _lognsr(system: System, chain: MarkovChain) -> None:
-    known = _known(system, chain)
-
-    def logits(x: Tensor, gamma: float) -> Tensor:
-        power = 1 / (1 + math.exp(-gamma))
-        emission = gaussian_emission(x, known.embeddings, math.sqrt(power), alpha=math.sqrt(1 - power))
-        return known._posterior(emission).denoiser
-
-    system.logits = logits
-
-
-def _circles(system: System, chain: MarkovChain) -> None:
-    system.logits = _known(system, chain).on_circles
-
-
-def _concentrated(system: System, chain: MarkovChain) -> None:
-    system.logits = _known(system, chain).concentrated
-
-
-#: What puts the chain's posteriors in the place of what was learnt, and network calls that leave next to no
-#: error of the steps.
-EXACT: dict[str, tuple[Callable[[System, MarkovChain], None], int]] = {
-    "mdlm": (_masked, 64),
-    "remdm": (_masked, 64),
-    "udm_loo": (_uniform, 64),
-    "udm_predictor_corrector": (_uniform, 64),
-    "absorbing_uniform": (_absorbing, 64),
-    "sedd": (_scores, 64),
-    "d3pm": (_without_mask, 64),
-    "duo": (_uniform, 64),
-    "gidd": (_hybrid, 64),
-    "entropy_bound": (_masked, 64),
-    "lomdm": (_masked, 64),
-    "bitstream": (_bits, 64),
-    "elf": (_elf, 64),
-    "flm": (_one_hot, 64),
-    "langflow": (_lognsr, 64),
-    "slerp": (_circles, 64),
-    "vmf": (_concentrated, 64),
-}
-#: Nats of bigrams, and the share of perplexity, that a method itself is off by: the corrector redraws what
-#: fits worst, which trades entropy for perplexity; the bound lets dependent tokens go together.
-OFF = {"udm_predictor_corrector": 0.2, "entropy_bound": 0.1}
-BATCH = 384
-
-
-@pytest.fixture(scope="module")
-def chain() -> MarkovChain:
-    """Five tokens that depend much on the one before."""
-    weights = torch.randn(5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    return MarkovChain((1.5 * weights).softmax(-1)).to(torch.float32)
-
-
-@pytest.fixture(scope="module")
-def truth(chain: MarkovChain) -> measures.Truth:
-    return measures.truth(chain, BATCH, LENGTH, seed=0)
-
-
-def blind(chain: MarkovChain) -> MarkovChain:
-    """The same tokens, none of which knows the others."""
-    return MarkovChain(chain.stationary.expand_as(chain.transition))
-
-
-def sharp(chain: MarkovChain) -> MarkovChain:
-    """Surer than it should be."""
-    return MarkovChain((1.25 * chain.transition.log()).softmax(-1))
-
-
-@torch.no_grad()
-def reaches(name: str, posteriors: MarkovChain, chain: MarkovChain, truth: measures.Truth) -> bool:
-    """Whether samples with these posteriors have the chain's bigrams and perplexity as its own have."""
-    install, steps = EXACT[name]
-    system = build(name, chain.vocab_size).eval()
-    install(system, posteriors)
-    figures = measures.measure(system.generate(BATCH, steps, rng.key(5)), chain)
-    own, spread, off = truth.same_size, truth.spread, OFF.get(name, 0.0)
-    excess = figures.bigram_kl - own.bigram_kl
-    error = figures.perplexity - own.perplexity
-    return excess < 5 * spread.bigram_kl + off and abs(error) < 5 * spread.perplexity + off * truth.perplexity
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_exact_posteriors_reach_the_law(name: str, chain: MarkovChain, truth: measures.Truth) -> None:
-    assert reaches(name, chain, chain, truth)
-
-
-@pytest.mark.parametrize("name", EXACT)
-def test_blind_posteriors_do_not(name: str, chain: MarkovChain, truth: measures.Truth) -> None:
-    assert not reaches(name, blind(chain), chain, truth)
-
-
-@pytest.mark.parametrize("name", sorted(EXACT.keys() - OFF.keys()))
-def test_sharp_posteriors_do_not(name: str, chain: MarkovChain, truth: measures.Truth) -> None:
-    assert not reaches(name, sharp(chain), chain, truth)
-
-
-BOUNDS = sorted(name for name in EXACT if catalogue.find(name).bound and catalogue.find(name).trains())
-
-
-def excess(name: str, posteriors: MarkovChain, chain: MarkovChain) -> tuple[float, float]:
-    """What the loss with these posteriors is above the text's own, in nats per token, and its error."""
-    system = build(name, chain.vocab_size).eval()
-    EXACT[name][0](system, posteriors)
-    draws = rng.split(rng.key(6), 24)
-    text = chain.sample(2048, LENGTH, generator=torch.Generator().manual_seed(2))
-    # The bound is of this text's likelihood, of which the entropy is the mean over all.
-    likelihood = float(chain.log_likelihood(text).mean()) / LENGTH
-    found = torch.stack([system.loss(text, key, 1.0) for key in draws])
-    return float(found.mean()) + likelihood, float(found.std()) / math.sqrt(len(draws))
-
-
-@pytest.mark.parametrize("name", BOUNDS)
-@torch.no_grad()
-def test_exact_posteriors_make_the_bound_the_likelihood(name: str, chain: MarkovChain) -> None:
-    gap, error = excess(name, chain, chain)
-    assert abs(gap) < 5 * error
-    assert error < 0.02
-    gap, error = excess(name, blind(chain), chain)
-    assert gap > 5 * error
-
-
 def test_levels_stay_inside_after_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     for end in (0.0, 1 - 2**-53):
         jitter = torch.full((16,), end, dtype=torch.float64)
@@ -411,6 +187,64 @@ def test_the_schedule_of_bits_follows_the_errors() -> None:
     assert torch.equal(system.errors, kept)
     system.train().loss(DATA.tokens[:LENGTH].view(1, -1), rng.key(0), 1.0)
     assert not torch.equal(system.errors, kept)
+
+
+class Watched(nn.Module):
+    """A network that keeps what it gave, disturbed where z shows a token if there is noise."""
+
+    def __init__(self, inner: nn.Module, mask_id: int, noise: float = 0.0) -> None:
+        super().__init__()
+        self.inner, self.mask_id, self.noise = inner, mask_id, noise
+
+    def forward(self, z: Tensor) -> LinearLogits:
+        logits = self.inner(z)
+        self.shown = z != self.mask_id
+        self.hidden = logits.hidden + self.noise * self.shown.unsqueeze(-1) * torch.randn_like(logits.hidden)
+        if self.hidden.requires_grad:
+            self.hidden.retain_grad()
+        return LinearLogits(self.hidden, logits.weight)
+
+
+def test_what_a_student_thinks_of_tokens_that_it_sees_is_nowhere_in_idlms_loss() -> None:
+    """A token that z' shows is itself, in the student's loss and in the fake's."""
+    system = build("idlm")
+    assert isinstance(system, idlm.IDLM)
+    for seed, model in enumerate((system.network, system.frozen, system.fake)):
+        model.head.weight.data.normal_(generator=torch.Generator().manual_seed(seed))
+    plain, x = system.network, DATA.tokens[: 4 * LENGTH].view(4, LENGTH)
+    system.fake = Watched(system.fake, system.mask_id)
+    found = []
+    for noise in (0.0, 3.0):
+        system.network = Watched(plain, system.mask_id, noise)
+        loss = system.loss(x, rng.key(2), 1.0)
+        loss.backward()
+        student = system.network
+        found.append(loss.detach())
+        assert bool(student.shown.any())
+        assert bool(student.hidden.grad[~student.shown].abs().sum() > 0)
+        assert bool((student.hidden.grad[student.shown] == 0).all())
+        # The fake learns what was shown, too, where it is hidden from it.
+        follows = student.shown & ~system.fake.shown
+        assert bool((system.fake.hidden.grad[follows].abs().sum(-1) > 0).all())
+    assert torch.equal(*found)
+
+
+def test_guidance_tells_the_class_in_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    system, told = build("guidance"), []
+    plain = system.network.forward
+    monkeypatch.setattr(system.network, "forward", lambda z, label: told.append(label) or plain(z, label))
+    x = torch.randint(6, (400, LENGTH), generator=torch.Generator().manual_seed(1))
+    wanted = guidance.label(x)
+    assert 50 < int((wanted == guidance.MANY).sum()) < 350
+    system.train().loss(x, rng.key(2), 0.5)
+    system.eval().loss(x, rng.key(2), 0.5)
+    for labels in told:
+        assert bool((labels == labels[:, :1]).all())
+    trained, scored = (labels[:, 0] for labels in told)
+    untold = trained == guidance.UNTOLD
+    assert torch.equal(trained[~untold], wanted[~untold])
+    assert abs(float(untold.double().mean()) - guidance.DROPPED) < 5 * math.sqrt(0.2 * 0.8 / 400)
+    assert bool((scored == guidance.UNTOLD).all())
 
 
 VALID = ["C", "CC(=O)O", "C1CCCC1", "C1CC2CC1CC2", "N#C", "C(F)(F)F", "CC  "]
@@ -487,9 +321,9 @@ def test_tiles_keep_every_image() -> None:
 
 
 def test_a_length_that_a_system_cannot_have_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["x", "--length", "20"])
+    monkeypatch.setattr(sys, "argv", ["x", "--length", "18"])
     options = command.Options(**vars(command.parser("x", "", 1).parse_args()))
-    with pytest.raises(UserError, match=r"block_diffusion: .*multiple of block_size.*got length 20"):
+    with pytest.raises(UserError, match=r"block_diffusion: .*multiple of block_size.*got length 18"):
         command.trained_system(Console(), block_diffusion.BlockDiffusion, options, DATA)
 
 

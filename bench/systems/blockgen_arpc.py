@@ -93,9 +93,12 @@ class BlockGen(System):
         draft = masked.step(logits, z, 0.0, 1.0, self.mask_id, key=key)
         if alpha_s == 1:
             return draft
-        ar = _rows(self.autoregressive(torch.cat((clean, draft), 1)), start)
-        score = guidance.arpc_score(logits, ar, draft, score="ar_nll", exclude=self.mask_id)
-        return guidance.renoise(draft, score, alpha_s, prior=self.mask_id)
+        return guidance.renoise(draft, self.doubts(clean, draft), alpha_s, prior=self.mask_id)
+
+    def doubts(self, clean: Tensor, draft: Tensor) -> Tensor:
+        """(B, n): how unlikely the tokens of a draft (B, n) are, each given those before it."""
+        ar = _rows(self.autoregressive(torch.cat((clean, draft), 1)), clean.shape[1])
+        return guidance.arpc_score(ar_logits=ar, tokens=draft, score="ar_nll", exclude=self.mask_id)
 
 
 def _rows(logits: LinearLogits, start: int) -> LinearLogits:

@@ -89,11 +89,23 @@ def verify(
     return candidates & (together | (candidates.cumsum(-1) == 1))
 
 
-SCORES = ("kl", "reverse_kl", "tv", "ar_nll", "ar_gap", "ar_entropy", "entropy", "confidence", "margin")
+#: What each score reads.
+_READS = {
+    "kl": ("logits", "ar_logits"),
+    "reverse_kl": ("logits", "ar_logits"),
+    "tv": ("logits", "ar_logits"),
+    "ar_nll": ("ar_logits", "tokens"),
+    "ar_gap": ("ar_logits", "tokens"),
+    "ar_entropy": ("ar_logits",),
+    "entropy": ("logits",),
+    "confidence": ("logits",),
+    "margin": ("logits",),
+}
+SCORES = tuple(_READS)
 
 
 def arpc_score(
-    logits: Logits,
+    logits: Logits | None = None,
     ar_logits: Logits | None = None,
     tokens: Tensor | None = None,
     *,
@@ -104,25 +116,27 @@ def arpc_score(
 
     With p the diffusion model's law and q the autoregressive one's (given the draft before the position):
 
-    - "kl": KL(q‖p); "reverse_kl": KL(p‖q); "tv": total variation, one read of both each;
-    - "ar_nll": -log q(token); "ar_gap": log max q - log q(token); "ar_entropy": of q;
-    - "entropy": of p; "confidence": -max p; "margin": -(p1 - p2), which need no autoregressive model.
+    - of logits and ar_logits: "kl", KL(q‖p); "reverse_kl", KL(p‖q); "tv", total variation; one read of both;
+    - of ar_logits and tokens: "ar_nll", -log q(token); "ar_gap", log max q - log q(token);
+    - of ar_logits: "ar_entropy", of q;
+    - of logits: "entropy", of p; "confidence", -max p; "margin", -(p1 - p2).
 
     Where a network of masked diffusion carries tokens over, p is a point mass at those already unmasked, and
     their "kl" is infinite: take "reverse_kl" (-log q(token) there), "tv" or a score of q.
 
     Args:
         logits: (..., V), the diffusion model's that the draft came from, as the network gave them.
-        ar_logits: (..., V), at l those of token l given the draft before l; for the first six.
-        tokens: (...) int64, the draft; for "ar_nll" and "ar_gap".
-        score: one of the nine.
+        ar_logits: (..., V), at l those of token l given the draft before l.
+        tokens: (...) int64, the draft.
+        score: one of the nine. It takes what it is said to be of, and nothing else.
         exclude: a token id (the mask) that has probability 0 under both.
 
     Returns:
         (...) float32 or wider; NaN where a row is broken.
 
     Raises:
-        TypeError: dtypes. ValueError: shapes, ids, an unknown score, or one without its arguments.
+        TypeError: dtypes. ValueError: shapes, ids, an unknown score, one without its arguments or with
+        another's.
 
     Source:
         BlockGen, arXiv 2606.02241 (its code adds 1e-12 to probabilities inside logarithms; here they are
@@ -134,30 +148,39 @@ def arpc_score(
         >>> logits, ar_logits = torch.zeros(1, 2, 4), torch.tensor([[[0.0, 0, 0, 0], [9, 0, 0, 0]]])
         >>> guidance.arpc_score(logits, ar_logits, score="tv")
         tensor([[0.0000, 0.7496]])
+        >>> guidance.arpc_score(ar_logits=ar_logits, tokens=torch.tensor([[0, 0]]), score="ar_nll")
+        tensor([[1.3863, 0.0004]])
     """
     op = "guidance.arpc_score"
     checks.option(op, "score", score, SCORES)
-    h = categorical.head(op, logits)
+    for name, value in (("logits", logits), ("ar_logits", ar_logits), ("tokens", tokens)):
+        if (value is not None) != (name in _READS[score]):
+            raise ValueError(f"{op}: score {score!r} {'needs' if value is None else 'takes no'} {name}")
+    given = {name: x for name, x in (("logits", logits), ("ar_logits", ar_logits)) if x is not None}
+    h = rows.alike(op, one_dtype=False, **given)
     divergences.excluded(op, "exclude", exclude, h.vocab)
-    if score in ("entropy", "confidence", "margin"):
-        s = categorical.stats(logits, exclude=exclude)
-        return {"entropy": s.entropy, "confidence": -s.argmax_logprob.exp(), "margin": -s.margin}[score]
-    if ar_logits is None:
-        raise ValueError(f"{op}: score {score!r} needs ar_logits")
-    rows.alike(op, logits=logits, ar_logits=ar_logits)
+    if logits is not None and ar_logits is not None:
+        return _between(logits, ar_logits, score, exclude)
+    if tokens is not None:
+        rows.tokens(op, "tokens", tokens, h)
+    (law,) = given.values()
+    return _of_one(categorical.stats(law, tokens, exclude=exclude), score)
+
+
+def _between(logits: Logits, ar_logits: Logits, score: str, exclude: int | None) -> Tensor:
     if score == "tv":
         return divergences.total_variation(logits, ar_logits, exclude)
-    if score == "kl":
-        return divergences.kl(ar_logits, logits, exclude)
-    if score == "reverse_kl":
-        return divergences.kl(logits, ar_logits, exclude)
-    if score == "ar_entropy":
-        return categorical.stats(ar_logits, exclude=exclude).entropy
-    if tokens is None:
-        raise ValueError(f"{op}: score {score!r} needs tokens")
-    rows.tokens(op, "tokens", tokens, h)
-    s = categorical.stats(ar_logits, tokens, exclude=exclude)
-    assert s.index_logprob is not None
+    p, q = (ar_logits, logits) if score == "kl" else (logits, ar_logits)
+    return divergences.kl(p, q, exclude)
+
+
+def _of_one(s: categorical.Stats, score: str) -> Tensor:
+    if score == "confidence":
+        return -s.argmax_logprob.exp()
+    if score == "margin":
+        return -s.margin
+    if s.index_logprob is None:
+        return s.entropy
     return -s.index_logprob if score == "ar_nll" else s.argmax_logprob - s.index_logprob
 
 

@@ -15,6 +15,11 @@ from dlcore.process.guidance import _sums as sums
 from dlcore.process.guidance._sums import Logits
 from dlcore.process.uniform import _terms as terms
 
+#: Entries of the dense rows of linear heads that are held at once: products of few rows are slow.
+_LINEAR_CHUNK = 2**22
+#: The logarithm of less than any probability.
+_NEVER = -1e30
+
 
 def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
     """The guided predictor's logits u + γ·(c - u): their softmax is p_c^γ · p_u^(1-γ), normalised.
@@ -242,11 +247,44 @@ def cfg_uniform_step(
     keys = rows.row_keys(op, key, generator, z.shape, z.device).reshape(-1, 2)
     draw = rows.coefficients(torch.ones_like(b.alpha_s), 0.0, 0.0, 0.0, 1.0, 0.0, keep=b.settled)
     cond, uncond = rows.flat(cond), rows.flat(uncond)
+    linear = isinstance(cond, LinearLogits) or isinstance(uncond, LinearLogits)
     drawn = []
-    for at in rows.chunks(z.numel(), cond.shape[-1]):
+    for at in rows.chunks(z.numel(), cond.shape[-1], _LINEAR_CHUNK if linear else None):
         part = b.part(at)
-        law = _guided(op, rows.take(cond, at), rows.take(uncond, at), part, exclude)
+        scores = _scores(rows.take(cond, at), rows.take(uncond, at), part, exclude)
         drawn.append(
-            categorical.sample_mixture(law, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at])
+            categorical.sample_mixture(
+                scores, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at]
+            )
         )
     return torch.cat(drawn).view(z.shape)
+
+
+@torch.no_grad()
+def _scores(cond: Logits, uncond: Logits, b: _Bridge, exclude: int | None) -> Tensor:
+    """`_guided` of one chunk, in as few passes as torch has: one copy of each stream, changed in place.
+
+    A row that is broken in either stream is -inf throughout.
+    """
+    c, u = (
+        _log_masses(x, b, unread, exclude) for x, unread in ((cond, b.gamma == 0), (uncond, b.gamma == 1))
+    )
+    guided = u.lerp_(c, b.gamma.to(u.dtype).unsqueeze(-1))
+    # Infinities meet where a token is impossible in a stream of non-zero weight.
+    return guided.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
+
+
+def _log_masses(logits: Logits, b: _Bridge, unread: Tensor, exclude: int | None) -> Tensor:
+    """`_log_mass` of one stream, its own memory; finite where it is unread, for 0 times it to be 0."""
+    if isinstance(logits, LinearLogits):
+        x = logits.materialize()
+    else:
+        x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    x.div_(b.heat.to(x.dtype).unsqueeze(-1))
+    if b.shift is not None:
+        x.scatter_add_(-1, b.z.unsqueeze(-1), (b.shift / b.heat).to(x.dtype).unsqueeze(-1))
+    signal = b.alpha_s.log() - categorical.stats(x, exclude=exclude).logsumexp
+    noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
+    noise = torch.where(unread, noise.clamp(min=_NEVER), noise)
+    x.add_(signal.to(x.dtype).unsqueeze(-1))
+    return torch.logaddexp(x, noise.to(x.dtype).unsqueeze(-1), out=x)
