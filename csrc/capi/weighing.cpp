@@ -49,7 +49,8 @@ void Weighing::finish(double* wanted) {
   const auto own = wanted ? nullptr : room<double>(rows);
   double* lse = wanted ? wanted : own.get();
   logsumexp(-kInfinity, lse);
-  for (int64_t r = 0; r < rows; ++r) factor_[r] = static_cast<float>(std::exp(references()[r] - lse[r]));
+  // NaN where there is nothing but -inf.
+  for (int64_t r = 0; r < rows; ++r) factor_[r] = static_cast<float>(std::exp(references_[r] - lse[r]));
   scale();
 }
 

@@ -420,7 +420,8 @@ def _weigh(
         matmul(p, table[first : first + p.shape[1]], mean, add=True)
     lse = torch.empty(lead, dtype=torch.float64)
     _C.finish_logsumexp(summaries, rows, -math.inf, lse.data_ptr())
-    mean.mul_((references[1] - lse.view(rows)).exp().float().unsqueeze(-1))
+    # NaN where there is nothing but -inf.
+    mean.mul_((references[0] - lse.view(rows)).exp().float().unsqueeze(-1))
     return summaries, mean.view(*lead, table.shape[1]), lse
 
 
