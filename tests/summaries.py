@@ -66,17 +66,30 @@ def assert_same(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor], t
     torch.testing.assert_close(numbers[:, ~broken], wanted[:, ~broken], **close)
 
 
-def partition(vocab: int, seed: int) -> Iterator[list[tuple[int, int]]]:
+def partition(vocab: int, seed: int, shards: tuple[int, ...] = (2, 3, 40)) -> Iterator[list[tuple[int, int]]]:
     """Random cuts into shards; of each the tokens up to a group, whole groups, and the rest."""
     generator = torch.Generator().manual_seed(seed)
-    for shards in (2, 3, 40):
-        cuts = torch.randint(0, vocab, (shards - 1,), generator=generator).sort().values.tolist()
+    for count in shards:
+        cuts = torch.randint(0, vocab, (count - 1,), generator=generator).sort().values.tolist()
         parts = []
         for begin, end in zip([0, *cuts], [*cuts, vocab], strict=True):
             body = min(-(-begin // GROUP) * GROUP, end)
             tail = max(end // GROUP * GROUP, body) if body % GROUP == 0 else end
             parts += [(a, b) for a, b in ((begin, body), (body, tail), (tail, end)) if a < b]
         yield parts
+
+
+def cut(
+    x: tuple[Any, ...], parts: list[tuple[int, int]]
+) -> Iterator[tuple[tuple[int, int], tuple[Any, ...]]]:
+    """Parts of logits or of a head."""
+    logits, weight, bias = x
+    for first, last in parts:
+        dense = weight is None
+        part = (
+            (logits[..., first:last], None, None) if dense else (logits, weight[first:last], bias[first:last])
+        )
+        yield (first, last), part
 
 
 def _drawn(parts: list[tuple[tuple[int, int], Tensor, Tensor]], key: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from summaries import FIRST, LEAD, assert_same, head, key_of, merged, options, partition
+from summaries import FIRST, LEAD, assert_same, cut, head, key_of, merged, options, partition
 from torch import Tensor
 
 import dlcore
@@ -183,12 +183,7 @@ def test_parts_of_a_vocabulary_merge(seed, linear, monkeypatch):
     key = key_of(seed)
     whole = summary(*x, 0, *given[:7], key)
     for cuts in partition(vocab, seed):
-        parts = []
-        for first, last in cuts:
-            part = (x[0][..., first:last], None, None)
-            if linear:
-                part = (x[0], x[1][first:last], x[2][first:last])
-            parts.append(((first, last), *summary(*part, first, *given[:7], key)))
+        parts = [(part, *summary(*tensors, part[0], *given[:7], key)) for part, tensors in cut(x, cuts)]
         assert_same(merged(parts, given[3], key), whole, 1e-5)
 
 
