@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside, keys_beside
 from dlcore.linear_logits import LinearLogits
 
 __all__ = [
@@ -246,7 +247,7 @@ def sample(
         checks.per_row(op, "top_k", top_k, lead, device, torch.int64),
         checks.per_row(op, "top_p", top_p, lead, device),
         checks.per_row(op, "min_p", min_p, lead, device),
-        checks.key(op, key, generator, lead, device),
+        keys_beside(h.logits, checks.key(op, key, generator, lead, device), lead),
     )
     return Draw(tokens, numbers, index is not None)
 
@@ -309,13 +310,13 @@ def sample_mixture(
     result: Tensor = torch.ops.dlcore.categorical_sample_mixture(
         *h,
         z,
-        expanded,
+        *beside(h.logits, expanded),
         -1 if isinstance(prior, str) else prior,
         checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        checks.key(op, key, generator, h.lead, device),
+        keys_beside(h.logits, checks.key(op, key, generator, h.lead, device), h.lead),
     )
     return result
 
@@ -471,7 +472,7 @@ def sample_expectation(
         softcap,
         exclude,
         index,
-        checks.key(op, key, generator, h.lead, h.logits.device),
+        keys_beside(h.logits, checks.key(op, key, generator, h.lead, h.logits.device), h.lead),
     )
     return Draw(tokens, numbers, index is not None), mean
 
