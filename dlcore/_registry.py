@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from functools import cache
 from importlib import import_module
 from types import SimpleNamespace

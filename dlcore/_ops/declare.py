@@ -54,6 +54,16 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op}: has a first derivative only, a second one was asked for")
 
 
+def hand_on(
+    op: str, results: tuple[Tensor | None, ...], *sources: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The results of a backward pass, of which no further derivative can be had; it raises where one is asked."""
+    if not torch.is_grad_enabled():
+        return results
+    handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *sources)
+    return handed
+
+
 def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients.
 
@@ -69,10 +79,7 @@ def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) 
         chosen = nullcontext() if ctx.backend is None else _dispatch.use_backend(ctx.backend)
         with torch.no_grad(), chosen:
             results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *saved, *grads)
-        return handed
+        return hand_on(op, results, *saved, *grads)
 
     name = "dlcore::" + op.replace(".", "_")
     torch.library.register_autograd(name, once, setup_context=remember, lib=_library)

@@ -2,7 +2,8 @@
 
 from dlcore.distributed import rules
 from dlcore.distributed.keys import row_keys, rows
+from dlcore.distributed.logits import ShardedLogits, shard_sizes
 
-__all__ = ["row_keys", "rows"]
+__all__ = ["ShardedLogits", "row_keys", "rows", "shard_sizes"]
 
 rules.register()

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
+import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -30,6 +30,9 @@ Group = dist.ProcessGroup | DeviceMesh
 #: How long a rank waits for the others' answers under DLCORE_CHECK=1.
 CHECK_SECONDS = 30.0
 
+# As ops: they trace, and what they return is a plain tensor.
+_collectives = torch.ops._c10d_functional
+
 #: The calls that were compared so far, of each group.
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
@@ -39,7 +42,7 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a mesh of one dimension, got one of {group.ndim}")
-        return group.get_group()
+        group = group.get_group()
     if group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: group must have this process among its ranks")
     if not isinstance(group, dist.ProcessGroup):
@@ -47,19 +50,26 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
     return group
 
 
+def device(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's collectives take tensors; the CPU if there too."""
+    kinds = {kind.type for kind in group._device_types}
+    return torch.device("cpu" if "cpu" in kinds or not kinds else kinds.pop())
+
+
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x, all of one shape, as (ranks, *x.shape). No gradient."""
-    parts = funcol.all_gather_tensor(x.detach().contiguous().unsqueeze(0), 0, group)
-    return _wait(parts)
+    ranks = dist.get_world_size(group)
+    parts = _collectives.all_gather_into_tensor(x.detach().contiguous().unsqueeze(0), ranks, group.group_name)
+    done: Tensor = _collectives.wait_tensor(parts)
+    return done
 
 
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Σ over the ranks of x. No gradient."""
-    return _wait(funcol.all_reduce(x.detach().contiguous(), "sum", group))
-
-
-def _wait(x: Tensor) -> Tensor:
-    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
+    done: Tensor = _collectives.wait_tensor(
+        _collectives.all_reduce(x.detach().contiguous(), "sum", group.group_name)
+    )
+    return done
 
 
 @contextmanager
@@ -125,7 +135,9 @@ def _exchange(op: str, group: dist.ProcessGroup, facts: dict[str, Any], *, wait:
     try:
         store.wait(places, timedelta(seconds=CHECK_SECONDS))
         came = True
-    except dist.DistStoreError:
+    except dist.DistNetworkError:
+        raise
+    except RuntimeError:  # each kind of store has its own
         came = False
     verdict = store.compare_set(_place(group, call, "verdict"), "", "made" if came else "given up")
     if verdict == b"made":

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def _recording() -> AbstractContextManager[None]:
+    """Autograd, also where a DTensor runs an op on its part: below autograd."""
+    below = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+    return torch.overrides.enable_reentrant_dispatch() if below else nullcontext()
 
 
 def gradients(
@@ -16,9 +23,9 @@ def gradients(
     leaves = list(inputs)
     for i in wanted:
         leaves[i] = None if inputs[i] is None else inputs[i].detach().requires_grad_()
-    with torch.enable_grad():
-        output = function(*leaves)
     present = [leaves[i] for i in wanted if leaves[i] is not None]
-    found = iter(torch.autograd.grad(output, present, grad, allow_unused=True, materialize_grads=True))
+    with _recording(), torch.enable_grad():
+        output = function(*leaves)
+        found = iter(torch.autograd.grad(output, present, grad, allow_unused=True, materialize_grads=True))
     empty = grad.new_empty(0)
     return tuple(empty.clone() if leaves[i] is None else next(found).contiguous() for i in wanted)
