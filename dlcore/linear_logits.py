@@ -22,8 +22,8 @@ class LinearLogits:
         hidden: (..., D), D at least 1, float32, bfloat16, float16 or float64 (on the reference).
         weight: (V, D), of hidden's dtype.
         bias: (V,), optional.
-        group: a ProcessGroup or a DeviceMesh of one dimension over whose ranks the vocabulary lies: weight and
-            bias are then this rank's tokens, (V_r, D) and (V_r,), after those of the rank before; see
+        group: a ProcessGroup or a DeviceMesh of one dimension, over whose ranks the vocabulary lies: weight
+            and bias are then this rank's tokens, (V_r, D) and (V_r,), after those of the rank before; see
             `dlcore.distributed`. Of DTensors sharded on dimension 0 it is their own.
         sizes: every rank's V_r; None says that all are equal.
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
+import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -68,7 +68,7 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
-    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass theirs and give equal facts, or all raise.
+    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass them and give equal facts, or all raise.
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """

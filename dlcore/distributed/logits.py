@@ -1,4 +1,4 @@
-"""Logits whose vocabulary lies over the ranks of a group, each with the tokens after those of the rank before."""
+"""Logits whose vocabulary lies over the ranks of a group, in their order."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class ShardedLogits:
         if not isinstance(x, Tensor) or x.dtype not in checks.FLOATING:
             raise TypeError(f"{op}: logits must be a floating Tensor, got {checks.describe(x)}")
         if isinstance(x, DTensor):
-            raise TypeError(f"{op}: logits must be this rank's tensor; a DTensor is taken as it is, without group")
+            raise TypeError(f"{op}: logits must be this rank's tensor; a DTensor needs no ShardedLogits")
         if x.dim() < 1 or x.layout != torch.strided:
             raise ValueError(f"{op}: logits must be dense and (..., V_r), got {x.layout} {tuple(x.shape)}")
         group = groups.process_group(op, self.group)
@@ -103,12 +103,12 @@ def is_sharded(x: Tensor, dim: int) -> bool:
 
 
 def take_shard(op: str, name: str, x: Tensor, dim: int) -> tuple[Tensor, dist.ProcessGroup, tuple[int, ...]]:
-    """This rank's part, the group and every rank's size of a DTensor sharded on `dim` alone. Differentiable."""
+    """This rank's part, the group and all sizes of a DTensor sharded on `dim` alone. Differentiable."""
     dim %= x.dim()
     if not isinstance(x, DTensor) or x.device_mesh.ndim != 1 or x.placements[0] != Shard(dim):
         raise NotImplementedError(
-            f"{op}: {name} must be sharded on dimension {dim} over a mesh of one dimension, got {_layout(x)}; "
-            "redistribute it, or give its to_local() and a group"
+            f"{op}: {name} must be sharded on dimension {dim} over a mesh of one dimension, "
+            f"got {_layout(x)}; redistribute it, or give its to_local() and a group"
         )
     whole, ranks = x.shape[dim], x.device_mesh.size()
     chunk = -(-whole // ranks)
@@ -138,19 +138,24 @@ def head_shards(
 ) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | None, tuple[int, ...] | None]:
     """The fields of a LinearLogits whose weight, bias or hidden are DTensors, or that was given a group."""
     op = "LinearLogits"
-    hidden = replicated(op, "hidden", hidden)
     if is_sharded(weight, 0):
         if group is not None or sizes is not None:
             raise ValueError(f"{op}: group and sizes are those of weight, a DTensor: give neither")
         weight, known, sizes = take_shard(op, "weight", weight, 0)
-        if bias is not None:
-            bias = take_shard(op, "bias", bias, 0)[0]
-        return hidden, weight, bias, known, sizes
-    weight = replicated(op, "weight", weight)
-    bias = None if bias is None else replicated(op, "bias", bias)
+        bias = None if bias is None else take_shard(op, "bias", bias, 0)[0]
+        return replicated(op, "hidden", hidden), weight, bias, known, sizes
     if group is None:
         if sizes is not None:
             raise ValueError(f"{op}: sizes needs group, whose ranks have so many tokens")
         return hidden, weight, bias, None, None
+    for name, x in (("weight", weight), ("bias", bias)):
+        if isinstance(x, DTensor):
+            raise TypeError(f"{op}: {name} must be this rank's tensor where group is given, got {_layout(x)}")
     known = groups.process_group(op, group)
-    return hidden, weight, bias, known, known_sizes(op, sizes, weight.shape[0], known)
+    return (
+        replicated(op, "hidden", hidden),
+        weight,
+        bias,
+        known,
+        known_sizes(op, sizes, weight.shape[0], known),
+    )
