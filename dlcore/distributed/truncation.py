@@ -84,7 +84,7 @@ def draw(h: ShardedHead, row: Row, limits: Limits, m: Merged, key: Tensor) -> tu
     """Tokens (...) and their logits, float64."""
     if h.logits.dtype == torch.float64:
         raise NotImplementedError(
-            f"{h.op}: top_k, top_p and min_p of logits over ranks take float32, bfloat16 and float16, got float64"
+            f"{h.op}: top_k, top_p and min_p take no float64 logits over ranks, only narrower ones"
         )
     n = h.lead.numel()
 
