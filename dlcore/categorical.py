@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside, keys_beside
 from dlcore.linear_logits import LinearLogits
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def _run(name: str, h: Head, *args: Any) -> Any:
 def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: Head) -> Tensor:
     """The key as given, or a fresh one from torch's generator, on every rank the same."""
     if type(h) is Head or key is not None:
-        return checks.key(op, key, generator, h.lead, h.logits.device)
+        return keys_beside(h.logits, checks.key(op, key, generator, h.lead, h.logits.device), h.lead)
     from dlcore.distributed import heads
 
     return heads.fresh_key(op, generator, cast("ShardedHead", h))
@@ -360,13 +361,13 @@ def sample_mixture(
         "sample_mixture",
         h,
         z,
-        expanded,
+        *beside(h.logits, expanded),
         -1 if isinstance(prior, str) else prior,
         checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        checks.key(op, key, generator, h.lead, device),
+        fresh_key(op, key, generator, h),
     )
     return result
 

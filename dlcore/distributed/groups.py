@@ -2,17 +2,20 @@
 
 Under DLCORE_CHECK=1 every sharded call first compares, through the job's own store, what its ranks were
 asked; a rank that asks for something else, fails its own checks or does not come within CHECK_SECONDS is
-named in an error on every rank that did come, where a collective would hang.
+named in an error on every rank that did come, where a collective would hang. Ranks that missed a call which
+the others gave up are back in step with the next one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -30,7 +33,8 @@ CHECK_SECONDS = 30.0
 # As ops: they trace, and what they return is a plain tensor.
 _collectives = torch.ops._c10d_functional
 
-_calls: dict[str, int] = {}
+#: The calls that were compared so far, of each group.
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def process_group(op: str, group: object) -> dist.ProcessGroup:
@@ -39,6 +43,8 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a mesh of one dimension, got one of {group.ndim}")
         group = group.get_group()
+    if group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group must have this process among its ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {checks.describe(group)}")
     return group
@@ -90,37 +96,63 @@ def _fact(value: object) -> Any:
 
 
 def _digest(x: Tensor) -> str:
-    import hashlib
-
     data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exception | None) -> None:
     """Raises ValueError where the ranks' facts differ."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    call = _calls[group.group_name] = _calls.get(group.group_name, -1) + 1
-    store = dist.distributed_c10d._get_default_store()
-    place = [f"dlcore/{group.group_name}/{call}/{r}" for r in range(size)]
-    store.set(place[rank], json.dumps({"op": op, **facts}))
-    if own is not None:
-        return
-    given = []
-    for r in range(size):
-        try:
-            store.wait([place[r]], timedelta(seconds=CHECK_SECONDS))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{op}: rank {r} did not come within {CHECK_SECONDS:g} s: a group's ranks must all make the "
-                "same calls"
-            ) from error
-        given.append(json.loads(store.get(place[r])))
+    rank = dist.get_rank(group)
+    given = _exchange(op, group, {"op": op, **facts}, wait=own is None)
     for r, other in enumerate(given):
         if "failed" in other:
             raise ValueError(f"{op}: rank {r} was refused, {other['failed']}")
+    for r, other in enumerate(given):
         for name in {**given[rank], **other}:
             mine, theirs = given[rank].get(name), other.get(name)
             if mine != theirs:
                 raise ValueError(
                     f"{op}: {name} must be the same on all ranks, got {mine} on rank {rank} and {theirs} on {r}"
                 )
+
+
+def _exchange(
+    op: str, group: dist.ProcessGroup, facts: dict[str, Any], *, wait: bool
+) -> list[dict[str, Any]]:
+    """Every rank's facts of this call, or nothing for a rank that only says its own and does not wait.
+
+    A call is made by all ranks or by none: whoever first finds that all have come, or that some have not in
+    time, writes the verdict, and the others abide by it.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    call = _calls.get(group, -1) + 1
+    while store.check([_place(group, call, "given up")]):
+        call += 1
+    _calls[group] = call
+    places = [_place(group, call, str(r)) for r in range(size)]
+    store.set(places[rank], json.dumps(facts))
+    if not wait:
+        return []
+    try:
+        store.wait(places, timedelta(seconds=CHECK_SECONDS))
+        came = True
+    except dist.DistStoreError:
+        came = False
+    verdict = store.compare_set(_place(group, call, "verdict"), "", "made" if came else "given up")
+    if verdict == b"made":
+        # Whoever makes this call has read what the last one left.
+        store.delete_key(_place(group, call - 1, str(rank)))
+        if rank == 0:
+            store.delete_key(_place(group, call - 1, "verdict"))
+        return [json.loads(store.get(place)) for place in places]
+    store.set(_place(group, call, "given up"), "")
+    missing = [str(r) for r, place in enumerate(places) if not store.check([place])]
+    raise ValueError(
+        f"{op}: {'rank ' + ', '.join(missing) if missing else 'a rank'} did not come within "
+        f"{CHECK_SECONDS:g} s: a group's ranks must all make the same calls"
+    )
+
+
+def _place(group: dist.ProcessGroup, call: int, what: str) -> str:
+    return f"dlcore/{group.group_name}/{call}/{what}"
