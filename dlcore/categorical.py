@@ -1,8 +1,9 @@
 """Row statistics, draws and losses of softmax over the last dimension: one read of the logits each.
 
-Throughout: logits is a Tensor (..., V) or a LinearLogits, or lies over ranks (see `dlcore.distributed`);
-``float | Tensor`` parameters broadcast to the leading dimensions; logs are natural. A row with NaN, +inf or nothing but -inf gives token -1 and NaN numbers;
-ties go to the lowest id. Bad shapes and values raise ValueError, bad dtypes TypeError.
+Throughout: logits is a Tensor (..., V) or a LinearLogits, and may lie over ranks (see `dlcore.distributed`);
+``float | Tensor`` parameters broadcast to the leading dimensions; logs are natural. A row with NaN, +inf or
+nothing but -inf gives token -1 and NaN numbers; ties go to the lowest id. Bad shapes and values raise
+ValueError, bad dtypes TypeError.
 """
 
 from __future__ import annotations
@@ -108,9 +109,8 @@ def head(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Head:
         from dlcore.distributed import heads
 
         found = heads.head(op, logits, name)
-        if not isinstance(found, Tensor):
+        if found is not None:
             return cast(Head, found)
-        logits = found
     if isinstance(logits, LinearLogits):
         if logits.weight.shape[0] < 1:
             raise ValueError(f"{op}: {name} must have a vocabulary of at least 1, got weight of 0 rows")
@@ -137,9 +137,9 @@ def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h:
     return heads.fresh_key(op, generator, cast("ShardedHead", h))
 
 
-def _here(op: str, name: str, ids: Any, h: Head) -> Any:
-    """Token ids as they are; beside a vocabulary over ranks those of a DTensor are this rank's tensor."""
-    if type(h) is Head or type(ids) is Tensor or not hasattr(ids, "placements"):
+def _ids(op: str, name: str, ids: Any, h: Head) -> Any:
+    """Token ids as they are; beside logits over ranks a DTensor's own part, which must be all of it."""
+    if type(h) is Head or ids is None:
         return ids
     from dlcore.distributed.logits import replicated
 
@@ -187,7 +187,7 @@ def row_numbers(
 ) -> tuple[Tensor, Tensor]:
     """argmax and the six numbers of `stats`, the runner-up's log-probability last."""
     h = head(op, logits)
-    index = _here(op, "index", index, h)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
@@ -280,7 +280,7 @@ def sample(
     """
     op = "categorical.sample"
     h = head(op, logits)
-    index = _here(op, "index", index, h)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
@@ -338,7 +338,7 @@ def sample_mixture(
     op = "categorical.sample_mixture"
     h = head(op, logits)
     device = h.logits.device
-    z = _here(op, "z", z, h)
+    z = _ids(op, "z", z, h)
     checks.tokens(op, "z", z, h.lead, device)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
@@ -367,7 +367,7 @@ def sample_mixture(
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        keys_beside(h.logits, checks.key(op, key, generator, h.lead, device), h.lead),
+        fresh_key(op, key, generator, h),
     )
     return result
 
@@ -385,7 +385,7 @@ def log_probs(
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp, with a shift at `index`; 0 where target < 0."""
     h = head(op, logits)
-    target, index = _here(op, target_name, target, h), _here(op, "z", index, h)
+    target, index = _ids(op, target_name, target, h), _ids(op, "z", index, h)
     checks.tokens(op, target_name, target, h.lead, h.logits.device)
     _index(op, "z", index, shift, h)
     _softcap(op, softcap)
@@ -419,7 +419,7 @@ def cross_entropy(
     """
     op = "categorical.cross_entropy"
     h = head(op, logits)
-    target = _here(op, "target", target, h)
+    target = _ids(op, "target", target, h)
     checks.tokens(op, "target", target, h.lead, h.logits.device)
     checks.integer(op, "ignore_index", ignore_index)
     ignored = target == ignore_index
@@ -483,7 +483,7 @@ def expectation(
         tensor([[0.2500, 0.2500, 0.2500, 0.2500],
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    h = _with_table("categorical.expectation", logits, table, softcap, exclude)
+    h, table = _with_table("categorical.expectation", logits, table, softcap, exclude)
     result: Tensor = _run(
         "expectation", h, table, _temperature("categorical.expectation", temperature, h), softcap, exclude
     )[0]
@@ -523,8 +523,8 @@ def sample_expectation(
         (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2, 3, 16]))
     """
     op = "categorical.sample_expectation"
-    h = _with_table(op, logits, table, softcap, exclude)
-    index = _here(op, "index", index, h)
+    h, table = _with_table(op, logits, table, softcap, exclude)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, None, h)
     mean, _, tokens, numbers = _run(
         "sample_expectation",
@@ -541,15 +541,19 @@ def sample_expectation(
 
 def _with_table(
     op: str, logits: Tensor | LinearLogits, table: Tensor, softcap: float | None, exclude: int | None
-) -> Head:
+) -> tuple[Head, Tensor]:
     """Check logits and the table that they weigh."""
     h = head(op, logits)
+    if type(h) is not Head:
+        from dlcore.distributed import heads
+
+        table = heads.table(op, table, cast("ShardedHead", h))
     checks.floating(op, "table", table)
-    if table.dim() != 2 or table.shape[0] != h.vocab:
-        raise ValueError(f"{op}: table must be ({h.vocab}, E), got {tuple(table.shape)}")
+    if table.dim() != 2 or table.shape[0] != h.held:
+        raise ValueError(f"{op}: table must be ({h.held}, E), got {tuple(table.shape)}")
     if table.dtype == torch.float64 != h.logits.dtype:
         raise TypeError(f"{op}: table may be float64 only where logits are, got logits of {h.logits.dtype}")
     checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
-    return h
+    return h, table

@@ -37,7 +37,9 @@ def columns(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
     return slice(first, first + sizes[dist.get_rank(group)])
 
 
-def inputs(kind: str, dtype: torch.dtype, *, rows: int = ROWS, vocab: int = VOCAB, seed: int = 0) -> tuple[Any, ...]:
+def inputs(
+    kind: str, dtype: torch.dtype, *, rows: int = ROWS, vocab: int = VOCAB, seed: int = 0
+) -> tuple[Any, ...]:
     """Logits, or hidden, weight and bias."""
     made = torch.Generator().manual_seed(seed)
     if kind == "dense":
@@ -80,9 +82,7 @@ def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str
     parts = inputs(kind, dtype)
     found = []
     for options in row_options(tokens_of()):
-        got, wanted = (
-            categorical.stats(x, **options) for x in (sharded(parts, group, sizes), whole(parts))
-        )
+        got, wanted = (categorical.stats(x, **options) for x in (sharded(parts, group, sizes), whole(parts)))
         assert torch.equal(got.argmax, wanted.argmax)
         close(got, wanted, dtype)
         found.append([None if x is None else x.tolist() for x in got])
@@ -92,7 +92,9 @@ def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str
 @every_split()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("kind", ["dense", "head"])
-def test_statistics_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str, dtype: torch.dtype) -> None:
+def test_statistics_equal_those_of_the_whole(
+    ranks4: Ranks, sizes: Any, kind: str, dtype: torch.dtype
+) -> None:
     everywhere = ranks4.run(len(sizes), equal_statistics, sizes, kind, dtype)
     assert all(str(found) == str(everywhere[0]) for found in everywhere)
 

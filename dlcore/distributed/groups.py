@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives  # noqa: F401  (registers the ops)
+import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -74,7 +74,7 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
-    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass theirs and give equal facts, or all raise.
+    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass them and give equal facts, or all raise.
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """
@@ -116,7 +116,9 @@ def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exce
                 )
 
 
-def _exchange(op: str, group: dist.ProcessGroup, facts: dict[str, Any], *, wait: bool) -> list[dict[str, Any]]:
+def _exchange(
+    op: str, group: dist.ProcessGroup, facts: dict[str, Any], *, wait: bool
+) -> list[dict[str, Any]]:
     """Every rank's facts of this call, or nothing for a rank that only says its own and does not wait.
 
     A call is made by all ranks or by none: whoever first finds that all have come, or that some have not in

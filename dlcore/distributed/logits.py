@@ -138,19 +138,24 @@ def head_shards(
 ) -> tuple[Tensor, Tensor, Tensor | None, dist.ProcessGroup | None, tuple[int, ...] | None]:
     """The fields of a LinearLogits whose weight, bias or hidden are DTensors, or that was given a group."""
     op = "LinearLogits"
-    if group is None and sizes is None and not is_sharded(weight, 0):
-        return hidden, weight, bias, None, None  # DTensors over rows: the ops have rules for them
-    hidden = replicated(op, "hidden", hidden)
     if is_sharded(weight, 0):
         if group is not None or sizes is not None:
             raise ValueError(f"{op}: group and sizes are those of weight, a DTensor: give neither")
         weight, known, sizes = take_shard(op, "weight", weight, 0)
-        if bias is not None:
-            bias = take_shard(op, "bias", bias, 0)[0]
-        return hidden, weight, bias, known, sizes
-    weight = replicated(op, "weight", weight)
-    bias = None if bias is None else replicated(op, "bias", bias)
+        bias = None if bias is None else take_shard(op, "bias", bias, 0)[0]
+        return replicated(op, "hidden", hidden), weight, bias, known, sizes
     if group is None:
-        raise ValueError(f"{op}: sizes needs group, whose ranks have so many tokens")
+        if sizes is not None:
+            raise ValueError(f"{op}: sizes needs group, whose ranks have so many tokens")
+        return hidden, weight, bias, None, None
+    for name, x in (("weight", weight), ("bias", bias)):
+        if isinstance(x, DTensor):
+            raise TypeError(f"{op}: {name} must be this rank's tensor where group is given, got {_layout(x)}")
     known = groups.process_group(op, group)
-    return hidden, weight, bias, known, known_sizes(op, sizes, weight.shape[0], known)
+    return (
+        replicated(op, "hidden", hidden),
+        weight,
+        bias,
+        known,
+        known_sizes(op, sizes, weight.shape[0], known),
+    )

@@ -139,7 +139,9 @@ def refuse_cut(op: str, given: dict[str, Any], rule: Rule) -> None:
         rows = range(before, len(x.shape) - after)
         cut = [p for p in x.placements if isinstance(p, Shard)]
         if name not in rule.rows and cut:
-            raise NotImplementedError(f"{op}: {name} must be replicated, got {tuple(x.placements)}{_elsewhere(op)}")
+            raise NotImplementedError(
+                f"{op}: {name} must be replicated, got {tuple(x.placements)}{_elsewhere(op)}"
+            )
         if any(p.dim % len(x.shape) not in rows for p in cut):
             raise NotImplementedError(
                 f"{op}: {name} {tuple(x.shape)} must be sharded over its rows, got {tuple(x.placements)}"
@@ -156,7 +158,9 @@ def refuse_cut(op: str, given: dict[str, Any], rule: Rule) -> None:
 
 def _elsewhere(op: str) -> str:
     family = op.split(".")[0]
-    return "; the functions of dlcore.categorical merge parts of a vocabulary" if family == "categorical" else ""
+    return (
+        "; the functions of dlcore.categorical merge parts of a vocabulary" if family == "categorical" else ""
+    )
 
 
 def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
@@ -174,11 +178,14 @@ def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
         rows = {"q": dim, "grad": dim, "out": dim}
         of_heads = {"lse": (0, 2, 1)[dim], "grad_lse": (0, 2, 1)[dim]}
         keys = {} if dim == 1 or (paged and dim == 0) else {"k": dim, "v": dim}
-        bounds = {} if dim == 2 or (dim == 0 and given["starts"].shape[0] == 1) else {"starts": dim, "stops": dim}
+        bounds = (
+            {} if dim == 2 or (dim == 0 and given["starts"].shape[0] == 1) else {"starts": dim, "stops": dim}
+        )
         pages = {"page_table": 0} if dim == 0 else {}
         at = rows | of_heads | keys | bounds | pages
         inputs: Placements = [
-            (Shard(at[name]) if name in at else Replicate()) if _is_tensor(x) else None for name, x in given.items()
+            (Shard(at[name]) if name in at else Replicate()) if _is_tensor(x) else None
+            for name, x in given.items()
         ]
         if not backward:
             return [Shard(dim), Shard(of_heads["lse"])], inputs

@@ -194,13 +194,12 @@ def part(
     softcap: float | None,
     exclude: int | None,
 ) -> tuple[Tensor, Tensor]:
-    """`transform` of the logits of tokens from `first` on, and which rows (...) are broken; ids are global."""
+    """`transform` of the logits of tokens from `first` on, and which rows are broken; ids are global."""
     columns = dense.shape[-1]
     at, here = inside(index, first, columns)
     if index is not None and shift is not None:
         shift = torch.where(here, shift, 0)
-    here_too = exclude is not None and first <= exclude < first + columns
-    local = exclude - first if exclude is not None and here_too else None
+    local = None if exclude is None or not first <= exclude < first + columns else exclude - first
     x = transform(dense, at, shift, temperature, softcap, local)
     return x, _broken(dense, x, local)
 
@@ -340,6 +339,27 @@ def log_probs(
     return torch.stack([at_target, at_index, lse]).where(target >= 0, 0).double()
 
 
+def log_probs_about(
+    numbers: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> Tensor:
+    """What has the gradient of `log_probs` at its results, which may be of more tokens than here."""
+    dense = materialize(logits, weight, bias).where((target >= 0).unsqueeze(-1), 0)
+    x = transform(dense, index, shift, None, softcap, exclude)
+    # Its gradient is that of the logsumexp: the probabilities.
+    lse = (x - numbers[2].unsqueeze(-1)).exp().sum(-1)
+    at_target = gather(x, target.clamp(min=0)) - lse
+    at_index = torch.zeros_like(lse) if index is None else gather(x, index) - lse
+    return torch.stack([at_target, at_index, lse]).where(target >= 0, 0).double()
+
+
 def kl(
     p_logits: Tensor,
     p_weight: Tensor | None,
@@ -360,6 +380,27 @@ def kl(
     return torch.stack([(log_p.exp() * gap).sum(-1), p_lse, q_lse]).double()
 
 
+def kl_about(
+    numbers: Tensor,
+    p_logits: Tensor,
+    p_weight: Tensor | None,
+    p_bias: Tensor | None,
+    q_logits: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """What has the gradient of `kl` at its results, which may be of more tokens than here."""
+    divergence, p_lse, q_lse = numbers.unsqueeze(-1)
+    p = transform(materialize(p_logits, p_weight, p_bias), temperature=temperature)
+    q = transform(materialize(q_logits, q_weight, q_bias), temperature=temperature)
+    log_p, log_q = p - p_lse, q - q_lse
+    pull = (log_p.exp() * (log_p - log_q - divergence)).masked_fill(torch.isneginf(p), 0).detach()
+    push = (log_q.exp() - log_p.exp()).detach()
+    both = (pull * p.masked_fill(torch.isneginf(p), 0) + push * q).sum(-1)
+    return torch.stack([both, log_p.exp().sum(-1), log_q.exp().sum(-1)]).double()
+
+
 def expectation(
     logits: Tensor,
     weight: Tensor | None,
@@ -375,6 +416,23 @@ def expectation(
     lse = torch.logsumexp(x, -1).masked_fill(_broken(dense, x, exclude), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
+
+
+def expectation_about(
+    mean: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> Tensor:
+    """What has the gradient of `expectation` at its results, which may be of more tokens than here."""
+    x = transform(materialize(logits, weight, bias), None, None, temperature, softcap, exclude)
+    p = (x - lse.unsqueeze(-1).to(x.dtype)).exp()
+    return p @ wide(table).to(p.dtype) - mean.to(p.dtype) * p.sum(-1, keepdim=True)
 
 
 def sample_expectation(
