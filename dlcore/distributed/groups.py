@@ -74,7 +74,7 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
-    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass them and give equal facts, or all raise.
+    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass and give equal facts, or all raise.
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """
@@ -111,9 +111,8 @@ def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exce
         for name in {**given[rank], **other}:
             mine, theirs = given[rank].get(name), other.get(name)
             if mine != theirs:
-                raise ValueError(
-                    f"{op}: {name} must be the same on all ranks, got {mine} on rank {rank} and {theirs} on {r}"
-                )
+                got = f"{mine} on rank {rank} and {theirs} on {r}"
+                raise ValueError(f"{op}: {name} must be the same on all ranks, got {got}")
 
 
 def _exchange(

@@ -1,9 +1,9 @@
 """Sharding rules: dlcore's ops on DTensors whose rows (batch, sequence, heads) are spread over a mesh.
 
 Each rank runs the op on its own rows; nothing is gathered. Rows are independent, so a rule says only which
-dimensions of each argument and result are rows. What many rows share (a head's weight, a table) is replicated,
-and its gradient a sum over the ranks (Partial). A row that is itself cut (a vocabulary, a head dimension) is no
-rule of an op and is refused: `dlcore.distributed` has the functions that merge such parts.
+dimensions of each argument and result are rows. What many rows share (a head's weight, a table) is
+replicated, and its gradient a sum over the ranks (Partial). An op has no rule for rows that are themselves
+cut (a vocabulary, a head dimension) and refuses them: `dlcore.distributed` merges such parts.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ def _own_dim(shape: Sequence[int], before: int, after: int, lead: Sequence[int],
 
 
 def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placements]]:
-    """What `register_sharding` takes: (placements of results, placements of arguments), over one mesh dimension."""
+    """What `register_sharding` takes: (results' placements, arguments' placements) over one mesh dimension."""
     given = _by_name(op, args)
     first, (before, after) = next(iter(rule.rows.items()))
     shape = given[first].shape
@@ -217,8 +217,8 @@ def register() -> None:
 def _tell_calls_apart(overload: torch._ops.OpOverload) -> None:
     """Have DTensor remember a rule's answer for the very arguments that are missing or given.
 
-    What `register_sharding` derives from a schema looks at tensors only, so a call with top_p and one with min_p
-    in its place would be one.
+    What `register_sharding` derives from a schema looks at tensors only, so a call with top_p and one with
+    min_p in its place would be one.
     """
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 

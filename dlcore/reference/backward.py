@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
 
-def _recording() -> AbstractContextManager[None]:
-    """Autograd, also where a DTensor runs an op on its part: below autograd."""
-    below = torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
-    return torch.overrides.enable_reentrant_dispatch() if below else nullcontext()
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd, also below it: where a DTensor has an op run on this rank's part."""
+    keys = [getattr(torch._C.DispatchKey, name) for name in _AUTOGRAD]
+    with ExitStack() as stack:
+        for key in keys:
+            if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+                stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def gradients(
@@ -24,7 +32,7 @@ def gradients(
     for i in wanted:
         leaves[i] = None if inputs[i] is None else inputs[i].detach().requires_grad_()
     present = [leaves[i] for i in wanted if leaves[i] is not None]
-    with _recording(), torch.enable_grad():
+    with _recording():
         output = function(*leaves)
         found = iter(torch.autograd.grad(output, present, grad, allow_unused=True, materialize_grads=True))
     empty = grad.new_empty(0)
