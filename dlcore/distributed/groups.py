@@ -52,6 +52,14 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return _wait(funcol.all_reduce(x.detach().contiguous(), "sum", group))
 
 
+def own_total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of Σ over the ranks of x (ranks, ...). No gradient."""
+    parts = list(x.detach().unbind(0))
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own
+
+
 def _wait(x: Tensor) -> Tensor:
     return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
 
