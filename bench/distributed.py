@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import dlcore
-from bench.case import normal, random_tokens
+from bench.case import nbytes, normal, random_tokens
 from bench.run import slug
 from dlcore import attention, categorical
 from dlcore import distributed as sharded
@@ -54,23 +55,22 @@ class Traffic(TorchDispatchMode):
 
     def _count(self, name: str, args: Any) -> None:
         n = self.ranks
-        share = {
+        shares = {
             "all_gather_into_tensor": n - 1,
-            "allgather_base": n - 1,
+            "allgather": n - 1,
             "all_reduce": 2 * (n - 1) / n,
             "allreduce": 2 * (n - 1) / n,
-            "reduce_scatter_tensor": (n - 1) / n,
+            "reduce_scatter": (n - 1) / n,
             "send": 1,
-            "broadcast": 1,
-        }.get(name)
-        if share is None:
-            if name in ("wait_tensor", "recv", "barrier"):
-                return
+        }
+        if name in ("wait_tensor", "recv", "barrier"):
+            return
+        if name not in shares:
             raise NotImplementedError(f"bench.distributed: does not know what {name} sends")
-        given = args[1] if name == "allgather_base" else args[0]
-        tensors = [given] if isinstance(given, Tensor) else given
+        given = args[1] if name in ("allgather", "reduce_scatter") else args[0]
+        tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         self.messages += 1
-        self.bytes += round(share * sum(x.numel() * x.element_size() for x in tensors))
+        self.bytes += round(shares[name] * nbytes(*tensors))
 
 
 @dataclass(frozen=True)

@@ -72,6 +72,14 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     return done
 
 
+def own_total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of Σ over the ranks of x (ranks, ...). No gradient."""
+    parts = list(x.detach().unbind(0))
+    own = torch.empty_like(parts[0])
+    dist.reduce_scatter(own, parts, group=group)
+    return own
+
+
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
     """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass and give equal facts, or all raise.

@@ -106,7 +106,7 @@ def _own_dim(shape: Sequence[int], before: int, after: int, lead: Sequence[int],
 
 
 def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placements]]:
-    """What `register_sharding` takes: (results' placements, arguments' placements) over one mesh dimension."""
+    """What `register_sharding` takes: results' and arguments' placements over one mesh dimension."""
     given = _by_name(op, args)
     first, (before, after) = next(iter(rule.rows.items()))
     shape = given[first].shape
