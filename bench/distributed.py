@@ -163,10 +163,11 @@ def context(
     halves = [normal((1, 2, length, *shape), seed=s).to(device) for s in range(3)]
     # Of [x_t; x_0] this rank's part of either half.
     own = [sharded.shard_sequence(x, 2, group, block).flatten(1, 2) for x in halves]
-    options = {"block_size": block, "length": length, "group": group}
 
     def by(memory: int) -> Callable[..., Any]:
-        return lambda q, k, v: sharded.attention.block_diffusion(q, k, v, memory=memory, **options)
+        return lambda q, k, v: sharded.attention.block_diffusion(
+            q, k, v, block_size=block, length=length, group=group, memory=memory
+        )
 
     def all_gathered(q: Tensor, k: Tensor, v: Tensor) -> Any:
         whole = [

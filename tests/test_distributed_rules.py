@@ -335,7 +335,7 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
     ops = torch.ops.dlcore
     said = []
     for call in (
-        lambda: ops.categorical_sample(by_rows, None, None, None, *none, None, key),
+        lambda: ops.categorical_sample(by_rows, *none, None, None, None, key),
         lambda: ops.categorical_stats(by_tokens, *none),
         lambda: ops.categorical_stats(distribute_tensor(normal(B, L), mesh, [Shard(0)]), weight, *none[1:]),
         lambda: sphere.normalize(x),

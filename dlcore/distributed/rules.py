@@ -112,8 +112,8 @@ def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placem
     shape = given[first].shape
     lead = shape[before : len(shape) - after]
     refuse_cut(op, given, rule)
-    whole: Placements = [Replicate() if _is_tensor(x) else None for x in given.values()]
-    accepted = [([Replicate()] * len(rule.results), whole)]
+    accepted = [_everywhere(given, len(rule.results))]
+    whole = accepted[0][1]
     if (key := given.get("key")) is not None and len(key.shape) == 1:
         return accepted  # a shared key numbers the rows of the whole
     for dim in range(len(lead)):
@@ -124,6 +124,11 @@ def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placem
                 places[place] = Replicate() if own is None else Shard(own)
         accepted.append(([_result(r, dim) for r in rule.results], places))
     return accepted
+
+
+def _everywhere(given: dict[str, Any], results: int) -> tuple[Placements, Placements]:
+    """All of it on every rank."""
+    return [Replicate()] * results, [Replicate() if _is_tensor(x) else None for x in given.values()]
 
 
 def _result(before: int | str, dim: int) -> Placement:
@@ -192,9 +197,9 @@ def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
         of_keys = Shard(dim) if keys else Partial("sum")
         return [Shard(dim), of_keys, of_keys], inputs
 
-    whole: Placements = [Replicate() if _is_tensor(x) else None for x in given.values()]
-    accepted = [([Replicate()] * (3 if backward else 2), whole)]
-    return accepted + [places(dim) for dim in (0, 1, *((2,) if heads else ()))]
+    return [_everywhere(given, 3 if backward else 2)] + [
+        places(dim) for dim in (0, 1, *((2,) if heads else ()))
+    ]
 
 
 def _overload(op: str) -> torch._ops.OpOverload:

@@ -117,7 +117,7 @@ def step(
     return categorical.sample_mixture(
         logits,
         z,
-        torch.where(is_masked.unsqueeze(-1), *beside(z, unmask, hold)),
+        torch.where(is_masked.unsqueeze(-1), beside(z, unmask), beside(z, hold)),
         prior=mask_id,
         temperature=temperature,
         exclude=mask_id,
