@@ -38,7 +38,7 @@ def test_every_case_runs_and_says_what_it_sends(ranks4: ranks.Ranks) -> None:
     # A summary a row; a draw has two, as the boundary at token 300 cuts a group of 256.
     assert sent["stats", "sharded"] == sent["cross_entropy", "sharded"] == sizes.rows * paper.SUMMARY
     assert sent["sample", "sharded"] == 2 * sizes.rows * paper.SUMMARY
-    assert sent["sample top_k = 50", "sharded"] == sizes.rows * (2 * paper.SUMMARY + 50 * paper.CANDIDATE)
+    assert sent["sample top_k = 50", "sharded"] == sizes.rows * (paper.SUMMARY + 50 * paper.CANDIDATE)
     hidden = paper.total(2, sizes.rows * sizes.hidden * 4).nvlink
     assert sent["cross_entropy forward + backward", "sharded"] == sizes.rows * paper.SUMMARY + hidden
     # Keys and values of the clean half of the other rank; the ring sends as much.

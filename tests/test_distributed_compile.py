@@ -45,7 +45,8 @@ def compiled(group: dist.ProcessGroup, name: str) -> None:
 
     whole = [x.clone().requires_grad_() for x in (HIDDEN, WEIGHT)]
     mine = [whole[0].detach().clone().requires_grad_(), WEIGHT[here].clone().requires_grad_()]
-    function = torch.compile(step, backend="aot_eager", fullgraph=True)
+    # Whether a row keeps more than was sent is read: a break.
+    function = torch.compile(step, backend="aot_eager", fullgraph=name != "sample top_k")
     for t in (0.7, 1.3):
         temperature = torch.tensor(t)
         want = CALLS[name](dlcore.LinearLogits(*whole), temperature)

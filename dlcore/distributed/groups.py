@@ -155,7 +155,7 @@ def _exchange(
         if rank == 0:
             store.delete_key(_place(group, call - 1, "verdict"))
         return [json.loads(store.get(place)) for place in places]
-    store.set(_place(group, call, "given up"), "")
+    store.set(_place(group, call, "given up"), "1")
     missing = [str(r) for r, place in enumerate(places) if not store.check([place])]
     raise ValueError(
         f"{op}: {'rank ' + ', '.join(missing) if missing else 'a rank'} did not come within "
