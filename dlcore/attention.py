@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside
 from dlcore._ops.attention import MAX_HEAD_DIM
 from dlcore.kv_cache import KVCache
 from dlcore.reference import attention as reference
@@ -183,7 +184,8 @@ def _attend(
     return_lse: bool,
     page_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, *bounds, page_table, scale, softcap)
+    bounds_beside = beside(q, *bounds)
+    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, *bounds_beside, page_table, scale, softcap)
     return (out, lse) if return_lse else out
 
 

@@ -65,7 +65,7 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
         >>> dlcore.rng.split(dlcore.rng.key(7), (2, 3)).shape
         torch.Size([2, 3, 2])
     """
-    size = torch.Size(_size("rng.split", shape))
+    size = torch.Size(sizes("rng.split", shape))
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
         raise TypeError(f"rng.split: key must be an int64 Tensor, got {checks.describe(key)}")
     if key.shape != (2,):
@@ -80,7 +80,7 @@ def row_keys(key: Tensor, lead: torch.Size) -> Tensor:
     return fold_in(key, torch.arange(lead.numel(), device=key.device).view(lead))
 
 
-def _size(op: str, shape: int | Sequence[int]) -> list[int]:
+def sizes(op: str, shape: int | Sequence[int]) -> list[int]:
     """One int or several as a list."""
     size = list(shape) if isinstance(shape, Sequence) else [shape]
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in size):
@@ -94,7 +94,7 @@ def _draw(op: str, key: Tensor, shape: int | Sequence[int], dtype: torch.dtype) 
     key = checks.key(op, key, None, None)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: dtype must be float32 or float64, got {dtype}")
-    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, _size(op, shape), dtype)
+    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, sizes(op, shape), dtype)
     return drawn
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
+from dlcore._beside import beside
 from dlcore._ops.declare import autograd, define, result_dtype
 
 _ATTENTION = (
@@ -166,7 +167,9 @@ def _backward_attention(
 ) -> tuple[Tensor | None, ...]:
     if ctx.paged:
         raise NotImplementedError("attention.intervals: a paged cache has no gradient")
-    grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
+    # Of an output that has no gradient autograd makes plain zeros.
+    grads_beside = beside(saved[2], grad, grad_lse)
+    grads = torch.ops.dlcore.attention_intervals_backward(*grads_beside, *saved, ctx.scale, ctx.softcap)
     return (*grads, None, None, None, None, None)
 
 
