@@ -60,14 +60,14 @@ class Traffic(TorchDispatchMode):
             "allgather": n - 1,
             "all_reduce": 2 * (n - 1) / n,
             "allreduce": 2 * (n - 1) / n,
-            "reduce_scatter": (n - 1) / n,
+            "reduce_scatter_tensor": (n - 1) / n,
             "send": 1,
         }
         if name in ("wait_tensor", "recv", "barrier"):
             return
         if name not in shares:
             raise NotImplementedError(f"bench.distributed: does not know what {name} sends")
-        given = args[1] if name in ("allgather", "reduce_scatter") else args[0]
+        given = args[1] if name == "allgather" else args[0]
         tensors = [x for x in tree_leaves(given) if isinstance(x, Tensor)]
         self.messages += 1
         self.bytes += round(shares[name] * nbytes(*tensors))

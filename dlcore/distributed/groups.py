@@ -74,10 +74,10 @@ def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def own_total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """This rank's row of Σ over the ranks of x (ranks, ...). No gradient."""
-    parts = list(x.detach().unbind(0))
-    own = torch.empty_like(parts[0])
-    dist.reduce_scatter(own, parts, group=group)
-    return own
+    part: Tensor = _collectives.wait_tensor(
+        _collectives.reduce_scatter_tensor(x.detach().contiguous(), "sum", len(x), group.group_name)
+    )
+    return part.squeeze(0)
 
 
 @contextmanager
