@@ -105,7 +105,7 @@ def stay_away(group: dist.ProcessGroup, times: int) -> tuple[list[str], list[boo
         away = dist.get_rank(group) == 1
         said = [] if away else [refusal(lambda: call(group)) for _ in range(times)]
     if away:
-        time.sleep(1.5 * times + 0.5)
+        time.sleep(2.5 * times + 0.5)  # a FileStore waits in whole seconds
     with checked():
         return said, [works(group) for _ in range(3)]
 
