@@ -222,7 +222,7 @@ def _times(x: Tensor, each: Tensor, most: int) -> Tensor:
 
 
 class At(NamedTuple):
-    """Where a search has come to: number and mass of what is before, and exp(x - largest) of what is there."""
+    """Where a search has come to: number and mass of what is before, exp(x - largest) of what is there."""
 
     before: Tensor
     mass: Tensor
