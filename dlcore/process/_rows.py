@@ -219,9 +219,10 @@ def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> T
     """The logits after a change of their rows alone."""
     if isinstance(logits, Tensor):
         return change(logits)
-    # Of logits over ranks these are their columns here.
-    rows = "hidden" if isinstance(logits, LinearLogits) else "logits"
-    return replace(logits, **{rows: change(getattr(logits, rows))})
+    if isinstance(logits, LinearLogits):
+        return replace(logits, hidden=change(logits.hidden))
+    # Of logits over ranks their columns here.
+    return replace(logits, logits=change(logits.logits))
 
 
 def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
