@@ -190,7 +190,7 @@ def test_what_a_row_does_not_see_may_be_nan(ranks, ranks4):
 
 
 def half_precision(group):
-    """Merged in float32, the ring rounds no worse than one pass does."""
+    """Errors of out, dq, dk and dv by ring and gathered, over those of one process."""
     length, block = 96, 8
     mine = SequenceShards(length, block, dist.get_world_size(group)).positions(dist.get_rank(group))
     own = torch.cat([mine, mine + length])
@@ -216,8 +216,10 @@ def half_precision(group):
 
 
 def test_half_precision(ranks4):
-    errors = ranks4.run(4, half_precision)
-    assert max(map(max, errors)) <= 2, errors
+    """Results are merged in float32; a gradient is a sum of as many rounded parts as there are ranks."""
+    for errors in ranks4.run(4, half_precision):
+        assert max(errors[0], errors[4]) <= 1.5, errors
+        assert max(errors) <= 4, errors
 
 
 def compiled(group):
@@ -265,7 +267,8 @@ def decoding(group, dtype, page_size, owners):
             for cache, rows in ((whole, list(range(n))), (part, held)):
                 position = torch.tensor(rows, dtype=torch.int64)
                 for store, x in zip(cache.view(layer), (k, v), strict=True):
-                    at = cache_rows(position.expand(2, -1), store, cache.page_table, 64)[b]
+                    local = torch.arange(len(rows)).expand(2, -1)
+                    at = cache_rows(local, store, cache.page_table, 64)[b]
                     store.flatten(0, 1)[at] = x[b, position]
         whole.lengths[b], part.lengths[b] = n, len(held)
     digests = []
@@ -396,7 +399,7 @@ def refusals(group):
     new |= {"cache": attention.KVCache(1, 1, 8, 2, 32), "layer": 0, "owner": 0}
     for function, good, table in (
         (sharded.block_diffusion, of(8), TRAINING),
-        (sharded.block_causal, of(8, length=16), PREFILL),
+        (sharded.block_causal, of(8) | {"length": 16}, PREFILL),
         (sharded.decode, new, DECODE),
     ):
         function(**{"group": group, **good})
@@ -453,9 +456,6 @@ def disagreements(group):
         if rank == 0:
             with pytest.raises(ValueError, match="backward: rank 1 did not come within 1 s"):
                 out.sum().backward()
-        else:
-            with groups.agreement("distributed.attention.block_diffusion backward", group):
-                pass
 
 
 def test_disagreements(ranks4):

@@ -145,7 +145,7 @@ def _exchange(
     try:
         store.wait(places, timedelta(seconds=CHECK_SECONDS))
         came = True
-    except dist.DistStoreError:
+    except RuntimeError:  # of a FileStore, no DistStoreError
         came = False
     verdict = store.compare_set(_place(group, call, "verdict"), "", "made" if came else "given up")
     if verdict == b"made":
