@@ -14,11 +14,9 @@ def is_dtensor(x: Tensor) -> bool:
     return type(x) is not Tensor and hasattr(x, "device_mesh")
 
 
-def beside(x: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The others as they are; where x is a DTensor, plain ones as replicated DTensors on its mesh."""
-    if not is_dtensor(x):
-        return others
-    return tuple(y if y is None or is_dtensor(y) else _replicated(x, y) for y in others)
+def beside(x: Tensor, y: Tensor) -> Tensor:
+    """y as it is; where x is a DTensor and y is plain, replicated on its mesh."""
+    return _replicated(x, y) if is_dtensor(x) and not is_dtensor(y) else y
 
 
 def keys_beside(x: Tensor, key: Tensor, lead: torch.Size) -> Tensor:

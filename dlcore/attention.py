@@ -184,8 +184,8 @@ def _attend(
     return_lse: bool,
     page_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    bounds_beside = beside(q, *bounds)
-    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, *bounds_beside, page_table, scale, softcap)
+    starts, stops = (beside(q, x) for x in bounds)
+    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, starts, stops, page_table, scale, softcap)
     return (out, lse) if return_lse else out
 
 

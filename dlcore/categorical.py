@@ -361,7 +361,7 @@ def sample_mixture(
         "sample_mixture",
         h,
         z,
-        *beside(h.logits, expanded),
+        beside(h.logits, expanded),
         -1 if isinstance(prior, str) else prior,
         checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside
 
 __all__ = ["fold_in", "gumbel", "key", "normal", "split", "uniform"]
 
@@ -53,7 +54,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     except RuntimeError as error:
         got = f"{tuple(data.shape)}"
         raise ValueError(f"{op}: data must broadcast with {tuple(key.shape[:-1])}, got {got}") from error
-    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), data.expand(lead))
+    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), beside(key, data.expand(lead)))
     return folded
 
 

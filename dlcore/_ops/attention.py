@@ -168,8 +168,8 @@ def _backward_attention(
     if ctx.paged:
         raise NotImplementedError("attention.intervals: a paged cache has no gradient")
     # Of an output that has no gradient autograd makes plain zeros.
-    grads_beside = beside(saved[2], grad, grad_lse)
-    grads = torch.ops.dlcore.attention_intervals_backward(*grads_beside, *saved, ctx.scale, ctx.softcap)
+    grad, grad_lse = beside(saved[2], grad), beside(saved[2], grad_lse)
+    grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
     return (*grads, None, None, None, None, None)
 
 

@@ -89,7 +89,7 @@ def step(
     else:
         checks.unused_key(op, key, generator, x.shape[:-1])
         key = None
-    (coefficients,) = beside(x, parameters(x, slope(here, code), ratio(op, there, here), noise))
+    coefficients = beside(x, parameters(x, slope(here, code), ratio(op, there, here), noise))
     limit = clip_of(op, clip)
     moved: tuple[Tensor, Tensor] = torch.ops.dlcore.bits_step(x, residual, coefficients, *code, limit, key)
     return moved

@@ -41,7 +41,7 @@ def stats(
 ) -> tuple[Tensor, Tensor]:
     """argmax (...) and its six numbers (6, ...)."""
     row = Row(index, shift, temperature, softcap, exclude)
-    agree(h, row._asdict())
+    agree(h, vars(row))
     m = merged(h, row)
     return m.argmax.masked_fill(m.invalid, -1), _numbers(m, index is not None, result_dtype(h.logits))
 
@@ -60,7 +60,7 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """tokens (2, ...): drawn, argmax; numbers (7, ...)."""
     row, limits = Row(index, shift, temperature, softcap, exclude), truncation.Limits(top_k, top_p, min_p)
-    agree(h, {**row._asdict(), **limits._asdict(), "key": key}, greedy=True)
+    agree(h, {**vars(row), **limits._asdict(), "key": key}, greedy=True)
     if all(limit is None for limit in limits):
         m = merged(h, row, key=key)
         tokens, logit = m.draw, m.draw_logit
@@ -91,7 +91,7 @@ def sample_mixture(
 ) -> Tensor:
     """Tokens (...); rows that are settled without their logits are not read."""
     row = Row(z, shift, temperature, softcap, exclude)
-    facts = {**row._asdict(), "coefficients": coefficients, "prior": prior, "key": key}
+    facts = {**vars(row), "coefficients": coefficients, "prior": prior, "key": key}
     agree(h, facts, index="z", greedy=True)
     m = merged(h, row, skip=reference.settled(coefficients, key, h.lead), key=key)
     tokens, p_z = m.draw, (m.at_index - m.logsumexp).exp()

@@ -82,7 +82,7 @@ def own_total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
-    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass them and give equal facts, or all raise.
+    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass and give equal facts, or all raise.
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """
@@ -119,9 +119,8 @@ def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exce
         for name in {**given[rank], **other}:
             mine, theirs = given[rank].get(name), other.get(name)
             if mine != theirs:
-                raise ValueError(
-                    f"{op}: {name} must be the same on all ranks, got {mine} on rank {rank} and {theirs} on {r}"
-                )
+                got = f"{mine} on rank {rank} and {theirs} on {r}"
+                raise ValueError(f"{op}: {name} must be the same on all ranks, got {got}")
 
 
 def _exchange(
@@ -145,7 +144,9 @@ def _exchange(
     try:
         store.wait(places, timedelta(seconds=CHECK_SECONDS))
         came = True
-    except RuntimeError:  # of a FileStore, no DistStoreError
+    except dist.DistNetworkError:
+        raise
+    except RuntimeError:  # each kind of store has its own
         came = False
     verdict = store.compare_set(_place(group, call, "verdict"), "", "made" if came else "given up")
     if verdict == b"made":
@@ -154,7 +155,7 @@ def _exchange(
         if rank == 0:
             store.delete_key(_place(group, call - 1, "verdict"))
         return [json.loads(store.get(place)) for place in places]
-    store.set(_place(group, call, "given up"), "")
+    store.set(_place(group, call, "given up"), "1")
     missing = [str(r) for r, place in enumerate(places) if not store.check([place])]
     raise ValueError(
         f"{op}: {'rank ' + ', '.join(missing) if missing else 'a rank'} did not come within "

@@ -1,7 +1,7 @@
 """A batch split over ranks: the keys with which each draws what one process would.
 
-Nothing is exchanged. A draw is a function of its row's key, so a rank that holds rows [start, stop) of a batch
-and their keys draws those rows of the whole.
+Nothing is exchanged. A draw is a function of its row's key, so a rank that holds some rows of a batch and
+their keys draws those rows of the whole.
 """
 
 from __future__ import annotations

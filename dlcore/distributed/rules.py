@@ -1,9 +1,9 @@
 """Sharding rules: dlcore's ops on DTensors whose rows (batch, sequence, heads) are spread over a mesh.
 
 Each rank runs the op on its own rows; nothing is gathered. Rows are independent, so a rule says only which
-dimensions of each argument and result are rows. What many rows share (a head's weight, a table) is replicated,
-and its gradient a sum over the ranks (Partial). A row that is itself cut (a vocabulary, a head dimension) is no
-rule of an op and is refused: `dlcore.distributed` has the functions that merge such parts.
+dimensions of each argument and result are rows. What many rows share (a head's weight, a table) is
+replicated, and its gradient a sum over the ranks (Partial). An op has no rule for rows that are themselves
+cut (a vocabulary, a head dimension) and refuses them: `dlcore.distributed` merges such parts.
 """
 
 from __future__ import annotations
@@ -106,14 +106,14 @@ def _own_dim(shape: Sequence[int], before: int, after: int, lead: Sequence[int],
 
 
 def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placements]]:
-    """What `register_sharding` takes: (placements of results, placements of arguments), over one mesh dimension."""
+    """What `register_sharding` takes: results' and arguments' placements over one mesh dimension."""
     given = _by_name(op, args)
     first, (before, after) = next(iter(rule.rows.items()))
     shape = given[first].shape
     lead = shape[before : len(shape) - after]
     refuse_cut(op, given, rule)
-    whole: Placements = [Replicate() if _is_tensor(x) else None for x in given.values()]
-    accepted = [([Replicate()] * len(rule.results), whole)]
+    accepted = [_everywhere(given, len(rule.results))]
+    whole = accepted[0][1]
     if (key := given.get("key")) is not None and len(key.shape) == 1:
         return accepted  # a shared key numbers the rows of the whole
     for dim in range(len(lead)):
@@ -124,6 +124,11 @@ def _shardings(op: str, rule: Rule, *args: Any) -> list[tuple[Placements, Placem
                 places[place] = Replicate() if own is None else Shard(own)
         accepted.append(([_result(r, dim) for r in rule.results], places))
     return accepted
+
+
+def _everywhere(given: dict[str, Any], results: int) -> tuple[Placements, Placements]:
+    """All of it on every rank."""
+    return [Replicate()] * results, [Replicate() if _is_tensor(x) else None for x in given.values()]
 
 
 def _result(before: int | str, dim: int) -> Placement:
@@ -192,9 +197,9 @@ def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
         of_keys = Shard(dim) if keys else Partial("sum")
         return [Shard(dim), of_keys, of_keys], inputs
 
-    whole: Placements = [Replicate() if _is_tensor(x) else None for x in given.values()]
-    accepted = [([Replicate()] * (3 if backward else 2), whole)]
-    return accepted + [places(dim) for dim in (0, 1, *((2,) if heads else ()))]
+    return [_everywhere(given, 3 if backward else 2)] + [
+        places(dim) for dim in (0, 1, *((2,) if heads else ()))
+    ]
 
 
 def _overload(op: str) -> torch._ops.OpOverload:
@@ -217,8 +222,8 @@ def register() -> None:
 def _tell_calls_apart(overload: torch._ops.OpOverload) -> None:
     """Have DTensor remember a rule's answer for the very arguments that are missing or given.
 
-    What `register_sharding` derives from a schema looks at tensors only, so a call with top_p and one with min_p
-    in its place would be one.
+    What `register_sharding` derives from a schema looks at tensors only, so a call with top_p and one with
+    min_p in its place would be one.
     """
     from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
 

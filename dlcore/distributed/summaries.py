@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -60,7 +61,8 @@ def layout(sizes: tuple[int, ...], rank: int, *, by_group: bool) -> Layout:
     return made
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """What a call asks of each row, as ops take it."""
 
     index: Tensor | None

@@ -55,11 +55,13 @@ class Rows:
 
     def pick(self, which: Tensor) -> Rows:
         """Some of the rows."""
-        index, shift, temperature, softcap, exclude = self.row
-        index, shift, temperature = (None if x is None else x[which] for x in (index, shift, temperature))
+        row = self.row
+        index, shift, temperature = (
+            None if x is None else x[which] for x in (row.index, row.shift, row.temperature)
+        )
         return Rows(
             replace(self.head, logits=self.head.logits[which]),
-            Row(index, shift, temperature, softcap, exclude),
+            Row(index, shift, temperature, row.softcap, row.exclude),
             Limits(*(None if x is None else x[which] for x in self.limits)),
             *(self.invalid[which], self.keys[which], self.logsumexp[which]),
             plan=self.plan,
@@ -70,7 +72,7 @@ class Rows:
         width = max(GROUP, _TILE // max(self.invalid.numel(), 1) // GROUP * GROUP)
         for first in range(start, stop, width):
             dense = reference.materialize(*self.head.part(first, min(first + width, stop)))
-            x, _ = reference.part(dense, first, *self.row)
+            x, _ = reference.part(dense, first, **vars(self.row))
             # 0 for -0, which is no less.
             yield first, x.masked_fill(self.invalid.unsqueeze(-1), 0) + 0.0
 
@@ -207,7 +209,7 @@ def _from_all(rows: Rows) -> tuple[Tensor, Tensor]:
         limit = top_p.double() * cut.mass
         inner = _search(
             *(rows, top, lambda _, mass: mass > limit.unsqueeze(-1)),
-            lambda at: at.count + _times(limit - at.mass, at.each, h.vocab) + 1,
+            lambda at: at.before + _times(limit - at.mass, at.each, h.vocab) + 1,
         )
         before = (inner.ordered > cut.ordered) | ((inner.ordered == cut.ordered) & (inner.ties < cut.ties))
         cut = Cut(*(torch.where(before, a, b) for a, b in zip(inner, cut, strict=True)))
@@ -220,9 +222,9 @@ def _times(x: Tensor, each: Tensor, most: int) -> Tensor:
 
 
 class At(NamedTuple):
-    """Where a search has come to: count and mass of what is before, and exp(x - largest) of what is there."""
+    """Where a search has come to: number and mass of what is before, exp(x - largest) of what is there."""
 
-    count: Tensor
+    before: Tensor
     mass: Tensor
     each: Tensor
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -182,10 +183,15 @@ def compact_ids(token: Tensor, exclude: int | None) -> Tensor:
 
 def dense(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Tensor:
     """Logits (..., V) in float32 or wider, a linear head's multiplied out."""
-    head(op, logits, name)
+    whole(op, logits, name)
     if isinstance(logits, LinearLogits):
         return logits.materialize()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def whole(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> None:
+    """Logits whose columns are all here: those over ranks refuse to be split into tensors."""
+    tuple(head(op, logits, name))
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -213,7 +219,9 @@ def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> T
     """The logits after a change of their rows alone."""
     if isinstance(logits, Tensor):
         return change(logits)
-    return LinearLogits(change(logits.hidden), logits.weight, logits.bias)
+    # Of logits over ranks these are their columns here.
+    rows = "hidden" if isinstance(logits, LinearLogits) else "logits"
+    return replace(logits, **{rows: change(getattr(logits, rows))})
 
 
 def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
@@ -223,7 +231,7 @@ def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slic
 
 def flat(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Logits with one leading dimension."""
-    return over(logits, lambda x: x.reshape(-1, x.shape[-1]))
+    return over(logits, lambda x: x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
 #: Entries of the dense rows that a pass of several operations holds at once: 4 MiB of float32.

@@ -119,7 +119,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     lead = x.shape[:-1]
     share = checks.number(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
     checks.within(op, "t", share, -torch.inf, torch.inf, "()")
-    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, *beside(x, share.expand(lead)))
+    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, beside(x, share.expand(lead)))
     return point
 
 

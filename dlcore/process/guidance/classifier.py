@@ -183,6 +183,7 @@ def _scaled(guide: Tensor, gamma: Tensor) -> Tensor:
 
 def _at(guide: Logits, z: Tensor) -> Tensor:
     """The guide's entry at z, float64."""
+    rows.whole("guidance", guide, "guide")
     if isinstance(guide, Tensor):
         return rows.gather(guide, z).double()
     value = (guide.hidden.double() * guide.weight[z].double()).sum(-1)
