@@ -113,17 +113,20 @@ def compare(group, length, call, whole, rows, keys, *, dtype, heads, dims, batch
     ]
     at = own(out_rows)
     function = sharded.block_diffusion if keys == 2 else sharded.block_causal
+    pairs = []
     for memory in (RING, GATHERED):
         with running(dtype):
             got = function(*parts, length=length, group=group, memory=memory, return_lse=True, **call)
-        near(got[0], wanted[0][:, at])
-        near(got[1], wanted[1][:, :, at])
+        pairs += [(got[0], wanted[0][:, at]), (got[1], wanted[1][:, :, at])]
         got_grads = torch.autograd.grad(got, parts, (grads[0][:, at], grads[1][:, :, at]))
         for x, y, times in zip(got_grads, wanted_grads, (rows, keys, keys), strict=True):
-            near(x, y[:, own(times)])
+            pairs.append((x, y[:, own(times)]))
         with torch.no_grad(), running(dtype):
             alone = function(*parts, length=length, group=group, memory=memory, **call)
-        assert torch.equal(alone.nan_to_num(), got[0].nan_to_num())
+        pairs.append((alone, got[0]))
+    # Once nothing more is exchanged, so that no other rank waits for one that failed.
+    for x, y in pairs:
+        near(x, y)
 
 
 def training(group, length, call, noisy_q=False, **setting):
@@ -190,7 +193,7 @@ def test_what_a_row_does_not_see_may_be_nan(ranks, ranks4):
 
 
 def half_precision(group):
-    """Merged in float32, the ring rounds no worse than one pass does."""
+    """Errors of out, dq, dk and dv by ring and gathered, over those of one process."""
     length, block = 96, 8
     mine = SequenceShards(length, block, dist.get_world_size(group)).positions(dist.get_rank(group))
     own = torch.cat([mine, mine + length])
@@ -216,8 +219,10 @@ def half_precision(group):
 
 
 def test_half_precision(ranks4):
-    errors = ranks4.run(4, half_precision)
-    assert max(map(max, errors)) <= 2, errors
+    """Results are merged in float32; a gradient is a sum of as many rounded parts as there are ranks."""
+    for errors in ranks4.run(4, half_precision):
+        assert max(errors[0], errors[4]) <= 1.5, errors
+        assert max(errors) <= 4, errors
 
 
 def compiled(group):
@@ -265,10 +270,11 @@ def decoding(group, dtype, page_size, owners):
             for cache, rows in ((whole, list(range(n))), (part, held)):
                 position = torch.tensor(rows, dtype=torch.int64)
                 for store, x in zip(cache.view(layer), (k, v), strict=True):
-                    at = cache_rows(position.expand(2, -1), store, cache.page_table, 64)[b]
+                    local = torch.arange(len(rows)).expand(2, -1)
+                    at = cache_rows(local, store, cache.page_table, 64)[b]
                     store.flatten(0, 1)[at] = x[b, position]
         whole.lengths[b], part.lengths[b] = n, len(held)
-    digests = []
+    pairs = []
 
     def step(rows, owner, **call):
         for layer in range(2):
@@ -277,11 +283,7 @@ def decoding(group, dtype, page_size, owners):
                 wanted = attention.decode(q, k, v, whole, layer, return_lse=True, **call)
                 call_of = {"group": group, "owner": owner, "return_lse": True, **call}
                 got = sharded.decode(q, k, v, part, layer, **call_of)
-            for x, y in zip(got, wanted, strict=True):
-                close(x, y)
-                assert x.shape == y.shape
-                assert x.dtype == y.dtype
-                digests.append(hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest())
+            pairs.extend(zip(got, wanted, strict=True))
 
     def commit(owner, n):
         whole.commit(n)
@@ -298,7 +300,10 @@ def decoding(group, dtype, page_size, owners):
         step(9, owner, num_commit=4)
         step(9, owner, num_commit=4, causal=torch.tensor([True, False]))
         commit(owner, 4)
-    return digests
+    for x, y in pairs:
+        assert (x.shape, x.dtype) == (y.shape, y.dtype)
+        close(x, y)
+    return [hashlib.sha256(x.contiguous().numpy().tobytes()).hexdigest() for x, _ in pairs]
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -396,7 +401,7 @@ def refusals(group):
     new |= {"cache": attention.KVCache(1, 1, 8, 2, 32), "layer": 0, "owner": 0}
     for function, good, table in (
         (sharded.block_diffusion, of(8), TRAINING),
-        (sharded.block_causal, of(8, length=16), PREFILL),
+        (sharded.block_causal, of(8) | {"length": 16}, PREFILL),
         (sharded.decode, new, DECODE),
     ):
         function(**{"group": group, **good})
@@ -453,9 +458,6 @@ def disagreements(group):
         if rank == 0:
             with pytest.raises(ValueError, match="backward: rank 1 did not come within 1 s"):
                 out.sum().backward()
-        else:
-            with groups.agreement("distributed.attention.block_diffusion backward", group):
-                pass
 
 
 def test_disagreements(ranks4):

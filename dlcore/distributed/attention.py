@@ -59,9 +59,10 @@ def block_diffusion(
 
     Keys and values of all ranks' clean rows are gathered where they take at most `memory` bytes, once as they
     come and once in order: B·Hkv·(D + Dv)·(ranks·largest shard + length) numbers. Else they go around a ring,
-    two shards at a time. Both give the same up to rounding; partial results are merged, and gradients summed,
-    in float32 (float64 for float64). Nothing but this rank's own is kept for the backward pass, in which keys
-    travel again. Differentiable once in q, k and v, through out and lse, by calls that all ranks must make.
+    two shards at a time. Both give the same up to rounding: parts, each rounded to q's dtype, are merged, and
+    gradients summed, in float32 (float64 for float64). Nothing but this rank's own is kept for the backward
+    pass, in which keys travel again. Differentiable once in q, k and v, through out and lse, by calls that
+    all ranks must make.
 
     Raises ValueError for shapes and values, TypeError for dtypes. Inside torch.compile it is a graph break.
 

@@ -96,7 +96,7 @@ def intervals_backward(
     With p = exp(score - lse), ∂score is p·(∂out·v - ∂out·out + ∂lse).
     """
     mask = visible(starts, stops, k.shape[1])
-    pull = grad_lse - (grad * out.to(grad_lse.dtype)).sum(-1).transpose(1, 2)
+    pull = grad_lse - (grad.contiguous() * out.to(grad_lse.dtype)).sum(-1).transpose(1, 2)
     with torch.enable_grad():
         leaves = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
         outputs = _attend(q, k, v, mask, scale, softcap, _finite(q, k, v, grad, pull), lse.detach())
