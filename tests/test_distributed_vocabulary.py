@@ -369,7 +369,7 @@ def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend:
 
 
 @every_split()
-@pytest.mark.parametrize("named", ["reference"])
+@pytest.mark.parametrize("named", ["cpu", "reference"])
 def test_broken_rows_and_shards_of_nothing(ranks4: Ranks, sizes: Any, named: str) -> None:
     ranks4.run(len(sizes), equal_broken_rows, sizes, named)
 
