@@ -11,7 +11,6 @@ from torch import Tensor
 from dlcore import _C
 from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, scratch, strided, threads, view, workspace
-from dlcore.reference.categorical import summary  # noqa: F401
 
 
 class Softmax:
