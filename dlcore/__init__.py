@@ -1,5 +1,8 @@
 """dlcore: the compute core of diffusion language models."""
 
+from importlib import import_module
+from types import ModuleType
+
 from dlcore import attention, bits, categorical, process, rng, similarity, sphere
 from dlcore._dispatch import backends, explain, last_backend, use_backend
 from dlcore.linear_logits import LinearLogits
@@ -20,3 +23,14 @@ __all__ = [
     "sphere",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    # On first use: torch may have no distributed, and who stays on one machine pays nothing.
+    if name == "distributed":
+        return import_module("dlcore.distributed")
+    raise AttributeError(f"module 'dlcore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "distributed"})

@@ -11,6 +11,8 @@ import os
 import torch
 from torch import Tensor
 
+from dlcore._beside import is_dtensor
+
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -23,8 +25,11 @@ def describe(x: object) -> str:
 
 
 def reads_data(x: Tensor) -> bool:
-    """Whether checks that read values run: on the CPU, or under DLCORE_CHECK=1; never while tracing."""
-    if torch.compiler.is_compiling():
+    """Whether checks that read values run: on the CPU, or under DLCORE_CHECK=1; never while tracing.
+
+    Nor of a DTensor: what the op checks, each rank checks of its own part.
+    """
+    if torch.compiler.is_compiling() or is_dtensor(x):
         return False
     return x.numel() > 0 and (x.device.type == "cpu" or os.environ.get("DLCORE_CHECK") == "1")
 

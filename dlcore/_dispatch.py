@@ -116,8 +116,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def asked_for() -> str | None:
-    """What use_backend says here, or None."""
-    return _chosen.get()
+    """What use_backend says here, or None; None while tracing, as a graph asks whenever it runs."""
+    return None if torch.compiler.is_compiling() else _chosen.get()
 
 
 def _requested() -> str | None:

@@ -17,6 +17,7 @@ from dlcore import (
     _registry,  # noqa: F401  (stands the backends behind the ops)
     rng,
 )
+from dlcore._beside import keys_beside
 
 
 def alike(op: str, **tensors: Tensor) -> None:
@@ -44,7 +45,7 @@ def perturb(
 ) -> Tensor:
     """x + spread·noise, spread broadcast to x; row r of a shared key draws as the r-th folded key would."""
     lead = x.shape[:-1]
-    key = checks.key(op, key, generator, lead, x.device)
+    key = keys_beside(x, checks.key(op, key, generator, lead, x.device), lead)
     if torch.is_grad_enabled() and (x.requires_grad or spread.requires_grad):
         noise = rng.normal(rng.row_keys(key, lead), x.shape[-1:], dtype=spread.dtype)
         return torch.addcmul(x.to(spread.dtype), spread, noise)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
@@ -40,8 +40,15 @@ def _backward(function: Callable[..., Tensor], wanted: tuple[int, ...]) -> Calla
     return backward
 
 
-def _expectation_backward(grad: Tensor, _: Tensor, __: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
-    return gradients(lambda *a: categorical.expectation(*a)[0], inputs, (0, 1, 2, 3), grad)
+def _backward_about(
+    function: Callable[..., Tensor], wanted: tuple[int, ...], results: int = 1
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Of a function of the forward pass's results and inputs."""
+
+    def backward(grad: Tensor, *saved: Any) -> tuple[Tensor, ...]:
+        return gradients(partial(function, *saved[:results]), saved[results:], wanted, grad)
+
+    return backward
 
 
 def _map_backward(function: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -88,11 +95,11 @@ REFERENCE: dict[str, Callable[..., Any]] = {
     "categorical.sample": categorical.sample,
     "categorical.sample_mixture": categorical.sample_mixture,
     "categorical.log_probs": categorical.log_probs,
-    "categorical.log_probs_backward": _backward(categorical.log_probs, (0, 1, 2)),
+    "categorical.log_probs_backward": _backward_about(categorical.log_probs_about, (0, 1, 2)),
     "categorical.kl": categorical.kl,
-    "categorical.kl_backward": _backward(categorical.kl, (0, 1, 2, 3, 4, 5)),
+    "categorical.kl_backward": _backward_about(categorical.kl_about, (0, 1, 2, 3, 4, 5)),
     "categorical.expectation": categorical.expectation,
-    "categorical.expectation_backward": _expectation_backward,
+    "categorical.expectation_backward": _backward_about(categorical.expectation_about, (0, 1, 2, 3), 2),
     "categorical.sample_expectation": categorical.sample_expectation,
     "similarity.cosine": similarity.cosine,
     "sphere.correct": sphere_dynamics.correct,

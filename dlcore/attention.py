@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside
 from dlcore._ops.attention import MAX_HEAD_DIM
 from dlcore.kv_cache import KVCache
 from dlcore.reference import attention as reference
@@ -183,7 +184,8 @@ def _attend(
     return_lse: bool,
     page_table: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, *bounds, page_table, scale, softcap)
+    starts, stops = (beside(q, x) for x in bounds)
+    out, lse = torch.ops.dlcore.attention_intervals(q, k, v, starts, stops, page_table, scale, softcap)
     return (out, lse) if return_lse else out
 
 
@@ -372,6 +374,30 @@ def block_causal(
     return _attend(q, k, v, bounds, scale, _softcap(op, softcap), return_lse)
 
 
+def _decode_flags(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cache: KVCache, num_commit: int, causal: bool | Tensor
+) -> Tensor | None:
+    """What decode's arguments say of `causal`, (1,) or (B,), None for no sequence, once all are checked."""
+    _check_heads(op, q, k, v)
+    batch, rows, device = q.shape[0], q.shape[1], q.device
+    if k.shape[1] != rows:
+        raise ValueError(f"{op}: k must have q's {rows} rows, got {k.shape[1]}")
+    checks.integer(op, "num_commit", num_commit)
+    if not 0 <= num_commit <= rows:
+        raise ValueError(f"{op}: num_commit must lie in [0, {rows}], got {num_commit}")
+    if not isinstance(cache, KVCache):
+        raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
+    if isinstance(causal, Tensor):
+        if causal.dtype != torch.bool:
+            raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
+        if causal.shape != (batch,):
+            raise ValueError(f"{op}: causal must have shape {(batch,)}, got {tuple(causal.shape)}")
+        return causal.to(device)
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
+    return torch.ones(1, dtype=torch.bool, device=device) if causal else None
+
+
 def decode(
     q: Tensor,
     k: Tensor,
@@ -411,29 +437,10 @@ def decode(
         [8, 8]
     """
     op = "attention.decode"
-    _check_heads(op, q, k, v)
-    batch, rows, device = q.shape[0], q.shape[1], q.device
-    if k.shape[1] != rows:
-        raise ValueError(f"{op}: k must have q's {rows} rows, got {k.shape[1]}")
-    checks.integer(op, "num_commit", num_commit)
-    if not 0 <= num_commit <= rows:
-        raise ValueError(f"{op}: num_commit must lie in [0, {rows}], got {num_commit}")
-    if not isinstance(cache, KVCache):
-        raise TypeError(f"{op}: cache must be a KVCache, got {checks.describe(cache)}")
+    flags = _decode_flags(op, q, k, v, cache, num_commit, causal)
     checks.option(op, "window_anchor", window_anchor, ("block", "row"))
     if window is not None:
         window = _positive(op, "window", window)
-    flags = None
-    if isinstance(causal, Tensor):
-        if causal.dtype != torch.bool:
-            raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
-        if causal.shape != (batch,):
-            raise ValueError(f"{op}: causal must have shape {(batch,)}, got {tuple(causal.shape)}")
-        flags = causal.to(device)
-    elif not isinstance(causal, bool):
-        raise TypeError(f"{op}: causal must be a bool or a bool Tensor, got {checks.describe(causal)}")
-    elif causal:
-        flags = torch.ones(1, dtype=torch.bool, device=device)
     scale, softcap = _scale(op, softmax_scale, q.shape[3]), _softcap(op, softcap)
     out, lse = torch.ops.dlcore.attention_decode(
         q,

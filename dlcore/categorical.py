@@ -1,21 +1,26 @@
 """Row statistics, draws and losses of softmax over the last dimension: one read of the logits each.
 
-Throughout: logits is a Tensor (..., V) or a LinearLogits; ``float | Tensor`` parameters broadcast to the
-leading dimensions; logs are natural. A row with NaN, +inf or nothing but -inf gives token -1 and NaN numbers;
-ties go to the lowest id. Bad shapes and values raise ValueError, bad dtypes TypeError.
+Throughout: logits is a Tensor (..., V) or a LinearLogits, and may lie over ranks (see `dlcore.distributed`);
+``float | Tensor`` parameters broadcast to the leading dimensions; logs are natural. A row with NaN, +inf or
+nothing but -inf gives token -1 and NaN numbers; ties go to the lowest id. Bad shapes and values raise
+ValueError, bad dtypes TypeError.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside, keys_beside
 from dlcore.linear_logits import LinearLogits
+
+if TYPE_CHECKING:
+    from dlcore.distributed.heads import ShardedHead
 
 __all__ = [
     "Draw",
@@ -89,15 +94,56 @@ class Head(NamedTuple):
     def vocab(self) -> int:
         return self.logits.shape[-1] if self.weight is None else self.weight.shape[0]
 
+    @property
+    def held(self) -> int:
+        """How many tokens are held here: fewer than `vocab` where it lies over ranks."""
+        return self.vocab
+
 
 def head(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Head:
-    """Check logits and split them into the tensors that ops take."""
+    """Check logits and split them into the tensors that ops take.
+
+    For logits over ranks a `ShardedHead` stands in, which has all that a Head has but can't be split.
+    """
+    if type(logits) is not Tensor and (getattr(logits, "group", None) or hasattr(logits, "placements")):
+        from dlcore.distributed import heads
+
+        found = heads.head(op, logits, name)
+        if found is not None:
+            return cast(Head, found)
     if isinstance(logits, LinearLogits):
         if logits.weight.shape[0] < 1:
             raise ValueError(f"{op}: {name} must have a vocabulary of at least 1, got weight of 0 rows")
         return Head(logits.hidden, logits.weight, logits.bias)
     checks.floating(op, name, logits)
     return Head(logits, None, None)
+
+
+def _run(name: str, h: Head, *args: Any) -> Any:
+    """The op of that name, or what stands for it where the vocabulary lies over ranks."""
+    if type(h) is Head:
+        return getattr(torch.ops.dlcore, "categorical_" + name)(*h, *args)
+    from dlcore.distributed import categorical as sharded
+
+    return getattr(sharded, name)(h, *args)
+
+
+def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: Head) -> Tensor:
+    """The key as given, or a fresh one from torch's generator, on every rank the same."""
+    if type(h) is Head or key is not None:
+        return checks.key(op, key, generator, h.lead, h.logits.device)
+    from dlcore.distributed import heads
+
+    return heads.fresh_key(op, generator, cast("ShardedHead", h))
+
+
+def _ids(op: str, name: str, ids: Any, h: Head) -> Any:
+    """Token ids as they are; beside logits over ranks a DTensor's own part, which must be all of it."""
+    if type(h) is Head or ids is None:
+        return ids
+    from dlcore.distributed.logits import replicated
+
+    return replicated(op, name, ids)
 
 
 def _softcap(op: str, value: float | None) -> None:
@@ -141,12 +187,14 @@ def row_numbers(
 ) -> tuple[Tensor, Tensor]:
     """argmax and the six numbers of `stats`, the runner-up's log-probability last."""
     h = head(op, logits)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
     device = h.logits.device
-    result: tuple[Tensor, Tensor] = torch.ops.dlcore.categorical_stats(
-        *h,
+    result: tuple[Tensor, Tensor] = _run(
+        "stats",
+        h,
         index,
         checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),
@@ -232,12 +280,14 @@ def sample(
     """
     op = "categorical.sample"
     h = head(op, logits)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
     lead, device = h.lead, h.logits.device
-    tokens, numbers = torch.ops.dlcore.categorical_sample(
-        *h,
+    tokens, numbers = _run(
+        "sample",
+        h,
         index,
         checks.per_row(op, "shift", shift, lead, device),
         _temperature(op, temperature, h),
@@ -246,7 +296,7 @@ def sample(
         checks.per_row(op, "top_k", top_k, lead, device, torch.int64),
         checks.per_row(op, "top_p", top_p, lead, device),
         checks.per_row(op, "min_p", min_p, lead, device),
-        checks.key(op, key, generator, lead, device),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return Draw(tokens, numbers, index is not None)
 
@@ -288,6 +338,7 @@ def sample_mixture(
     op = "categorical.sample_mixture"
     h = head(op, logits)
     device = h.logits.device
+    z = _ids(op, "z", z, h)
     checks.tokens(op, "z", z, h.lead, device)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
@@ -306,16 +357,17 @@ def sample_mixture(
         )
     expanded = checks.per_row(op, "coefficients", coefficients, wanted, device, torch.float64)
     assert expanded is not None
-    result: Tensor = torch.ops.dlcore.categorical_sample_mixture(
-        *h,
+    result: Tensor = _run(
+        "sample_mixture",
+        h,
         z,
-        expanded,
+        beside(h.logits, expanded),
         -1 if isinstance(prior, str) else prior,
         checks.per_row(op, "shift", shift, h.lead, device),
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        checks.key(op, key, generator, h.lead, device),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return result
 
@@ -333,11 +385,12 @@ def log_probs(
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp, with a shift at `index`; 0 where target < 0."""
     h = head(op, logits)
+    target, index = _ids(op, target_name, target, h), _ids(op, "z", index, h)
     checks.tokens(op, target_name, target, h.lead, h.logits.device)
     _index(op, "z", index, shift, h)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
-    result: Tensor = torch.ops.dlcore.categorical_log_probs(*h, target, index, shift, softcap, exclude)
+    result: Tensor = _run("log_probs", h, target, index, shift, softcap, exclude)
     return result.to(torch.promote_types(h.logits.dtype, torch.float32))
 
 
@@ -366,6 +419,7 @@ def cross_entropy(
     """
     op = "categorical.cross_entropy"
     h = head(op, logits)
+    target = _ids(op, "target", target, h)
     checks.tokens(op, "target", target, h.lead, h.logits.device)
     checks.integer(op, "ignore_index", ignore_index)
     ignored = target == ignore_index
@@ -395,7 +449,14 @@ def kl(
             f"{op}: q_logits must have p_logits' shape {(*p.lead, p.vocab)}, got {(*q.lead, q.vocab)}"
         )
     checks.on_device(op, "q_logits", q.logits, p.logits.device)
-    result: Tensor = torch.ops.dlcore.categorical_kl(*p, *q, _temperature(op, temperature, p))[0]
+    scale = _temperature(op, temperature, p)
+    if type(p) is Head and type(q) is Head:
+        numbers: Tensor = torch.ops.dlcore.categorical_kl(*p, *q, scale)
+    else:
+        from dlcore.distributed import categorical as sharded
+
+        numbers = sharded.kl(p, q, scale)
+    result = numbers[0]
     return result.to(torch.promote_types(p.logits.dtype, torch.float32))
 
 
@@ -422,9 +483,9 @@ def expectation(
         tensor([[0.2500, 0.2500, 0.2500, 0.2500],
                 [0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    h = _with_table("categorical.expectation", logits, table, softcap, exclude)
-    result: Tensor = torch.ops.dlcore.categorical_expectation(
-        *h, table, _temperature("categorical.expectation", temperature, h), softcap, exclude
+    h, table = _with_table("categorical.expectation", logits, table, softcap, exclude)
+    result: Tensor = _run(
+        "expectation", h, table, _temperature("categorical.expectation", temperature, h), softcap, exclude
     )[0]
     return result
 
@@ -462,31 +523,37 @@ def sample_expectation(
         (torch.Size([2, 3]), torch.Size([2, 3]), torch.Size([2, 3, 16]))
     """
     op = "categorical.sample_expectation"
-    h = _with_table(op, logits, table, softcap, exclude)
+    h, table = _with_table(op, logits, table, softcap, exclude)
+    index = _ids(op, "index", index, h)
     _index(op, "index", index, None, h)
-    mean, _, tokens, numbers = torch.ops.dlcore.categorical_sample_expectation(
-        *h,
+    mean, _, tokens, numbers = _run(
+        "sample_expectation",
+        h,
         table,
         _temperature(op, temperature, h),
         softcap,
         exclude,
         index,
-        checks.key(op, key, generator, h.lead, h.logits.device),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return Draw(tokens, numbers, index is not None), mean
 
 
 def _with_table(
     op: str, logits: Tensor | LinearLogits, table: Tensor, softcap: float | None, exclude: int | None
-) -> Head:
+) -> tuple[Head, Tensor]:
     """Check logits and the table that they weigh."""
     h = head(op, logits)
+    if type(h) is not Head:
+        from dlcore.distributed import heads
+
+        table = heads.table(op, table, cast("ShardedHead", h))
     checks.floating(op, "table", table)
-    if table.dim() != 2 or table.shape[0] != h.vocab:
-        raise ValueError(f"{op}: table must be ({h.vocab}, E), got {tuple(table.shape)}")
+    if table.dim() != 2 or table.shape[0] != h.held:
+        raise ValueError(f"{op}: table must be ({h.held}, E), got {tuple(table.shape)}")
     if table.dtype == torch.float64 != h.logits.dtype:
         raise TypeError(f"{op}: table may be float64 only where logits are, got logits of {h.logits.dtype}")
     checks.on_device(op, "table", table, h.logits.device)
     _softcap(op, softcap)
     _exclude(op, exclude, h)
-    return h
+    return h, table

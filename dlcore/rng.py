@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside
 
 __all__ = ["fold_in", "gumbel", "key", "normal", "split", "uniform"]
 
@@ -53,7 +54,7 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
     except RuntimeError as error:
         got = f"{tuple(data.shape)}"
         raise ValueError(f"{op}: data must broadcast with {tuple(key.shape[:-1])}, got {got}") from error
-    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), data.expand(lead))
+    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), beside(key, data.expand(lead)))
     return folded
 
 
@@ -65,7 +66,7 @@ def split(key: Tensor, shape: int | Sequence[int]) -> Tensor:
         >>> dlcore.rng.split(dlcore.rng.key(7), (2, 3)).shape
         torch.Size([2, 3, 2])
     """
-    size = torch.Size(_size("rng.split", shape))
+    size = torch.Size(sizes("rng.split", shape))
     if not isinstance(key, Tensor) or key.dtype != torch.int64:
         raise TypeError(f"rng.split: key must be an int64 Tensor, got {checks.describe(key)}")
     if key.shape != (2,):
@@ -80,7 +81,7 @@ def row_keys(key: Tensor, lead: torch.Size) -> Tensor:
     return fold_in(key, torch.arange(lead.numel(), device=key.device).view(lead))
 
 
-def _size(op: str, shape: int | Sequence[int]) -> list[int]:
+def sizes(op: str, shape: int | Sequence[int]) -> list[int]:
     """One int or several as a list."""
     size = list(shape) if isinstance(shape, Sequence) else [shape]
     if any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in size):
@@ -94,7 +95,7 @@ def _draw(op: str, key: Tensor, shape: int | Sequence[int], dtype: torch.dtype) 
     key = checks.key(op, key, None, None)
     if dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: dtype must be float32 or float64, got {dtype}")
-    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, _size(op, shape), dtype)
+    drawn: Tensor = getattr(torch.ops.dlcore, op.replace(".", "_"))(key, sizes(op, shape), dtype)
     return drawn
 
 

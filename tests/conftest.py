@@ -12,6 +12,7 @@ from typing import Any
 
 import c_library
 import pytest
+import ranks
 import torch
 import triton_variants
 from torch.utils._pytree import tree_map_only
@@ -222,6 +223,13 @@ def cuda_c(c_prefix: Path) -> c_library.Library:
     """The C library with the CUDA functions, on the host."""
     (path,) = c_prefix.glob("lib*/libdlcore_cuda.so")
     return c_library.Library(path, cuda=True)
+
+
+@pytest.fixture(scope="session")
+def ranks4() -> Iterator[ranks.Ranks]:
+    """Four living processes; `ranks4.run(n, function, ...)` runs a function as n ranks of a gloo group."""
+    with ranks.ranks(4) as living:
+        yield living
 
 
 @pytest.fixture

@@ -59,12 +59,22 @@ class Ranks:
         for process in self.processes:
             process.start()
 
-    def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, timeout: float = 300) -> list[Any]:
-        """function(group, *arguments) on the first `ranks` processes; what each returned, or RankError."""
+    def run(
+        self,
+        ranks: int,
+        function: Callable[..., Any],
+        *arguments: Any,
+        timeout: float = 300,
+        lost: tuple[int, ...] = (),
+    ) -> list[Any]:
+        """function(group, *arguments) on the first `ranks` processes; what each returned, or RankError.
+
+        The `lost` ranks are not waited for: they die of it.
+        """
         for queue in self._tasks:
             queue.put((function, ranks, arguments))
         results, failures = [None] * ranks, []
-        for _ in range(ranks):
+        for _ in range(ranks - len(lost)):
             rank, result, failure = self._answers.get(timeout=timeout)
             results[rank] = result
             if failure is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
+from dlcore._beside import beside
 from dlcore._ops.declare import autograd, define, result_dtype
 
 _ATTENTION = (
@@ -166,6 +167,8 @@ def _backward_attention(
 ) -> tuple[Tensor | None, ...]:
     if ctx.paged:
         raise NotImplementedError("attention.intervals: a paged cache has no gradient")
+    # Of an output that has no gradient autograd makes plain zeros.
+    grad, grad_lse = beside(saved[2], grad), beside(saved[2], grad_lse)
     grads = torch.ops.dlcore.attention_intervals_backward(grad, grad_lse, *saved, ctx.scale, ctx.softcap)
     return (*grads, None, None, None, None, None)
 

@@ -38,10 +38,10 @@ def _check_row(
     if index is not None:
         checks.token_range(op, "z" if "mixture" in op else "index", index, vocab_size(logits, weight))
     if temperature is not None:
-        _check_temperature(op, temperature, greedy=greedy)
+        check_temperature(op, temperature, greedy=greedy)
 
 
-def _check_temperature(op: str, temperature: Tensor | None, *, greedy: bool = False) -> None:
+def check_temperature(op: str, temperature: Tensor | None, *, greedy: bool = False) -> None:
     """Positive, with a float32 inverse; 0 where that means the argmax."""
     if temperature is not None and greedy:
         temperature = torch.where(temperature == 0, 1, temperature)
@@ -62,7 +62,7 @@ def _check_summary(*args: Any) -> None:
             f"{op}: first must be a multiple of {GROUP}, or all tokens lie in one group of as many, "
             f"got tokens {first} to {last}"
         )
-    _check_temperature(op, temperature, greedy=True)
+    check_temperature(op, temperature, greedy=True)
 
 
 def _check_sample(*args: Any) -> None:
@@ -179,7 +179,7 @@ _KL = (
 
 
 def _check_kl(*args: Any) -> None:
-    _check_temperature("categorical.kl", args[-1])
+    check_temperature("categorical.kl", args[-1])
 
 
 define(
@@ -215,7 +215,7 @@ _EXPECTATION = f"{HEAD}, Tensor table, {ROW}"
 
 
 def _check_expectation(*args: Any) -> None:
-    _check_temperature("categorical.expectation", args[4])
+    check_temperature("categorical.expectation", args[4])
 
 
 define(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +54,21 @@ class _Once(torch.autograd.Function):
         raise NotImplementedError(f"{ctx.op}: has a first derivative only, a second one was asked for")
 
 
+def hand_on(
+    op: str, results: tuple[Tensor | None, ...], *sources: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The results of a backward pass; a further derivative of them raises."""
+    if not torch.is_grad_enabled():
+        return results
+    handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *sources)
+    return handed
+
+
+def as_asked(backend: str | None) -> AbstractContextManager[None]:
+    """The backend that was asked for around a forward pass, if one was."""
+    return nullcontext() if backend is None else _dispatch.use_backend(backend)
+
+
 def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
     """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients.
 
@@ -66,13 +81,9 @@ def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) 
 
     def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        chosen = nullcontext() if ctx.backend is None else _dispatch.use_backend(ctx.backend)
-        with torch.no_grad(), chosen:
+        with torch.no_grad(), as_asked(ctx.backend):
             results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
-        if not torch.is_grad_enabled():
-            return results
-        handed: tuple[Tensor | None, ...] = _Once.apply(op, len(results), *results, *saved, *grads)
-        return handed
+        return hand_on(op, results, *saved, *grads)
 
     name = "dlcore::" + op.replace(".", "_")
     torch.library.register_autograd(name, once, setup_context=remember, lib=_library)

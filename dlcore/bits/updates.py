@@ -8,6 +8,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _gaussian as gaussian
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside, keys_beside
 from dlcore.bits.codes import values_of
 from dlcore.bits.levels import LIMITS, clip_of, level, parameters, ratio, slope, spread, with_residual
 
@@ -84,11 +85,11 @@ def step(
     noise: float | Tensor = 0.0
     if isinstance(gamma_next, Tensor) or gamma_next != 0:
         noise = spread(there, level(op, "gamma_next", gamma_next, x), scale)
-        key = checks.key(op, key, generator, x.shape[:-1], x.device)
+        key = keys_beside(x, checks.key(op, key, generator, x.shape[:-1], x.device), x.shape[:-1])
     else:
         checks.unused_key(op, key, generator, x.shape[:-1])
         key = None
-    coefficients = parameters(x, slope(here, code), ratio(op, there, here), noise)
+    coefficients = beside(x, parameters(x, slope(here, code), ratio(op, there, here), noise))
     limit = clip_of(op, clip)
     moved: tuple[Tensor, Tensor] = torch.ops.dlcore.bits_step(x, residual, coefficients, *code, limit, key)
     return moved

@@ -2,21 +2,24 @@
 
 Under DLCORE_CHECK=1 every sharded call first compares, through the job's own store, what its ranks were
 asked; a rank that asks for something else, fails its own checks or does not come within CHECK_SECONDS is
-named in an error on every rank that did come, where a collective would hang.
+named in an error on every rank that did come, where a collective would hang. Ranks that missed a call which
+the others gave up are back in step with the next one.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-import torch.distributed._functional_collectives as funcol
+import torch.distributed._functional_collectives  # registers the ops
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -27,7 +30,11 @@ Group = dist.ProcessGroup | DeviceMesh
 #: How long a rank waits for the others' answers under DLCORE_CHECK=1.
 CHECK_SECONDS = 30.0
 
-_calls: dict[str, int] = {}
+# As ops: they trace, and what they return is a plain tensor.
+_collectives = torch.ops._c10d_functional
+
+#: The calls that were compared so far, of each group.
+_calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def process_group(op: str, group: object) -> dist.ProcessGroup:
@@ -35,30 +42,47 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a mesh of one dimension, got one of {group.ndim}")
-        return group.get_group()
+        group = group.get_group()
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"{op}: group must have this process among its ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {checks.describe(group)}")
     return group
 
 
+def device(group: dist.ProcessGroup) -> torch.device:
+    """Where the group's collectives take tensors; the CPU if there too."""
+    kinds = {kind.type for kind in group._device_types}
+    return torch.device("cpu" if "cpu" in kinds or not kinds else kinds.pop())
+
+
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x, all of one shape, as (ranks, *x.shape). No gradient."""
-    parts = funcol.all_gather_tensor(x.detach().contiguous().unsqueeze(0), 0, group)
-    return _wait(parts)
+    ranks = dist.get_world_size(group)
+    parts = _collectives.all_gather_into_tensor(x.detach().contiguous().unsqueeze(0), ranks, group.group_name)
+    done: Tensor = _collectives.wait_tensor(parts)
+    return done
 
 
 def total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Σ over the ranks of x. No gradient."""
-    return _wait(funcol.all_reduce(x.detach().contiguous(), "sum", group))
+    done: Tensor = _collectives.wait_tensor(
+        _collectives.all_reduce(x.detach().contiguous(), "sum", group.group_name)
+    )
+    return done
 
 
-def _wait(x: Tensor) -> Tensor:
-    return x.wait() if isinstance(x, funcol.AsyncCollectiveTensor) else x
+def own_total(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """This rank's row of Σ over the ranks of x (ranks, ...). No gradient."""
+    part: Tensor = _collectives.wait_tensor(
+        _collectives.reduce_scatter_tensor(x.detach().contiguous(), "sum", len(x), group.group_name)
+    )
+    return part.squeeze(0)
 
 
 @contextmanager
 def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[None]:
-    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass theirs and give equal facts, or all raise.
+    """Around a call's own checks: under DLCORE_CHECK=1 all ranks pass and give equal facts, or all raise.
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """
@@ -80,37 +104,64 @@ def _fact(value: object) -> Any:
 
 
 def _digest(x: Tensor) -> str:
-    import hashlib
-
     data = x.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:16]
 
 
 def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exception | None) -> None:
     """Raises ValueError where the ranks' facts differ."""
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    call = _calls[group.group_name] = _calls.get(group.group_name, -1) + 1
-    store = dist.distributed_c10d._get_default_store()
-    place = [f"dlcore/{group.group_name}/{call}/{r}" for r in range(size)]
-    store.set(place[rank], json.dumps({"op": op, **facts}))
-    if own is not None:
-        return
-    given = []
-    for r in range(size):
-        try:
-            store.wait([place[r]], timedelta(seconds=CHECK_SECONDS))
-        except RuntimeError as error:
-            raise ValueError(
-                f"{op}: rank {r} did not come within {CHECK_SECONDS:g} s: a group's ranks must all make the "
-                "same calls"
-            ) from error
-        given.append(json.loads(store.get(place[r])))
+    rank = dist.get_rank(group)
+    given = _exchange(op, group, {"op": op, **facts}, wait=own is None)
     for r, other in enumerate(given):
         if "failed" in other:
             raise ValueError(f"{op}: rank {r} was refused, {other['failed']}")
+    for r, other in enumerate(given):
         for name in {**given[rank], **other}:
             mine, theirs = given[rank].get(name), other.get(name)
             if mine != theirs:
-                raise ValueError(
-                    f"{op}: {name} must be the same on all ranks, got {mine} on rank {rank} and {theirs} on {r}"
-                )
+                got = f"{mine} on rank {rank} and {theirs} on {r}"
+                raise ValueError(f"{op}: {name} must be the same on all ranks, got {got}")
+
+
+def _exchange(
+    op: str, group: dist.ProcessGroup, facts: dict[str, Any], *, wait: bool
+) -> list[dict[str, Any]]:
+    """Every rank's facts of this call, or nothing for a rank that only says its own and does not wait.
+
+    A call is made by all ranks or by none: whoever first finds that all have come, or that some have not in
+    time, writes the verdict, and the others abide by it.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    call = _calls.get(group, -1) + 1
+    while store.check([_place(group, call, "given up")]):
+        call += 1
+    _calls[group] = call
+    places = [_place(group, call, str(r)) for r in range(size)]
+    store.set(places[rank], json.dumps(facts))
+    if not wait:
+        return []
+    try:
+        store.wait(places, timedelta(seconds=CHECK_SECONDS))
+        came = True
+    except dist.DistNetworkError:
+        raise
+    except RuntimeError:  # each kind of store has its own
+        came = False
+    verdict = store.compare_set(_place(group, call, "verdict"), "", "made" if came else "given up")
+    if verdict == b"made":
+        # Whoever makes this call has read what the last one left.
+        store.delete_key(_place(group, call - 1, str(rank)))
+        if rank == 0:
+            store.delete_key(_place(group, call - 1, "verdict"))
+        return [json.loads(store.get(place)) for place in places]
+    store.set(_place(group, call, "given up"), "1")
+    missing = [str(r) for r, place in enumerate(places) if not store.check([place])]
+    raise ValueError(
+        f"{op}: {'rank ' + ', '.join(missing) if missing else 'a rank'} did not come within "
+        f"{CHECK_SECONDS:g} s: a group's ranks must all make the same calls"
+    )
+
+
+def _place(group: dist.ProcessGroup, call: int, what: str) -> str:
+    return f"dlcore/{group.group_name}/{call}/{what}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -55,10 +56,10 @@ def excluded(op: str, name: str, token: int | None, vocab: int) -> None:
 
 def detach(logits: Logits) -> Logits:
     """The logits as constants."""
-    if isinstance(logits, Tensor):
-        return logits.detach()
+    if not isinstance(logits, LinearLogits):
+        return rows.over(logits, Tensor.detach)
     bias = None if logits.bias is None else logits.bias.detach()
-    return LinearLogits(logits.hidden.detach(), logits.weight.detach(), bias)
+    return replace(logits, hidden=logits.hidden.detach(), weight=logits.weight.detach(), bias=bias)
 
 
 def _drop(x: Tensor, token: int | None, dim: int = -1) -> Tensor:
@@ -70,6 +71,9 @@ def _drop(x: Tensor, token: int | None, dim: int = -1) -> Tensor:
 
 def dropped(logits: Logits, token: int | None) -> Logits:
     """The logits without one token's column: a view if it is the last one."""
+    if token is None:
+        return logits
+    rows.whole("divergence", logits)
     if isinstance(logits, Tensor):
         return _drop(logits, token)
     bias = None if logits.bias is None else _drop(logits.bias, token, 0)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import rng
-from dlcore.categorical import Head, head
+from dlcore.categorical import Head, fresh_key, head
 from dlcore.linear_logits import LinearLogits
 
 PARAMETERIZATIONS = ("loo", "denoiser")
@@ -148,16 +149,30 @@ def vocabulary(op: str, vocab_size: int, exclude: int | None) -> int:
     return vocab_size - (exclude is not None)
 
 
+def key(
+    op: str, given: Tensor | None, generator: torch.Generator | None, logits: Tensor | LinearLogits
+) -> Tensor:
+    """The key as given, or a fresh one; where logits lie over ranks the same on all of them."""
+    return fresh_key(op, given, generator, head(op, logits))
+
+
 def row_keys(
     op: str,
     key: Tensor | None,
     generator: torch.Generator | None,
     lead: torch.Size,
     device: torch.device,
+    logits: Tensor | LinearLogits | None = None,
 ) -> Tensor:
-    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
-    key = checks.key(op, key, generator, lead).to(device)
-    return rng.row_keys(key, lead)
+    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree.
+
+    Where `logits` lie over ranks, a fresh key is the same on all of them.
+    """
+    if key is None and logits is not None:
+        key = fresh_key(op, key, generator, head(op, logits))
+    else:
+        key = checks.key(op, key, generator, lead)
+    return rng.row_keys(key.to(device), lead)
 
 
 def uniforms(keys: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -182,10 +197,15 @@ def compact_ids(token: Tensor, exclude: int | None) -> Tensor:
 
 def dense(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Tensor:
     """Logits (..., V) in float32 or wider, a linear head's multiplied out."""
-    head(op, logits, name)
+    whole(op, logits, name)
     if isinstance(logits, LinearLogits):
         return logits.materialize()
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def whole(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> None:
+    """Logits whose columns are all here: those over ranks refuse to be split into tensors."""
+    tuple(head(op, logits, name))
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
@@ -213,7 +233,10 @@ def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> T
     """The logits after a change of their rows alone."""
     if isinstance(logits, Tensor):
         return change(logits)
-    return LinearLogits(change(logits.hidden), logits.weight, logits.bias)
+    if isinstance(logits, LinearLogits):
+        return replace(logits, hidden=change(logits.hidden))
+    # Of logits over ranks their columns here.
+    return replace(logits, logits=change(logits.logits))
 
 
 def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:
@@ -223,7 +246,7 @@ def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slic
 
 def flat(logits: Tensor | LinearLogits) -> Tensor | LinearLogits:
     """Logits with one leading dimension."""
-    return over(logits, lambda x: x.reshape(-1, x.shape[-1]))
+    return over(logits, lambda x: x.reshape(x.shape[:-1].numel(), x.shape[-1]))
 
 
 #: Entries of the dense rows that a pass of several operations holds at once: 4 MiB of float32.

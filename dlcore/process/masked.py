@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import categorical
+from dlcore._beside import beside
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 
@@ -116,11 +117,11 @@ def step(
     return categorical.sample_mixture(
         logits,
         z,
-        torch.where(is_masked.unsqueeze(-1), unmask, hold),
+        torch.where(is_masked.unsqueeze(-1), beside(z, unmask), beside(z, hold)),
         prior=mask_id,
         temperature=temperature,
         exclude=mask_id,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
 
 

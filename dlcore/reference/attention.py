@@ -27,9 +27,19 @@ def _finite(*tensors: Tensor) -> bool:
 
 
 def _attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float, finite: bool
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    scale: float,
+    softcap: float,
+    finite: bool,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Without `finite` each row gets keys and values of its own, 0 where it sees none: 0 · NaN is NaN."""
+    """out and lse; with an `lse` of more keys than these, this part of out and Σ exp(score - lse).
+
+    Without `finite` each row gets keys and values of its own, 0 where it sees none: 0 · NaN is NaN.
+    """
     wide = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[2] // k.shape[2]
     queries = q.to(wide).transpose(1, 2)
@@ -43,10 +53,10 @@ def _attend(
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     scores = torch.where(pairs, scores, -torch.inf)
-    lse = torch.logsumexp(scores, -1)
-    probs = torch.exp(scores - torch.where(lse == -torch.inf, 0, lse).unsqueeze(-1))
+    level = torch.logsumexp(scores, -1) if lse is None else lse
+    probs = torch.exp(scores - torch.where(level == -torch.inf, 0, level).unsqueeze(-1))
     out = probs @ values if finite else (probs.unsqueeze(-2) @ values).squeeze(-2)
-    return out.transpose(1, 2).to(q.dtype).contiguous(), lse
+    return out.transpose(1, 2).to(q.dtype).contiguous(), level if lse is None else probs.sum(-1)
 
 
 def intervals(
@@ -81,12 +91,16 @@ def intervals_backward(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; out and lse are computed anew."""
+    """Gradients of q, k and v, which may be a part of the keys that out and lse are of.
+
+    With p = exp(score - lse), ∂score is p·(∂out·v - ∂out·out + ∂lse).
+    """
     mask = visible(starts, stops, k.shape[1])
+    pull = grad_lse - (grad.contiguous() * out.to(grad_lse.dtype)).sum(-1).transpose(1, 2)
     with torch.enable_grad():
         leaves = q, k, v = tuple(x.detach().requires_grad_() for x in (q, k, v))
-        outputs = _attend(q, k, v, mask, scale, softcap, _finite(q, k, v, grad, grad_lse))
-    dq, dk, dv = torch.autograd.grad(outputs, leaves, (grad, grad_lse))
+        outputs = _attend(q, k, v, mask, scale, softcap, _finite(q, k, v, grad, pull), lse.detach())
+    dq, dk, dv = torch.autograd.grad(outputs, leaves, (grad, pull))
     return dq.contiguous(), dk.contiguous(), dv.contiguous()
 
 

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_AUTOGRAD = ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Autograd, also below it: where a DTensor has an op run on this rank's part."""
+    keys = [getattr(torch._C.DispatchKey, name) for name in _AUTOGRAD]
+    with ExitStack() as stack:
+        for key in keys:
+            if torch._C._dispatch_tls_is_dispatch_key_excluded(key):
+                stack.enter_context(torch._C._SetExcludeDispatchKeyGuard(key, False))
+        stack.enter_context(torch.enable_grad())
+        yield
 
 
 def gradients(
@@ -16,9 +31,9 @@ def gradients(
     leaves = list(inputs)
     for i in wanted:
         leaves[i] = None if inputs[i] is None else inputs[i].detach().requires_grad_()
-    with torch.enable_grad():
-        output = function(*leaves)
     present = [leaves[i] for i in wanted if leaves[i] is not None]
-    found = iter(torch.autograd.grad(output, present, grad, allow_unused=True, materialize_grads=True))
+    with _recording():
+        output = function(*leaves)
+        found = iter(torch.autograd.grad(output, present, grad, allow_unused=True, materialize_grads=True))
     empty = grad.new_empty(0)
     return tuple(empty.clone() if leaves[i] is None else next(found).contiguous() for i in wanted)

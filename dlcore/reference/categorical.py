@@ -60,11 +60,11 @@ def _invalid(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
     return _broken(logits, x, exclude) | torch.isneginf(x).all(-1)
 
 
-def _gather(x: Tensor, index: Tensor) -> Tensor:
+def gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
-def _first_largest(x: Tensor) -> Tensor:
+def first_largest(x: Tensor) -> Tensor:
     """The lowest index among the largest entries."""
     return (x == x.amax(-1, keepdim=True)).int().argmax(-1)
 
@@ -73,11 +73,11 @@ def _statistics(x: Tensor, index: Tensor | None, invalid: Tensor) -> tuple[Tenso
     """argmax (...,) and (logsumexp, argmax_logprob, margin, entropy, index_logprob, runner_up_logprob)."""
     lse = torch.logsumexp(x, -1)
     log_p = x - lse.unsqueeze(-1)
-    argmax = _first_largest(x)
-    top = _gather(log_p, argmax)
+    argmax = first_largest(x)
+    top = gather(log_p, argmax)
     rest = log_p.scatter(-1, argmax.unsqueeze(-1), -torch.inf).amax(-1)
     entropy = -torch.special.xlogy(log_p.exp(), log_p.exp()).sum(-1)
-    at = torch.full_like(lse, torch.nan) if index is None else _gather(log_p, index)
+    at = torch.full_like(lse, torch.nan) if index is None else gather(log_p, index)
     numbers = torch.stack([lse, top, top.exp() - rest.exp(), entropy, at, rest])
     return argmax.masked_fill(invalid, -1), numbers.masked_fill(invalid, torch.nan)
 
@@ -101,7 +101,7 @@ def winner(x: Tensor, key: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
     score, best = (torch.logsumexp(groups, -1) + group_noise).max(-1)
     inside = groups.gather(-2, best[..., None, None].expand(*lead, 1, size)).squeeze(-2)
     tokens = first + best.unsqueeze(-1) * GROUP + torch.arange(size, device=x.device)
-    return score, _gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
+    return score, gather(tokens, (inside + rng.gumbel_noise(keys, Domain.TOKEN, tokens)).argmax(-1))
 
 
 def truncate(x: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None) -> Tensor:
@@ -165,22 +165,16 @@ def summary(
     has a sum of NaN and tokens -1, and no other number means anything.
     """
     dense = materialize(logits, weight, bias)
-    columns = dense.shape[-1]
     unread = torch.zeros(dense.shape[:-1], dtype=torch.bool, device=dense.device)
     if skip is not None:
         unread = unread | (skip != 0)
     if target is not None:
         unread = unread | (target < 0)
-    at, here = _inside(index, first, columns)
-    if shift is not None and here is not None:
-        shift = torch.where(here, shift, 0)
-    out = exclude is None or not first <= exclude < first + columns
-    local = None if out or exclude is None else exclude - first
-    x = transform(dense, at, shift, temperature, softcap, local)
-    broken = _broken(dense, x, local) & ~unread
+    x, broken = part(dense, first, index, shift, temperature, softcap, exclude)
+    broken = broken & ~unread
     x = x.double().masked_fill(broken.unsqueeze(-1), 0).masked_fill(unread.unsqueeze(-1), -torch.inf)
-    best = _first_largest(x)
-    top, second = _gather(x, best), x.scatter(-1, best.unsqueeze(-1), -torch.inf).amax(-1)
+    best = first_largest(x)
+    top, second = gather(x, best), x.scatter(-1, best.unsqueeze(-1), -torch.inf).amax(-1)
     empty = torch.isneginf(top)
     drop = x - top.masked_fill(empty, 0).unsqueeze(-1)
     mass = drop.exp()
@@ -193,17 +187,37 @@ def summary(
             score, drawn = (
                 torch.where(temperature == 0, a, b) for a, b in ((top, score), (first + best, drawn))
             )
-        token_logit = _gather(x, drawn - first)
+        token_logit = gather(x, drawn - first)
     numbers = [top, second, mass.sum(-1).masked_fill(broken, torch.nan), weighted, score, token_logit]
-    for place, found in ((at, here), _inside(target, first, columns)):
+    for ids in (index, target):
+        place, found = inside(ids, first, x.shape[-1])
         nowhere = torch.full_like(top, torch.nan)
-        known = nowhere if place is None or found is None else torch.where(found, _gather(x, place), nowhere)
+        known = nowhere if place is None or found is None else torch.where(found, gather(x, place), nowhere)
         numbers.append(known.masked_fill(unread, torch.nan))
     tokens = torch.stack([first + best, drawn]).masked_fill(empty | broken, -1)
     return tokens, torch.stack(numbers)
 
 
-def _inside(ids: Tensor | None, first: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
+def part(
+    dense: Tensor,
+    first: int,
+    index: Tensor | None,
+    shift: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> tuple[Tensor, Tensor]:
+    """`transform` of the logits of tokens from `first` on, and which rows are broken; ids are global."""
+    columns = dense.shape[-1]
+    at, here = inside(index, first, columns)
+    if shift is not None and here is not None:
+        shift = torch.where(here, shift, 0)
+    local = None if exclude is None or not first <= exclude < first + columns else exclude - first
+    x = transform(dense, at, shift, temperature, softcap, local)
+    return x, _broken(dense, x, local)
+
+
+def inside(ids: Tensor | None, first: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
     """Columns of token ids, 0 for those elsewhere, and which are here."""
     if ids is None:
         return None, None
@@ -235,7 +249,7 @@ def sample(
     tokens = draw(kept, key)
     if temperature is not None:
         tokens = torch.where(temperature == 0, argmax.clamp(min=0), tokens)
-    logprob = _gather(x, tokens) - numbers[0]
+    logprob = gather(x, tokens) - numbers[0]
     return torch.stack([tokens.masked_fill(invalid, -1), argmax]), torch.cat([numbers, logprob.unsqueeze(0)])
 
 
@@ -261,25 +275,50 @@ def sample_mixture(
     invalid = _invalid(dense, x, exclude)
     x = x.masked_fill(invalid.unsqueeze(-1), 0)
     log_p = torch.log_softmax(x, -1)
-    tokens, p_z = draw(x, key), _gather(log_p, z).double().exp()
+    tokens, p_z = draw(x, key), gather(log_p, z).double().exp()
     if temperature is not None:
-        argmax = _first_largest(x)
+        argmax = first_largest(x)
         tokens = torch.where(temperature == 0, argmax, tokens)
         p_z = torch.where(temperature == 0, (argmax == z).double(), p_z)
+    return mix(z, coefficients, prior, x.shape[-1], exclude, key, tokens, p_z, invalid)
+
+
+def mix(
+    z: Tensor,
+    coefficients: Tensor,
+    prior: int,
+    vocab: int,
+    exclude: int | None,
+    key: Tensor,
+    tokens: Tensor,
+    p_z: Tensor,
+    invalid: Tensor,
+) -> Tensor:
+    """`sample_mixture` of rows that were read: a draw, the probability of z, and which are broken."""
+    keys = rng.row_keys(key, z.shape)
+    kept, taken, needs_p = _routes(coefficients, p_z, keys)
+    result = torch.where(kept, z, torch.where(taken, tokens, _prior(keys, prior, vocab, exclude)))
+    return result.masked_fill(invalid & (needs_p | taken), -1)
+
+
+def settled(coefficients: Tensor, key: Tensor, lead: torch.Size) -> Tensor:
+    """The rows (...) whose outcome does not depend on their logits."""
+    keys = rng.row_keys(key, lead)
+    _, taken, needs_p = _routes(coefficients, torch.zeros(lead, device=key.device), keys)
+    return ~(needs_p | taken)
+
+
+def _routes(coefficients: Tensor, p_z: Tensor, keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Where z is kept, where a draw is taken, and where that depends on p(z)."""
     d0, d1, k0, k1, p0, p1 = coefficients.double().unbind(-1)
     needs_p = (d1 != 0) | (k1 != 0) | (p1 != 0)
-    p_z = torch.where(needs_p, p_z, 0)
+    p_z = torch.where(needs_p, p_z.double(), 0)
     total, keep, take = d0 + d1 * p_z, k0 + k1 * p_z, p0 + p1 * p_z
-    lead, vocab = z.shape, x.shape[-1]
-    keys = rng.row_keys(key, lead)
-    route = rng.uniform_noise(keys, Domain.ROUTE, torch.zeros(*lead, 1, dtype=torch.int64, device=z.device))
-    mark = route.squeeze(-1) * total
+    first = torch.zeros(*keys.shape[:-1], 1, dtype=torch.int64, device=keys.device)
+    mark = rng.uniform_noise(keys, Domain.ROUTE, first).squeeze(-1) * total
     # A state without any mass (a clean position with p(z) = 0) stays what it is.
     kept = (mark < keep) | ~(total > 0)
-    taken = ~kept & (mark < keep + take)
-    read = needs_p | taken
-    result = torch.where(kept, z, torch.where(taken, tokens, _prior(keys, prior, vocab, exclude)))
-    return result.masked_fill(invalid & read, -1)
+    return kept, ~kept & (mark < keep + take), needs_p
 
 
 def _prior(keys: Tensor, prior: int, vocab: int, exclude: int | None) -> Tensor:
@@ -308,8 +347,29 @@ def log_probs(
     dense = dense.where((target >= 0).unsqueeze(-1), 0)
     x = transform(dense, index, shift, None, softcap, exclude)
     lse = torch.logsumexp(x, -1).masked_fill(_invalid(dense, x, exclude), torch.nan)
-    at_target = _gather(x, target.clamp(min=0)) - lse
-    at_index = torch.zeros_like(lse) if index is None else _gather(x, index) - lse
+    at_target = gather(x, target.clamp(min=0)) - lse
+    at_index = torch.zeros_like(lse) if index is None else gather(x, index) - lse
+    return torch.stack([at_target, at_index, lse]).where(target >= 0, 0).double()
+
+
+def log_probs_about(
+    numbers: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    target: Tensor,
+    index: Tensor | None,
+    shift: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> Tensor:
+    """What has the gradient of `log_probs` at its results, which may be of more tokens than here."""
+    dense = materialize(logits, weight, bias).where((target >= 0).unsqueeze(-1), 0)
+    x = transform(dense, index, shift, None, softcap, exclude)
+    # Its gradient is that of the logsumexp: the probabilities.
+    lse = (x - numbers[2].unsqueeze(-1)).exp().sum(-1)
+    at_target = gather(x, target.clamp(min=0)) - lse
+    at_index = torch.zeros_like(lse) if index is None else gather(x, index) - lse
     return torch.stack([at_target, at_index, lse]).where(target >= 0, 0).double()
 
 
@@ -333,6 +393,27 @@ def kl(
     return torch.stack([(log_p.exp() * gap).sum(-1), p_lse, q_lse]).double()
 
 
+def kl_about(
+    numbers: Tensor,
+    p_logits: Tensor,
+    p_weight: Tensor | None,
+    p_bias: Tensor | None,
+    q_logits: Tensor,
+    q_weight: Tensor | None,
+    q_bias: Tensor | None,
+    temperature: Tensor | None,
+) -> Tensor:
+    """What has the gradient of `kl` at its results, which may be of more tokens than here."""
+    divergence, p_lse, q_lse = numbers.unsqueeze(-1)
+    p = transform(materialize(p_logits, p_weight, p_bias), temperature=temperature)
+    q = transform(materialize(q_logits, q_weight, q_bias), temperature=temperature)
+    log_p, log_q = p - p_lse, q - q_lse
+    pull = (log_p.exp() * (log_p - log_q - divergence)).masked_fill(torch.isneginf(p), 0).detach()
+    push = (log_q.exp() - log_p.exp()).detach()
+    both = (pull * p.masked_fill(torch.isneginf(p), 0) + push * q).sum(-1)
+    return torch.stack([both, log_p.exp().sum(-1), log_q.exp().sum(-1)]).double()
+
+
 def expectation(
     logits: Tensor,
     weight: Tensor | None,
@@ -348,6 +429,23 @@ def expectation(
     lse = torch.logsumexp(x, -1).masked_fill(_broken(dense, x, exclude), torch.nan)
     p = (x - lse.unsqueeze(-1)).exp()
     return p @ wide(table).to(p.dtype), lse.double()
+
+
+def expectation_about(
+    mean: Tensor,
+    lse: Tensor,
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    table: Tensor,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+) -> Tensor:
+    """What has the gradient of `expectation` at its results, which may be of more tokens than here."""
+    x = transform(materialize(logits, weight, bias), None, None, temperature, softcap, exclude)
+    p = (x - lse.unsqueeze(-1).to(x.dtype)).exp()
+    return p @ wide(table).to(p.dtype) - mean.to(p.dtype) * p.sum(-1, keepdim=True)
 
 
 def sample_expectation(

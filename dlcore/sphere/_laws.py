@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
+from dlcore._beside import keys_beside
 from dlcore.sphere.geometry import dimension, project, vectors
 
 #: The largest concentration: what a float32 holds.
@@ -42,6 +43,6 @@ def sample(
     dimension(op, mean, "mean")
     lead = mean.shape[:-1]
     wide = concentration(op, kappa, lead, mean.device).detach()
-    key = checks.key(op, key, generator, lead, mean.device)
+    key = keys_beside(mean, checks.key(op, key, generator, lead, mean.device), lead)
     drawn: Tensor = torch.ops.dlcore.sphere_sample(mean.detach(), wide, key, reject)
     return drawn

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
+from dlcore._beside import beside
 
 __all__ = ["angle", "exp_map", "log_map", "normalize", "project", "rotate", "slerp"]
 
@@ -118,7 +119,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     lead = x.shape[:-1]
     share = checks.number(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
     checks.within(op, "t", share, -torch.inf, torch.inf, "()")
-    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, share.expand(lead))
+    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, beside(x, share.expand(lead)))
     return point
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,9 @@ def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
     """
     first = summands[0][1]
     dtype = first.dtype
+    ranks: Any = {"group": first.group, "sizes": first.sizes}
+    if any({"group": x.group, "sizes": x.sizes} != ranks for _, x in summands):
+        raise ValueError("guidance: all logits must lie over the same ranks alike, or none over any")
     for _, x in summands:
         dtype = torch.promote_types(dtype, x.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -38,5 +43,5 @@ def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
             hidden.append(f)
             weights.append(x.bias.to(dtype).unsqueeze(-1))
     if all(x.weight is first.weight and x.bias is None for _, x in summands):
-        return LinearLogits(torch.stack(hidden).sum(0).to(dtype), first.weight)
-    return LinearLogits(torch.cat(hidden, -1).to(dtype), torch.cat(weights, -1))
+        return LinearLogits(torch.stack(hidden).sum(0).to(dtype), first.weight, **ranks)
+    return LinearLogits(torch.cat(hidden, -1).to(dtype), torch.cat(weights, -1), **ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
     g = sums.weight(op, gamma, cond.shape[:-1], cond.device)
     if isinstance(cond, LinearLogits) and isinstance(uncond, LinearLogits):
         if cond.weight is uncond.weight and cond.bias is uncond.bias:
-            return LinearLogits(_blend_hidden(cond.hidden, uncond.hidden, g), cond.weight, cond.bias)
+            return replace(cond, hidden=_blend_hidden(cond.hidden, uncond.hidden, g))
         return sums.linear_sum((g, cond), (1 - g, uncond))
     return _blend(rows.dense(op, cond, "cond"), rows.dense(op, uncond, "uncond"), g)
 

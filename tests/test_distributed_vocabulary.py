@@ -1,0 +1,632 @@
+"""A vocabulary over ranks says what the whole one says: tokens, numbers, gradients."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import Ranks
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import dlcore
+from dlcore import LinearLogits, categorical
+from dlcore.distributed import ShardedLogits, shard_sizes, truncation
+from dlcore.process import masked, uniform
+
+ROWS, WIDTH, VOCAB = 6, 8, 1000
+#: Tokens per rank: groups whole and cut, several ranks in one group, ranks without any.
+SIZES = (
+    (1000,),
+    (512, 488),
+    (100, 900),
+    (600, 0, 400),
+    (300, 300, 400),
+    (250, 250, 250, 250),
+    (20, 30, 50, 900),
+    (0, 900, 100, 0),
+)
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-11}
+KINDS = pytest.mark.parametrize("kind", ["dense", "head"])
+
+
+def every_split() -> Any:
+    return pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "+".join(map(str, s)))
+
+
+def columns(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
+    first = sum(sizes[: dist.get_rank(group)])
+    return slice(first, first + sizes[dist.get_rank(group)])
+
+
+def inputs(
+    kind: str, dtype: torch.dtype, *, rows: int = ROWS, vocab: int = VOCAB, seed: int = 0
+) -> tuple[Any, ...]:
+    """Logits, or hidden, weight and bias."""
+    made = torch.Generator().manual_seed(seed)
+    if kind == "dense":
+        return ((3 * torch.randn(2, rows // 2, vocab, generator=made)).to(dtype),)
+    hidden = torch.randn(2, rows // 2, WIDTH, generator=made)
+    weight, bias = torch.randn(vocab, WIDTH, generator=made), torch.randn(vocab, generator=made)
+    return tuple(x.to(dtype) for x in (hidden, weight, bias))
+
+
+def whole(parts: tuple[Any, ...]) -> Any:
+    return parts[0] if len(parts) == 1 else LinearLogits(*parts)
+
+
+def sharded(parts: tuple[Any, ...], group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Any:
+    here = columns(group, sizes)
+    if len(parts) == 1:
+        return ShardedLogits(parts[0][..., here], group, sizes)
+    return LinearLogits(parts[0], *(x[here] for x in parts[1:]), group=group, sizes=sizes)
+
+
+def close(got: Any, wanted: Any, dtype: torch.dtype) -> None:
+    limit = TOLERANCE[dtype]
+    torch.testing.assert_close(got, wanted, rtol=limit, atol=limit, equal_nan=True)
+
+
+def row_options(z: torch.Tensor) -> list[dict[str, Any]]:
+    shift = torch.linspace(-2, 3, z.numel()).view(z.shape)
+    return [
+        {},
+        {"index": z, "shift": shift, "temperature": 0.7},
+        {"index": z, "softcap": 4.0, "exclude": 20, "temperature": torch.tensor([0.5, 1.0, 2.0])},
+    ]
+
+
+def tokens_of(vocab: int = VOCAB, seed: int = 1) -> torch.Tensor:
+    return torch.randint(vocab, (2, ROWS // 2), generator=torch.Generator().manual_seed(seed))
+
+
+def both(parts: tuple[Any, ...], group: dist.ProcessGroup, sizes: tuple[int, ...]) -> tuple[Any, Any]:
+    return sharded(parts, group, sizes), whole(parts)
+
+
+def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> list[Any]:
+    found = []
+    for dtype in TOLERANCE:
+        for options in row_options(tokens_of()):
+            got, wanted = (categorical.stats(x, **options) for x in both(inputs(kind, dtype), group, sizes))
+            assert torch.equal(got.argmax, wanted.argmax)
+            close(got, wanted, dtype)
+            found.append([None if x is None else x.tolist() for x in got])
+    return found
+
+
+@every_split()
+@KINDS
+def test_statistics_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
+    everywhere = ranks4.run(len(sizes), equal_statistics, sizes, kind)
+    assert all(str(found) == str(everywhere[0]) for found in everywhere)
+
+
+def keys_of(z: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A shared key, and one per row."""
+    return dlcore.rng.key(seed), dlcore.rng.split(dlcore.rng.key(seed), z.shape)
+
+
+def equal_draws(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    z = tokens_of()
+    cases = [*row_options(z), {"temperature": torch.tensor([0.0, 1.0, 0.3])}]
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        parts = inputs(kind, dtype)
+        for seed, options in enumerate(cases):
+            for key in keys_of(z, seed):
+                got, wanted = (categorical.sample(x, **options, key=key) for x in both(parts, group, sizes))
+                assert torch.equal(got.tokens, wanted.tokens)
+                close(got.logprob, wanted.logprob, dtype)
+                close(got.stats, wanted.stats, dtype)
+
+
+@every_split()
+@KINDS
+def test_draws_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
+    ranks4.run(len(sizes), equal_draws, sizes, kind)
+
+
+def draws_of_little_noise(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> None:
+    """Flat logits: the noise of groups and tokens alone decides, in many rows."""
+    logits = torch.zeros(100, VOCAB)
+    for key in (dlcore.rng.key(3), dlcore.rng.split(dlcore.rng.key(4), 100)):
+        got, wanted = (categorical.sample(x, key=key) for x in both((logits,), group, sizes))
+        assert torch.equal(got.tokens, wanted.tokens)
+
+
+@every_split()
+def test_noise_is_that_of_the_whole(ranks4: Ranks, sizes: Any) -> None:
+    ranks4.run(len(sizes), draws_of_little_noise, sizes)
+
+
+def equal_mixtures(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    z = tokens_of()
+    uneven = torch.rand(*z.shape, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    uneven[..., 0] = 3.0
+    settled = torch.tensor([1.0, 0, 1, 0, 0, 0])
+    third = torch.tensor([3.0, 0, 1, 0, 1, 0])
+    parts = inputs(kind, torch.float32)
+    shift = torch.linspace(-2, 3, z.numel()).view(z.shape)
+    cases: list[dict[str, Any]] = [
+        {"coefficients": uneven, "shift": shift, "temperature": 0.7},
+        {"coefficients": uneven, "prior": 7, "exclude": 20, "softcap": 5.0},
+        {"coefficients": third, "temperature": torch.tensor([0.0, 1.0, 0.0])},
+        {"coefficients": third, "exclude": 999},
+        {"coefficients": settled},
+        {"coefficients": torch.stack([third, settled, third])},
+    ]
+    for seed, case in enumerate(cases):
+        for key in keys_of(z, seed):
+            got, wanted = (
+                categorical.sample_mixture(x, z, **case, key=key) for x in both(parts, group, sizes)
+            )
+            assert torch.equal(got, wanted)
+
+
+@every_split()
+@KINDS
+def test_mixtures_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
+    ranks4.run(len(sizes), equal_mixtures, sizes, kind)
+
+
+def leaves(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return tuple(x.detach().clone().requires_grad_() for x in parts)
+
+
+def equal_gradients(
+    group: dist.ProcessGroup, sizes: tuple[int, ...], dtype: torch.dtype, function: Any, *operands: Any
+) -> None:
+    """function(*heads) of operands that are parts, and what it gives back to each of their tensors."""
+    here, one = columns(group, sizes), [leaves(parts) for parts in operands]
+    many = [leaves(parts) for parts in operands]
+    wanted = function(*map(whole, one))
+    got = function(*(sharded(parts, group, sizes) for parts in many))
+    close(got, wanted, dtype)
+    weights = torch.linspace(-1, 2, wanted.numel(), dtype=wanted.dtype).view(wanted.shape)
+    torch.autograd.backward([wanted], [weights])
+    torch.autograd.backward([got], [weights])
+    for mine, theirs in zip(many, one, strict=True):
+        for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
+            assert x.grad is not None
+            assert y.grad is not None
+            only = (..., here) if len(mine) == 1 else here if i else ...
+            # Of what a rank does not hold it gives no gradient.
+            close(x.grad[only], y.grad[only], dtype)
+            if only is not ...:
+                rest = x.grad.clone()
+                rest[only] = 0
+                assert not rest.any()
+
+
+def equal_losses(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    target, z = tokens_of(seed=3), tokens_of(seed=4)
+    target[0, 0] = -100
+    target[1, 1] = z[1, 1]
+    shift = torch.linspace(-2, 3, z.numel()).view(z.shape)
+    for dtype in (torch.float32, torch.float64):
+        parts = inputs(kind, dtype)
+        for options in ({}, {"softcap": 4.0, "exclude": 20}):
+            equal_gradients(
+                *(group, sizes, dtype, lambda x, o=options: categorical.cross_entropy(x, target, **o)), parts
+            )
+        equal_gradients(
+            *(group, sizes, dtype),
+            lambda x: categorical.log_probs(
+                "test", x, target.clamp(min=-1), index=z, shift=shift, softcap=6.0, exclude=20
+            ),
+            parts,
+        )
+
+
+@every_split()
+@KINDS
+def test_losses_and_their_gradients_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
+    ranks4.run(len(sizes), equal_losses, sizes, kind)
+
+
+def equal_divergences(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    temperature = torch.tensor([0.5, 1.0, 2.0])
+    for dtype in (torch.float32, torch.float64):
+        p, q = inputs(kind, dtype), inputs("dense", dtype, seed=9)
+        for t in (1.0, temperature):
+            equal_gradients(
+                *(group, sizes, dtype, lambda a, b, t=t: categorical.kl(a, b, temperature=t), p, q)
+            )
+
+
+@every_split()
+@KINDS
+def test_divergences_and_their_gradients_equal_those_of_the_whole(
+    ranks4: Ranks, sizes: Any, kind: str
+) -> None:
+    ranks4.run(len(sizes), equal_divergences, sizes, kind)
+
+
+def equal_expectations(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    here = columns(group, sizes)
+    for dtype in (torch.float32, torch.float64):
+        table = torch.randn(VOCAB, 5, dtype=dtype, generator=torch.Generator().manual_seed(8))
+        for options in ({}, {"temperature": 0.6, "softcap": 4.0, "exclude": 20}):
+            one, mine = leaves((table,))[0], leaves((table[here],))[0]
+
+            def mean(x: Any, o: Any = options, a: Any = mine, b: Any = one) -> torch.Tensor:
+                spread = not isinstance(x, torch.Tensor) and x.group is not None
+                return categorical.expectation(x, a if spread else b, **o)
+
+            equal_gradients(group, sizes, dtype, mean, inputs(kind, dtype))
+            close(mine.grad, one.grad[here], dtype)
+        key = dlcore.rng.key(3)
+        parts = inputs(kind, dtype)
+        got, soft = categorical.sample_expectation(sharded(parts, group, sizes), table[here], key=key)
+        wanted, other = categorical.sample_expectation(whole(parts), table, key=key)
+        assert torch.equal(got.tokens, wanted.tokens)
+        close((got.logprob, soft), (wanted.logprob, other), dtype)
+
+
+@every_split()
+@KINDS
+def test_expectations_and_their_gradients_equal_those_of_the_whole(
+    ranks4: Ranks, sizes: Any, kind: str
+) -> None:
+    ranks4.run(len(sizes), equal_expectations, sizes, kind)
+
+
+LIMITS: tuple[dict[str, Any], ...] = (
+    {"top_k": 5},
+    {"top_k": torch.tensor([1, 3, 2000])},
+    {"top_p": 0.9},
+    {"top_p": torch.tensor([0.0, 0.5, 1.0])},
+    {"min_p": 0.1},
+    {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
+    {"top_k": torch.tensor([3, 40, 900]), "top_p": 0.95},
+    {"top_p": 0.99, "min_p": torch.tensor([0.0, 0.001, 1.0])},
+)
+
+
+def equal_truncated_draws(
+    group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str, candidates: int | None, coarse: bool
+) -> None:
+    z = tokens_of()
+    before = truncation.CANDIDATES, truncation.MOST
+    if candidates is not None:
+        truncation.CANDIDATES = truncation.MOST = candidates
+    try:
+        for dtype in (torch.float32, torch.bfloat16)[: 1 if kind == "head" else 2]:
+            parts = inputs(kind, dtype)
+            if coarse:
+                # Halves, so that many tokens are equal and ids decide.
+                parts = tuple((2 * x).round() / 2 for x in parts)
+            for seed, limits in enumerate(LIMITS):
+                options, key = row_options(z)[seed % 3], keys_of(z, seed)[seed % 2]
+                got, wanted = (
+                    categorical.sample(x, **options, **limits, key=key) for x in both(parts, group, sizes)
+                )
+                assert torch.equal(got.tokens, wanted.tokens), (limits, got.tokens, wanted.tokens)
+                close((got.logprob, *got.stats[:5]), (wanted.logprob, *wanted.stats[:5]), dtype)
+    finally:
+        truncation.CANDIDATES, truncation.MOST = before
+
+
+@every_split()
+@pytest.mark.parametrize(
+    ("candidates", "coarse"),
+    [(None, False), (4, False), (4, True)],
+    ids=["all tell", "few tell", "many are equal"],
+)
+@KINDS
+def test_truncated_draws_equal_those_of_the_whole(
+    ranks4: Ranks, sizes: Any, kind: str, candidates: int | None, coarse: bool
+) -> None:
+    ranks4.run(len(sizes), equal_truncated_draws, sizes, kind, candidates, coarse)
+
+
+def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend: str) -> None:
+    logits = inputs("dense", torch.float32)[0].reshape(ROWS, VOCAB)
+    logits[0, 3], logits[1, 900], logits[2] = torch.nan, torch.inf, -torch.inf
+    # A padded vocabulary: whole shards of nothing.
+    logits[3, 90:], logits[4, :600] = -torch.inf, -torch.inf
+    z = torch.tensor([5, 5, 5, 5, 700, 5])
+    other = inputs("dense", torch.float32, seed=7)[0].reshape(ROWS, VOCAB)
+    there, one = both((logits,), group, sizes)
+    p, q = both((other,), group, sizes)
+    table = torch.eye(VOCAB, 3)
+    key = dlcore.rng.key(2)
+    half = torch.tensor([2.0, 0, 1, 0, 1, 0])
+    for got, wanted in (
+        (categorical.stats(there, z), categorical.stats(one, z)),
+        (categorical.cross_entropy(there, z), categorical.cross_entropy(one, z)),
+        *(
+            (
+                tuple(categorical.sample(there, key=key, **o))[:2],
+                tuple(categorical.sample(one, key=key, **o))[:2],
+            )
+            for o in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0})
+        ),
+        (
+            categorical.sample_mixture(there, z, half, key=key),
+            categorical.sample_mixture(one, z, half, key=key),
+        ),
+    ):
+        close(got, wanted, torch.float32)
+    assert categorical.sample(there, key=key).tokens[:3].tolist() == [-1, -1, -1]
+    with dlcore.use_backend(backend):
+        for got, wanted in (
+            (categorical.kl(there, p), categorical.kl(one, q)),
+            (categorical.kl(p, there), categorical.kl(q, one)),
+            (categorical.kl(there, there), categorical.kl(one, one)),
+            (
+                categorical.expectation(there, table[columns(group, sizes)]),
+                categorical.expectation(one, table),
+            ),
+        ):
+            close(got, wanted, torch.float32)
+
+
+@every_split()
+@pytest.mark.parametrize("named", ["cpu", "reference"])
+def test_broken_rows_and_shards_of_nothing(ranks4: Ranks, sizes: Any, named: str) -> None:
+    ranks4.run(len(sizes), equal_broken_rows, sizes, named)
+
+
+def equal_processes(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
+    z, x, mask_id = tokens_of(), tokens_of(seed=6), 20
+    parts, key = inputs(kind, torch.float32), dlcore.rng.key(4)
+    hidden = torch.where(torch.tensor([True, True, False]), mask_id, z)
+    there, one = both(parts, group, sizes)
+    for step in (
+        lambda y: uniform.step(y, z, 0.3, 0.6, key=key),
+        lambda y: uniform.step(y, z, 0.3, 0.6, parameterization="denoiser", exclude=mask_id, key=key),
+        lambda y: masked.step(y, hidden, 0.3, 0.6, mask_id, temperature=0.8, key=key),
+        lambda y: masked.step(y, hidden, 0.3, 0.6, mask_id, remask=0.1, key=key),
+    ):
+        assert torch.equal(step(there), step(one))
+    for loss in (
+        lambda y: masked.nelbo(y, hidden, x, 0.4, -1.0, mask_id),
+        lambda y: uniform.cross_entropy(y, z, x, 0.4, parameterization="denoiser"),
+    ):
+        equal_gradients(group, sizes, torch.float32, loss, parts)
+
+
+@every_split()
+@KINDS
+def test_processes_run_over_ranks(ranks4: Ranks, sizes: Any, kind: str) -> None:
+    ranks4.run(len(sizes), equal_processes, sizes, kind)
+
+
+def refusals(group: dist.ProcessGroup) -> None:
+    sizes = (600, 400)
+    z, x = tokens_of(), tokens_of(seed=6)
+    rank = dist.get_rank(group)
+    for kind in ("dense", "head"):
+        there = sharded(inputs(kind, torch.float32), group, sizes)
+        with pytest.raises(NotImplementedError, match=r"uniform\.nelbo: takes no logits over ranks"):
+            uniform.nelbo(there, z, x, 0.4, -1.0)
+        with pytest.raises(NotImplementedError, match="takes no logits over ranks"):
+            uniform.bridge_log_probs(there, z, 0.3, 0.6)
+        with pytest.raises(ValueError, match=r"kl: p_logits and q_logits must both lie over ranks"):
+            categorical.kl(there, inputs("dense", torch.float32)[0])
+        with pytest.raises(ValueError, match=r"stats: index must lie in \[0, 1000\), got 1000"):
+            categorical.stats(there, torch.full_like(z, 1000))
+        with pytest.raises(ValueError, match=r"expectation: table must be \(\d+, E\)"):
+            categorical.expectation(there, torch.randn(VOCAB, 3))
+    wide = sharded(inputs("dense", torch.float64), group, sizes)
+    with pytest.raises(NotImplementedError, match="top_k, top_p and min_p take no"):
+        categorical.sample(wide, top_k=3)
+    here = torch.zeros(2, sizes[rank])
+    for bad, error, match in (
+        ((here, group, (600,)), ValueError, "sizes must be 2 numbers"),
+        ((here, group, (600, -1)), ValueError, "sizes must be 2 numbers"),
+        ((here, group, "600"), TypeError, "sizes must be a tuple"),
+        ((here, "group"), TypeError, "group must be a ProcessGroup"),
+        ((here.long(), group), TypeError, "logits must be a floating Tensor"),
+        ((torch.zeros(()), group), ValueError, "logits must be dense"),
+    ):
+        with pytest.raises(error, match=match):
+            ShardedLogits(*bad)
+    with pytest.raises(ValueError, match=r"stats: sizes\[\d\] must be the"):
+        categorical.stats(ShardedLogits(here, group, (500, 500)))
+    with pytest.raises(ValueError, match="sizes needs group"):
+        LinearLogits(torch.zeros(2, 3), torch.zeros(4, 3), sizes=(4, 4))
+    assert shard_sizes(sizes[rank], group) == sizes
+    assert ShardedLogits(here, group, sizes).shape == (2, VOCAB)
+
+
+def test_what_is_refused(ranks4: Ranks) -> None:
+    ranks4.run(2, refusals)
+
+
+def fresh_keys(group: dist.ProcessGroup) -> list[int]:
+    torch.manual_seed(dist.get_rank(group))
+    logits, z = ShardedLogits(torch.zeros(50, 500), group), torch.zeros(50, dtype=torch.int64)
+    drawn = [categorical.sample(logits).tokens, uniform.step(logits, z, 0.1, 0.9)]
+    drawn.append(uniform.correct(ShardedLogits(torch.zeros(2, 25, 500), group), z.view(2, 25), 0.5, 5))
+    return torch.cat([tokens.flatten() for tokens in drawn]).tolist()
+
+
+def test_a_fresh_key_is_one_for_all_ranks(ranks4: Ranks) -> None:
+    first, *others = ranks4.run(3, fresh_keys)
+    assert all(tokens == first for tokens in others)
+    assert len(set(first)) > 25
+
+
+def disagreements(group: dist.ProcessGroup) -> None:
+    os.environ["DLCORE_CHECK"] = "1"
+    try:
+        rank = dist.get_rank(group)
+        logits = ShardedLogits(torch.zeros(4, 300), group)
+        z = torch.zeros(4, dtype=torch.int64)
+        categorical.stats(logits, z)
+        for call, match in (
+            (
+                lambda: categorical.sample(logits, key=dlcore.rng.key(rank)),
+                "key must be the same on all ranks",
+            ),
+            (lambda: categorical.stats(logits, z + rank), "index must be the same on all ranks"),
+            (lambda: categorical.stats(logits, temperature=1.5 + rank), "temperature must be the same"),
+            (
+                lambda: categorical.stats(ShardedLogits(torch.zeros(4, 300 + rank), group)),
+                "sizes must be the same",
+            ),
+            (
+                lambda: categorical.stats(ShardedLogits(torch.zeros(4 + rank, 300), group)),
+                "rows must be the same",
+            ),
+            (lambda: categorical.stats(logits, z + 600 * rank), "index must lie in"),
+        ):
+            with pytest.raises(ValueError, match=match):
+                call()
+            categorical.stats(logits, z)
+    finally:
+        del os.environ["DLCORE_CHECK"]
+
+
+def test_ranks_that_disagree_all_hear_of_it(ranks4: Ranks) -> None:
+    ranks4.run(2, disagreements)
+
+
+def first_derivatives_only(group: dist.ProcessGroup) -> None:
+    logits = torch.randn(3, 10, requires_grad=True)
+    loss = categorical.cross_entropy(ShardedLogits(logits, group), torch.tensor([1, 2, 3]))
+    (grad,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"cross_entropy: has a first derivative only"):
+        grad.sum().backward()
+
+
+def test_a_second_derivative_raises(ranks4: Ranks) -> None:
+    ranks4.run(2, first_derivatives_only)
+
+
+def dtensors(group: dist.ProcessGroup) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    target, key = tokens_of(), dlcore.rng.key(3)
+    (logits,) = inputs("dense", torch.float32)
+    spread = distribute_tensor(logits, mesh, [Shard(2)])
+    same = distribute_tensor(target, mesh, [Replicate()])
+    assert torch.equal(
+        categorical.sample(spread, same, key=key).tokens, categorical.sample(logits, key=key).tokens
+    )
+    close(categorical.cross_entropy(spread, same), categorical.cross_entropy(logits, target), torch.float32)
+    parts = inputs("head", torch.float32)
+    one = leaves(parts)
+    many = [distribute_tensor(x, mesh, [Shard(0)]).requires_grad_() for x in parts[1:]]
+    for hidden in (parts[0].clone(), distribute_tensor(parts[0], mesh, [Replicate()])):
+        hidden.requires_grad_()
+        head = LinearLogits(hidden, *many)
+        assert head.shape == (2, ROWS // 2, VOCAB)
+        assert torch.equal(
+            categorical.sample(head, same, top_k=9, key=key).tokens,
+            categorical.sample(whole(parts), top_k=9, key=key).tokens,
+        )
+        loss, wanted = categorical.cross_entropy(head, same), categorical.cross_entropy(whole(one), target)
+        close(loss, wanted, torch.float32)
+        for x in (*one, *many):
+            x.grad = None
+        loss.sum().backward()
+        wanted.sum().backward()
+        got = hidden.grad.full_tensor() if isinstance(hidden.grad, DTensor) else hidden.grad
+        close((got, *(x.grad.full_tensor() for x in many)), tuple(x.grad for x in one), torch.float32)
+    tied = categorical.expectation(LinearLogits(parts[0], *many), many[0])
+    close(tied, categorical.expectation(whole(parts), parts[1]), torch.float32)
+    for bad in (distribute_tensor(parts[1], mesh, [Shard(1)]), parts[1]):
+        with pytest.raises((NotImplementedError, ValueError), match=r"bias|weight"):
+            LinearLogits(parts[0], many[0], bad[:, 0])
+    rows = distribute_tensor(logits.repeat(2, 1, 1), mesh, [Shard(0)])
+    with pytest.raises(NotImplementedError, match="must be replicated"):
+        categorical.cross_entropy(spread, distribute_tensor(target.repeat(2, 1)[:2], mesh, [Shard(0)]))
+    assert isinstance(categorical.stats(rows).argmax, DTensor)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_dtensors_are_taken(ranks4: Ranks, count: int) -> None:
+    ranks4.run(count, dtensors)
+
+
+def column_sharded_model(group: dist.ProcessGroup) -> None:
+    mesh = DeviceMesh.from_group(group, "cpu")
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"body": torch.nn.Linear(6, 8), "lm_head": torch.nn.Linear(8, VOCAB)})
+    x, target = torch.randn(5, 6), torch.arange(5) * 200
+    wanted = categorical.cross_entropy(model["lm_head"](model["body"](x)), target)
+    wanted.mean().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    tokens = categorical.sample(model["lm_head"](model["body"](x)), key=dlcore.rng.key(1)).tokens
+    for as_head in (False, True):
+        model.zero_grad()
+        split = copy.deepcopy(model)
+        parallelize_module(split, mesh, {"lm_head": ColwiseParallel(use_local_output=False)})
+        hidden, head = split["body"](x), split["lm_head"]
+        logits = LinearLogits(hidden, head.weight, head.bias) if as_head else head(hidden)
+        assert torch.equal(categorical.sample(logits, key=dlcore.rng.key(1)).tokens, tokens)
+        loss = categorical.cross_entropy(logits, target)
+        close(loss, wanted, torch.float32)
+        loss.mean().backward()
+        for p, grad in zip(split.parameters(), grads, strict=True):
+            full = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+            close(full, grad, torch.float32)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_a_column_sharded_module_keeps_working(ranks4: Ranks, count: int) -> None:
+    ranks4.run(count, column_sharded_model)
+
+
+class Payload(TorchDispatchMode):
+    """Counts the bytes that a rank hands to collectives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "_c10d_functional" and "wait" not in str(function):
+            self.sent += args[0].numel() * args[0].element_size()
+        return function(*args, **(kwargs or {}))
+
+
+def payloads(group: dist.ProcessGroup, vocab: int, rows: int, width: int) -> dict[str, float]:
+    """Bytes a row."""
+    made = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, width, generator=made) for n in (rows, vocab // 4))
+    hidden.requires_grad_()
+    head = LinearLogits(hidden, weight, group=group)
+    z, key = torch.zeros(rows, dtype=torch.int64), dlcore.rng.key(1)
+    table = torch.randn(vocab // 4, 3)
+    found = {}
+    for name, call in {
+        "stats": lambda: categorical.stats(head),
+        "sample": lambda: categorical.sample(head, key=key),
+        "mixture": lambda: categorical.sample_mixture(head, z, torch.tensor([2.0, 0, 1, 0, 1, 0]), key=key),
+        "kl": lambda: categorical.kl(head, head),
+        "expectation": lambda: categorical.expectation(head, table),
+        "top_p": lambda: categorical.sample(head, top_p=0.9, key=key),
+        "top_k": lambda: categorical.sample(head, top_k=50, key=key),
+        "loss": lambda: categorical.cross_entropy(head, z),
+        "loss and gradient": lambda: categorical.cross_entropy(head, z).sum().backward(),
+    }.items():
+        with Payload() as payload:
+            call()
+        found[name] = payload.sent / rows
+    return found
+
+
+def test_what_is_sent_grows_with_rows_alone(ranks4: Ranks) -> None:
+    width = 16
+    small, large = (ranks4.run(4, payloads, vocab, 8, width)[0] for vocab in (4096, 16384))
+    (many,) = {str(found) for found in ranks4.run(4, payloads, 4096, 64, width)}
+    assert many == str(small)
+    assert {k: v for k, v in large.items() if k != "top_p"} == {
+        k: v for k, v in small.items() if k != "top_p"
+    }
+    assert small["stats"] == small["sample"] == small["mixture"] == small["loss"] == 10 * 8
+    assert small["kl"] == 3 * 8
+    assert small["expectation"] == 8 + 3 * 4
+    assert small["loss and gradient"] == small["loss"] + 4 * width
+    assert small["top_k"] == 80 + 50 * 8
+    # Candidates, and if these do not tell, one search and one merge.
+    assert large["top_p"] <= 80 + 256 * 8 + 8 + 8 * 2 * 16 * 8 + 8 + 80
