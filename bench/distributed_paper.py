@@ -59,9 +59,9 @@ def total(n: int, whole: float) -> Sent:
     return scatter_sum(n, whole) + gather(n, whole / n)
 
 
-def ring(n: int, part: float) -> Sent:
+def ring(n: int, part: float, hops: int) -> Sent:
     """Every rank's part from neighbour to neighbour; between nodes by one adapter."""
-    return Sent((n - 1) * part, (n - 1) * part if n > NODE else 0)
+    return Sent(hops * part, hops * part if n > NODE else 0)
 
 
 class Way(NamedTuple):
@@ -107,11 +107,11 @@ def context() -> list[Way]:
     partial = CANVAS * HEADS * (HEAD_DIM + 1) * WIDE
     forward, both = (lambda n: attention(training, n)), (lambda n: attention(training, n, 3.5))
     step = lambda n: max(attention(denoising, n), keys / n / MEMORY)  # noqa: E731
-    # Backward keys travel again, and their gradients back, in float32.
+    # Backward keys travel again, and their gradients in float32, around a ring to where they began.
     grads = keys * WIDE / NARROW
     return [
         Way("training forward, gather", lambda n: gather(n, keys / n), 1, forward),
-        Way("training forward, ring", lambda n: ring(n, keys / n), 1, forward),
+        Way("training forward, ring", lambda n: ring(n, keys / n, n - 1), 1, forward),
         Way(
             "forward + backward, gather",
             lambda n: gather(n, keys / n) + gather(n, keys / n) + scatter_sum(n, grads),
@@ -120,7 +120,7 @@ def context() -> list[Way]:
         ),
         Way(
             "forward + backward, ring",
-            lambda n: ring(n, keys / n) + ring(n, keys / n) + ring(n, grads / n),
+            lambda n: ring(n, keys / n, n - 1) + ring(n, keys / n, n - 1) + ring(n, grads / n, n),
             3,
             both,
         ),

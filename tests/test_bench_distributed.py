@@ -45,6 +45,9 @@ def test_every_case_runs_and_says_what_it_sends(ranks4: ranks.Ranks) -> None:
     keys = sizes.length // 2 * sizes.heads * sizes.head_dim * 2 * 4
     assert sent["block_diffusion", "gather"] == sent["block_diffusion", "ring"] == keys
     assert sent["block_diffusion", "q, k, v gathered"] == 3 * keys
+    training = "block_diffusion forward + backward"
+    assert sent[training, "gather"] == 2 * keys + paper.scatter_sum(2, 2 * keys).nvlink
+    assert sent[training, "ring"] == 2 * keys + paper.ring(2, keys, 2).nvlink
     assert sent["decode", "cache gathered"] == keys
     assert sent["decode", "sharded"] == sizes.block * sizes.heads * (sizes.head_dim + 1) * 4
     table = distributed.table(first)
@@ -63,7 +66,7 @@ def test_arithmetic() -> None:
     assert paper.gather(8, 10) == (70, 0)
     assert paper.gather(16, 8) == (120, 8)
     assert paper.total(16, 16) == (30, 2)
-    assert paper.ring(16, 8) == (120, 120)
+    assert paper.ring(16, 8, 15) == (120, 120)
     assert paper.product(8192, 1) == pytest.approx(2 * 8192 * 2816 * 262144 / 494.7e12)
     assert paper.product(1, 1) == pytest.approx(262144 * 2816 * 2 / 3.35e12)
 
