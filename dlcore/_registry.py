@@ -228,6 +228,7 @@ CUDA: dict[str, tuple[str, ...]] = {
     "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
     "categorical": (
         "categorical.stats",
+        "categorical.summary",
         "categorical.sample",
         "categorical.sample_mixture",
         "categorical.log_probs",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from triton_calls import call
 
 import dlcore
 from dlcore import LinearLogits, categorical, rng
@@ -352,3 +353,50 @@ BAD = [
 def test_bad_input(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def check_kl_of_nothing(backend: str) -> None:
+    """Rows of nothing but -inf: logsumexps -inf, so that parts merge; KL and gradients NaN."""
+    p, q = (torch.randn(5, 700, generator=torch.Generator().manual_seed(s)) for s in (1, 2))
+    p[0] = q[1] = p[2] = q[2] = q[3] = -torch.inf
+    p[3, 5] = torch.nan
+    numbers = call("categorical.kl", backend, p, None, None, q, None, None, torch.tensor(0.7))[0]
+    assert numbers[0].isnan().tolist() == [True] * 4 + [False]
+    assert (numbers[1, [0, 2]] == -torch.inf).all()
+    assert (numbers[2, [1, 2]] == -torch.inf).all()
+    for row, x in ((1, p[[1, 4]]), (2, q[[0, 4]])):
+        wanted = torch.logsumexp(x.double() / 0.7, -1)
+        torch.testing.assert_close(numbers[row, [2 - row, 4]], wanted, rtol=1e-6, atol=1e-6)
+    broken = numbers.masked_fill(numbers[0].isnan(), torch.nan)
+    rest = (p, None, None, q, None, None, torch.tensor(0.7))
+    grad = torch.ones(3, 5, dtype=torch.float64)
+    found, wanted = (call("categorical.kl_backward", backend, grad, n, *rest) for n in (numbers, broken))
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def check_means_of_nothing(backend: str) -> None:
+    """Rows of nothing but -inf: logsumexps -inf; means and gradients NaN."""
+    p = torch.randn(5, 700, generator=torch.Generator().manual_seed(1))
+    p[0] = p[2] = -torch.inf
+    p[3, 5] = torch.nan
+    table = torch.randn(700, 3, generator=torch.Generator().manual_seed(3))
+    for op, extra in (("expectation", ()), ("sample_expectation", (None, rng.key(1)))):
+        mean, lse, *_ = call(f"categorical.{op}", backend, p, None, None, table, None, None, 699, *extra)
+        assert mean.isnan().all(-1).tolist() == [True, False, True, True, False]
+        assert lse[[0, 2]].tolist() == [-torch.inf] * 2
+        assert lse.isnan().tolist() == [False, False, False, True, False]
+    broken = lse.masked_fill(mean[:, 0].isnan(), torch.nan)
+    rest = (p, None, None, table, None, None, 699)
+    found, wanted = (
+        call("categorical.expectation_backward", backend, torch.ones(5, 3), mean, n, *rest)
+        for n in (lse, broken)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_rows_of_nothing(name):
+    check_kl_of_nothing(name)
+    check_means_of_nothing(name)

@@ -187,6 +187,16 @@ def test_parts_of_a_vocabulary_merge(seed, linear, monkeypatch):
         assert_same(merged(parts, given[3], key), whole, 1e-5)
 
 
+@pytest.mark.usefixtures("backend")
+@pytest.mark.parametrize("shape", [(0, 300), (2, 0, 300), (300,)])
+def test_no_rows_and_one(shape):
+    tokens, numbers = summary(torch.zeros(shape), None, None, FIRST, *(None,) * 7, KEY)
+    assert tokens.shape == (2, *shape[:-1])
+    assert numbers.shape == (8, *shape[:-1])
+    assert (numbers[2] == 300).all()
+    assert (tokens[0] == FIRST).all()
+
+
 def test_a_first_token_inside_of_a_group_is_refused():
     x = torch.zeros(2, 300)
     for first in (1, 255, -256):

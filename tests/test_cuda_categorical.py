@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import summaries
 import torch
 from test_triton_categorical import CUTS
 from triton_calls import assert_same, call, quiet
@@ -149,3 +150,57 @@ def test_the_backend_can_be_asked_for():
     assert dlcore.last_backend("categorical.sample") == "cuda"
     with dlcore.use_backend("cuda"), pytest.raises(NotImplementedError, match=r"cuda: takes .*float64"):
         categorical.stats(x.double())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, *VOCABS])
+def test_summary(vocab, dtype):
+    for first in (0, summaries.FIRST):
+        for given in ((None,) * 8, summaries.options(vocab, first, 0), summaries.options(vocab, first, 1)):
+            args = (*summaries.head(vocab, dtype), first, *given)
+            wanted = call("categorical.summary", "reference", *args)
+            summaries.assert_same(call("categorical.summary", "cuda", *args), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("first", "vocab"), [(1, 255), (300, 100), (511, 1), (summaries.FIRST + 77, 178)])
+def test_summary_of_tokens_of_one_group(first, vocab, linear):
+    for seed in range(3):
+        args = (*summaries.head(vocab, linear=linear), first, *summaries.options(vocab, first, seed))
+        wanted = call("categorical.summary", "reference", *args)
+        summaries.assert_same(call("categorical.summary", "cuda", *args), wanted, 3e-5)
+
+
+def test_summary_of_ids_far_outside():
+    """Nothing is read there, whatever they are, and the row's other numbers do not change."""
+    x, far = (
+        torch.randn(4, 300),
+        torch.tensor([2**63 - 1, -(2**63), summaries.FIRST - 1, summaries.FIRST + 300]),
+    )
+    plain = call("categorical.summary", "cuda", x, None, None, summaries.FIRST, *(None,) * 7, KEY)
+    for exclude in (2**63 - 1, -(2**63), -1, summaries.FIRST - 1, summaries.FIRST + 300):
+        args = (summaries.FIRST, far, torch.tensor(5.0), far.clamp(min=0), None, None, exclude, None, KEY)
+        tokens, numbers = call("categorical.summary", "cuda", x, None, None, *args)
+        assert torch.equal(tokens, plain[0])
+        assert torch.equal(numbers[:6], plain[1][:6])
+        assert numbers[6:].isnan().all()
+
+
+@pytest.mark.parametrize("linear", [False, True])
+def test_summaries_merge(linear, monkeypatch):
+    from dlcore.triton import linear_logits
+
+    monkeypatch.setattr(linear_logits, "_TILE", 2048)
+    vocab = 2900
+    x, given, key = (
+        summaries.head(vocab, linear=linear, seed=2),
+        summaries.options(vocab, 0, 3),
+        summaries.key_of(3),
+    )
+    whole = call("categorical.summary", "cuda", *x, 0, *given[:7], key)
+    for cuts in summaries.partition(vocab, 3):
+        parts = [
+            (part, *call("categorical.summary", "cuda", *tensors, part[0], *given[:7], key))
+            for part, tensors in summaries.cut(x, cuts)
+        ]
+        summaries.assert_same(summaries.merged(parts, given[3], key), whole, 3e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from test_categorical_losses import check_kl_of_nothing
 from test_triton_categorical_losses import INDEX, LEAD, TARGET, TEMPERATURE, case, head, number
 from test_triton_uniform import ALPHA, SLOPE, VOCAB, X, Z
 from triton_calls import assert_same, call, quiet
@@ -95,3 +96,7 @@ def test_nelbo_at_every_noise_level(level):
     args = (x, None, None, Z, X, torch.tensor(level, dtype=torch.float64), SLOPE, None)
     _, saved = call("uniform.nelbo", "reference", *args, wide=True)
     assert_same(call("uniform.nelbo", "cuda", *args)[1:], (saved,), 2e-5, 2e-5)
+
+
+def test_kl_of_rows_of_nothing():
+    check_kl_of_nothing("cuda")

@@ -173,11 +173,10 @@ def test_strides(caplog):
 
 
 @pytest.mark.parametrize("shape", [(0, 300), (2, 0, 300), (300,)])
-def test_no_rows_and_one(shape):
-    args = (torch.zeros(shape), None, None, *(None,) * 8, KEY)
-    assert_same(
-        call("categorical.sample", "triton", *args), call("categorical.sample", "cpu", *args), 1e-6, 0
-    )
+@pytest.mark.parametrize(("op", "first"), [("categorical.sample", None), ("categorical.summary", 0)])
+def test_no_rows_and_one(shape, op, first):
+    args = (torch.zeros(shape), None, None, first, *(None,) * 7, KEY)
+    assert_same(call(op, "triton", *args), call(op, "cpu", *args), 1e-6, 0)
 
 
 @pytest.mark.usefixtures("poisoned")

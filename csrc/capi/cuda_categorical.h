@@ -22,7 +22,8 @@ inline View dense(const char* name, const dlcore_logits& logits) {
 
 // Dense rows, and what a call keeps of them on the device.
 struct DeviceRows {
-  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory, Ids ids)
+  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory,
+             Ids ids = Ids::kHere)
       : DeviceRows(pointed("softmax", softmax), truncates(how), memory, ids) {}
 
   int64_t rows() const { return logits.rows; }

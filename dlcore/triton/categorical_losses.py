@@ -176,11 +176,21 @@ def _fall(top, largest):
     return tl.where(top > NONE, top - largest, 0.0)
 
 
+@triton.jit
+def _logsumexp(top, total):
+    """-inf of nothing but -inf, NaN where a NaN or +inf was."""
+    lse = top + tl.log(tl.where(total > 0.0, total, 1.0))
+    return tl.where(total == 0.0, NONE, tl.where(total < float("inf"), lse, float("nan")))
+
+
 @triton.jit(do_not_specialize=["groups", "rows", "first"])
 def kl_reduce_kernel(
     summaries, rows, groups, first, temperature, temperature_step, state, numbers, BLOCK: tl.constexpr
 ):
-    """Merge a tile's groups into the state (5, rows) and say what it makes: KL and the two logsumexps."""
+    """Merge a tile's groups into the state (5, rows) and say what it makes: KL and the two logsumexps.
+
+    KL is NaN, and a logsumexp -inf, where a row has nothing but -inf.
+    """
     row = tl.program_id(0).to(tl.int64)
     scale = inverse_temperature(row, temperature, temperature_step)
     wide = scale.to(tl.float64)
@@ -217,14 +227,13 @@ def kl_reduce_kernel(
     tl.store(state + 2 * rows + row, p_sum)
     tl.store(state + 3 * rows + row, q_sum)
     tl.store(state + 4 * rows + row, gap)
-    p_lawful = (p_sum > 0.0) & (p_sum < float("inf"))
-    q_lawful = (q_sum > 0.0) & (q_sum < float("inf"))
-    p_sum, q_sum = tl.where(p_lawful, p_sum, 1.0), tl.where(q_lawful, q_sum, 1.0)
+    p_lse, q_lse = _logsumexp(p_top, p_sum), _logsumexp(q_top, q_sum)
+    lawful = (p_lse > NONE) & (q_lse > NONE)
+    p_sum, q_sum = tl.where(lawful, p_sum, 1.0), tl.where(lawful, q_sum, 1.0)
     divergence = gap / p_sum - tl.log(p_sum) + tl.log(q_sum)
-    none = float("nan")
-    tl.store(numbers + row, tl.where(p_lawful & q_lawful, divergence, none))
-    tl.store(numbers + rows + row, tl.where(p_lawful, p_top + tl.log(p_sum), none))
-    tl.store(numbers + 2 * rows + row, tl.where(q_lawful, q_top + tl.log(q_sum), none))
+    tl.store(numbers + row, tl.where(lawful, divergence, float("nan")))
+    tl.store(numbers + rows + row, p_lse)
+    tl.store(numbers + 2 * rows + row, q_lse)
 
 
 @triton.jit
