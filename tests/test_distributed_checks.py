@@ -258,7 +258,7 @@ def die(group: dist.ProcessGroup, check: bool) -> tuple[str, float]:
 def test_a_rank_that_dies(check: bool) -> None:
     """The others get torch's own error, or under DLCORE_CHECK=1 one that names it; nothing else is harmed."""
     with ranks.ranks(3) as living:
-        first, _, third = living.run(3, die, check, lost=(1,))
+        first, _, third = living.run(3, die, check, timeout=120, lost=(1,))
         for said, seconds in (first, third):
             assert "rank 1 did not come" in said if check else said.startswith("RuntimeError")
             assert seconds < 30
