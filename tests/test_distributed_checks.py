@@ -7,6 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -246,7 +247,7 @@ def die(group: dist.ProcessGroup, check: bool) -> tuple[str, float]:
     seconds = time.monotonic() - start
     # The survivors' own state: an unsharded call, and a group of their own.
     assert torch.equal(dlcore.categorical.sample(logits, key=dlcore.rng.key(7)).tokens, alone)
-    left = dist.new_group([0, 2], use_local_synchronization=True)
+    left = dist.new_group([0, 2], timeout=timedelta(seconds=20), use_local_synchronization=True)
     assert call(left).flatten().tolist() == [0, 1]
     with checked():
         assert works(left)
