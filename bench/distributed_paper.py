@@ -104,7 +104,7 @@ def context() -> list[Way]:
     """A full-attention layer: block diffusion's training pass, and a denoising step over a cache."""
     keys = CONTEXT * KV_HEADS * HEAD_DIM * 2 * NARROW
     training, denoising = CONTEXT**2, CANVAS * CONTEXT
-    partial = CANVAS * HEADS * (HEAD_DIM + 1) * WIDE
+    lse, partial = CANVAS * HEADS * WIDE, CANVAS * HEADS * HEAD_DIM * WIDE
     forward, both = (lambda n: attention(training, n)), (lambda n: attention(training, n, 3.5))
     step = lambda n: max(attention(denoising, n), keys / n / MEMORY)  # noqa: E731
     # Backward keys travel again, and their gradients in float32, around a ring to where they began.
@@ -124,7 +124,7 @@ def context() -> list[Way]:
             3,
             both,
         ),
-        Way("decode, sharded cache", lambda n: gather(n, partial), 1, step),
+        Way("decode, sharded cache", lambda n: gather(n, lse) + total(n, partial), 2, step),
         Way("decode, keys gathered", lambda n: gather(n, keys / n), 1, lambda n: step(1)),
     ]
 

@@ -21,15 +21,17 @@ class RankError(AssertionError):
     """What a rank raised, with its traceback."""
 
 
-def _serve(rank: int, size: int, store: str, path: list[str], tasks: Any, answers: Any) -> None:
+def _serve(
+    rank: int, size: int, store: str, path: list[str], tasks: Any, answers: Any, patience: timedelta
+) -> None:
     sys.path[:] = path
     os.environ["TRITON_INTERPRET"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=patience
     )
     # Every rank makes every group.
-    groups = {n: dist.new_group(list(range(n))) for n in range(1, size + 1)}
+    groups = {n: dist.new_group(list(range(n)), timeout=patience) for n in range(1, size + 1)}
     while (task := tasks.get()) is not None:
         function, ranks, arguments = task
         if rank >= ranks:
@@ -44,15 +46,17 @@ def _serve(rank: int, size: int, store: str, path: list[str], tasks: Any, answer
 class Ranks:
     """Living processes, so that a test pays for no start."""
 
-    def __init__(self, size: int) -> None:
-        context = mp.get_context("spawn")
+    def __init__(self, size: int, seconds: float) -> None:
+        context, patience = mp.get_context("spawn"), timedelta(seconds=seconds)
         self.size, self._folder = size, tempfile.TemporaryDirectory()
         store = str(Path(self._folder.name) / "store")
         self._tasks = [context.SimpleQueue() for _ in range(size)]
         self._answers = context.Queue()
         self.processes = [
             context.Process(
-                target=_serve, args=(r, size, store, sys.path, self._tasks[r], self._answers), daemon=True
+                target=_serve,
+                args=(r, size, store, sys.path, self._tasks[r], self._answers, patience),
+                daemon=True,
             )
             for r in range(size)
         ]
@@ -95,9 +99,9 @@ class Ranks:
 
 
 @contextmanager
-def ranks(size: int) -> Iterator[Ranks]:
-    """`size` processes in one gloo group."""
-    made = Ranks(size)
+def ranks(size: int, seconds: float = 60) -> Iterator[Ranks]:
+    """`size` processes in one gloo group, which wait so long for one another."""
+    made = Ranks(size, seconds)
     try:
         yield made
     finally:

@@ -310,15 +310,29 @@ def test_batches_that_do_not_divide(ranks4: ranks.Ranks) -> None:
 def calls_apart(group: dist.ProcessGroup) -> None:
     """What is missing in one call stands in another, and both have replicated arguments to be cut."""
     mesh = DeviceMesh.from_group(group, "cpu")
-    logits, share = normal(B, L, V), torch.full((B, L), 0.4)
-    spread = distribute_tensor(logits, mesh, [Shard(0)])
-    whole = distribute_tensor(share, mesh, [Replicate()])
+    logits, index, number = normal(B, L, V), ids(B, L), torch.full((B, L), 0.4)
+    by_rows = [distribute_tensor(x, mesh, [Shard(0)]) for x in (logits, index)]
+    whole = distribute_tensor(number, mesh, [Replicate()])
     for _ in range(2):
-        for name in ("top_p", "min_p", "temperature"):
-            got = categorical.sample(spread, key=KEY, **{name: whole}).tokens
-            assert torch.equal(
-                got.full_tensor(), categorical.sample(logits, key=KEY, **{name: share}).tokens
-            ), name
+        for name in ("shift", "temperature"):
+            got = categorical.stats(*by_rows, **{name: whole}).entropy
+            want = categorical.stats(logits, index, **{name: number}).entropy
+            assert torch.equal(got.full_tensor(), want), name
+
+
+def shared_key(group: dist.ProcessGroup) -> None:
+    """Rows of the whole are numbered by a shared key, whatever else is cut."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    whole, key = (distribute_tensor(x, mesh, [Replicate()]) for x in (normal(B, L, V), KEY))
+    temperature = torch.full((B, L), 0.9)
+    cut = distribute_tensor(temperature, mesh, [Shard(0)])
+    tokens = categorical.sample(whole, temperature=cut, key=key).tokens
+    want = categorical.sample(normal(B, L, V), temperature=temperature, key=KEY).tokens
+    assert torch.equal(tokens.full_tensor(), want)
+
+
+def test_a_shared_key_beside_cut_arguments(ranks4: ranks.Ranks) -> None:
+    ranks4.run(2, shared_key)
 
 
 def test_a_rule_s_answer_is_of_its_own_arguments(ranks4: ranks.Ranks) -> None:

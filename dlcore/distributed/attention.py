@@ -58,11 +58,11 @@ def block_diffusion(
     attention.block_diffusion.
 
     Keys and values of all ranks' clean rows are gathered where they take at most `memory` bytes, once as they
-    come and once in order: B·Hkv·(D + Dv)·(ranks·largest shard + length) numbers. Else they go around a ring,
-    two shards at a time. Both give the same up to rounding: parts, each rounded to q's dtype, are merged, and
-    gradients summed, in float32 (float64 for float64). Nothing but this rank's own is kept for the backward
-    pass, in which keys travel again. Differentiable once in q, k and v, through out and lse, by calls that
-    all ranks must make.
+    come and once in order: B·Hkv·(D + Dv)·(ranks·largest shard + length) numbers; backward, with gradients,
+    up to three times that. Else they go around a ring, two shards at a time. Both give the same up to
+    rounding: parts, each rounded to q's dtype, are merged, and gradients summed, in float32 (float64 for
+    float64). Nothing but this rank's own is kept for the backward pass, in which keys travel again.
+    Differentiable once in q, k and v, through out and lse, by calls that all ranks must make.
 
     Raises ValueError for shapes and values, TypeError for dtypes. Inside torch.compile it is a graph break.
 
@@ -188,12 +188,12 @@ def decode(
     """attention.decode where each rank's cache holds a part of what is committed, each row on one rank.
 
     q, k and v are the same on all ranks, attention.decode's. Rank `owner` (of the group) writes k and v at
-    its cache's lengths, the others nothing; every rank attends to what it holds, and one gather of
-    B·S·Hq·(Dv + 1) float32 numbers merges it: the result, the same bits on all ranks, is attention.decode's
-    over all caches together, with `num_commit` and `causal` as there. To keep rows, `cache.commit(n)` on the
-    rank that owned them when they were last written, and nowhere else; the next block may have another owner
-    (`owner_of`). Sequences may have parts of any lengths, also none. A cache's order is its own, so `window`
-    is refused with NotImplementedError. No gradients. ValueError where the owner's cache is full; the other
+    its cache's lengths, the others nothing; every rank attends to what it holds. A gather of lse and a sum
+    over the ranks of B·S·Hq·Dv float32 numbers merge it to what attention.decode gives over all caches
+    together, with `num_commit` and `causal` as there. To keep rows, `cache.commit(n)` on the rank that owned
+    them when they were last written, and nowhere else; the next block may have another owner (`owner_of`). A
+    rank's part of a sequence may have any length, also none. A cache's order is its own, so `window` is
+    refused with NotImplementedError. No gradients. ValueError where the owner's cache is full; the other
     ranks learn of what fails on one under DLCORE_CHECK=1.
     """
     op = "distributed.attention.decode"
@@ -232,11 +232,10 @@ def decode(
                 q, keys, values, bounds[0], bounds[1], cache.page_table, scale, softcap
             )
     with torch.no_grad():
-        parts = groups.gather(torch.cat([out.to(lse.dtype), lse.mT.unsqueeze(-1)], -1), members)
-        outs, lses = parts[..., :-1], parts[..., -1]
-        total = torch.logsumexp(lses, 0)
-        merged = (torch.exp(lses - total).unsqueeze(-1) * outs).sum(0).to(q.dtype)
-    return (merged, total.mT.contiguous()) if return_lse else merged
+        total = torch.logsumexp(groups.gather(lse, members), 0)
+        weight = torch.exp(lse - total).transpose(1, 2).unsqueeze(-1)
+        merged = groups.total(weight * out, members).to(q.dtype)
+    return (merged, total) if return_lse else merged
 
 
 def _facts(
