@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
-.PHONY: demo test systems bench gpu-check bench-gpu lint format clean
+.PHONY: demo test systems bench bench-distributed gpu-check bench-gpu lint format clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m dlcore demo $(ARGS)
@@ -25,6 +25,10 @@ gpu-check: $(VENV)/ready
 
 bench-gpu: $(VENV)/ready
 	$(BIN)/python -m bench.gpu $(ARGS)
+
+# What two ranks on this machine send and take, over a vocabulary, a context and a cache.
+bench-distributed: $(VENV)/ready
+	env OMP_NUM_THREADS=1 $(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 -m bench.distributed $(ARGS)
 
 lint: $(VENV)/lint-ready
 	$(BIN)/ruff check .

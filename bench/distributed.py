@@ -282,12 +282,18 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def processor() -> str:
+    """The name of the CPU."""
+    from cpuinfo import get_cpu_info
+
+    return str(get_cpu_info().get("brand_raw", platform.machine()))
+
+
 def about(sizes: Sizes, group: dist.ProcessGroup, device: torch.device) -> Row:
     """What the numbers were measured on."""
     return {
         "datetime": datetime.now().isoformat(timespec="seconds"),
-        "cpu": platform.processor() or platform.machine(),
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else processor(),
         "ranks": dist.get_world_size(group),
         "backend": dist.get_backend(group),
         "threads": torch.get_num_threads(),

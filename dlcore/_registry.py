@@ -193,7 +193,12 @@ for _op in REFERENCE:
 TRITON: dict[str, tuple[str, ...]] = {
     "attention": ("attention.intervals", "attention.intervals_backward", "attention.decode"),
     "bits": tuple(op for op in REFERENCE if op.startswith("bits.")),
-    "categorical": ("categorical.stats", "categorical.sample", "categorical.sample_mixture"),
+    "categorical": (
+        "categorical.stats",
+        "categorical.summary",
+        "categorical.sample",
+        "categorical.sample_mixture",
+    ),
     "categorical_losses": (
         "categorical.log_probs",
         "categorical.log_probs_backward",

@@ -131,7 +131,7 @@ def _run(name: str, h: Head, *args: Any) -> Any:
 def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: Head) -> Tensor:
     """The key as given, or a fresh one from torch's generator, on every rank the same."""
     if type(h) is Head or key is not None:
-        return keys_beside(h.logits, checks.key(op, key, generator, h.lead, h.logits.device), h.lead)
+        return checks.key(op, key, generator, h.lead, h.logits.device)
     from dlcore.distributed import heads
 
     return heads.fresh_key(op, generator, cast("ShardedHead", h))
@@ -296,7 +296,7 @@ def sample(
         checks.per_row(op, "top_k", top_k, lead, device, torch.int64),
         checks.per_row(op, "top_p", top_p, lead, device),
         checks.per_row(op, "min_p", min_p, lead, device),
-        fresh_key(op, key, generator, h),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return Draw(tokens, numbers, index is not None)
 
@@ -367,7 +367,7 @@ def sample_mixture(
         _temperature(op, temperature, h),
         softcap,
         exclude,
-        fresh_key(op, key, generator, h),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return result
 
@@ -534,7 +534,7 @@ def sample_expectation(
         softcap,
         exclude,
         index,
-        fresh_key(op, key, generator, h),
+        keys_beside(h.logits, fresh_key(op, key, generator, h), h.lead),
     )
     return Draw(tokens, numbers, index is not None), mean
 

@@ -98,6 +98,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 #: tests that take each backend in turn. ISA levels are the CPU's.
 ON_GPU = (
     *("absorbing_uniform", "attention", "attention_decode", "bits", "bits_codes", "categorical"),
+    "categorical_summary",
     *("categorical_losses", "end_to_end", "flow", "linear_logits", "masked", "sphere", "sphere_dynamics"),
     *("sphere_laws", "sphere_velocity", "uniform", "uniform_losses", "uniform_nelbo", "unmask", "vmf"),
     "vmf_sample",

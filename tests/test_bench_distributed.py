@@ -68,12 +68,10 @@ def test_arithmetic() -> None:
     assert paper.product(1, 1) == pytest.approx(262144 * 2816 * 2 / 3.35e12)
 
 
-@pytest.mark.slow
-def test_the_command(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "bench.distributed", "--tiny", "--out", str(tmp_path), "sample", "decode"]
+def torchrun(*arguments: str) -> str:
+    """What two ranks print."""
     done = subprocess.run(
-        command,
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *arguments],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         cwd=Path(__file__).parent.parent,
         capture_output=True,
@@ -82,8 +80,26 @@ def test_the_command(tmp_path: Path) -> None:
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_ten_lines(tmp_path: Path) -> None:
+    """README's first example runs on two ranks."""
+    readme = (Path(dlcore.__file__).parent / "distributed" / "README.md").read_text()
+    script = tmp_path / "this.py"
+    code = readme.split("```python\n")[1].split("```")[0].replace("262_144", "2_000")
+    script.write_text(code + "print(draw.tokens.sum().item(), weight.grad.isfinite().all().item())\n")
+    first, second = torchrun(str(script)).split("\n")[:2]
+    assert first == second
+    assert first.endswith("True")
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path: Path) -> None:
+    printed = torchrun("-m", "bench.distributed", "--tiny", "--out", str(tmp_path), "sample", "decode")
     (file,) = tmp_path.glob("*-distributed-2.json")
     record = json.loads(file.read_text())
     assert record["ranks"] == 2
     assert {r["case"] for r in record["results"]} == {"sample", "sample top_k = 50", "decode"}
-    assert "decode" in done.stdout
+    assert "decode" in printed

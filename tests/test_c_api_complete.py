@@ -35,6 +35,7 @@ SHARED = {
     "scan": ("categorical_stats", "categorical_sample", "categorical_sample_mixture"),
     "scan_bytes": ("categorical_workspace",),
     "finish_stats": ("categorical_stats",),
+    "finish_summary": ("categorical_summary",),
     "finish_sample": ("categorical_sample",),
     "plan_mixture": ("categorical_sample_mixture",),
     "finish_mixture": ("categorical_sample_mixture",),

@@ -63,6 +63,7 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
         "rng.normal": (rng.split(KEY, 3), [5], torch.float64),
         "rng.gumbel": (KEY, [], torch.float32),
         "categorical.stats": (*head(), *row),
+        "categorical.summary": (*head(), 256, z + 256, shift, z + 256, temperature, 5.0, 2, z < 0, KEY),
         "categorical.sample": (*head(), *row, torch.tensor(20), torch.tensor(0.9), torch.tensor(0.01), KEY),
         "categorical.sample_mixture": (*head(), z, coefficients, -1, shift, temperature, 5.0, 2, KEY),
         "categorical.log_probs": (*head(), z, z, shift, 5.0, 2),

@@ -156,6 +156,43 @@ def test_ranks_in_different_groups(ranks4: ranks.Ranks) -> None:
         assert then
 
 
+def ask(group: dist.ProcessGroup, name: str) -> tuple[str, bool]:
+    """A sharded function, of which the last rank asks for something else."""
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    weight = torch.randn(300, 4, generator=torch.Generator().manual_seed(dist.get_rank(group)))
+    hidden = torch.ones(3 if name == "rows" and last else 2, 4)
+    key = dlcore.rng.key(last if name == "key" else 7)
+    sizes = (300 - last, 300 + last) if name == "sizes" else (300, 300)
+    z = torch.full(hidden.shape[:1], 600 if name == "index" and last else 1)
+    x = torch.randn(1, 8, 2, 32, generator=torch.Generator().manual_seed(1))
+
+    def function() -> Any:
+        if name == "attention":
+            own = x[:, :4]
+            return dlcore.distributed.attention.block_causal(
+                own, own, own, block_size=2 + last * 2, length=8, group=group
+            )
+        head = dlcore.LinearLogits(hidden, weight, group=group, sizes=sizes)
+        return dlcore.categorical.sample(
+            head, z, temperature=0.5 if name == "temperature" and last else 1.0, key=key
+        )
+
+    with checked():
+        said = refusal(function)
+        name, last = "", False
+        hidden, key, sizes = torch.ones(2, 4), dlcore.rng.key(7), (300, 300)
+        z = torch.full((2,), 1)
+        tokens = groups.gather(function().tokens, group)
+    return said, bool((tokens == tokens[0]).all())
+
+
+@pytest.mark.parametrize("name", ["rows", "key", "sizes", "index", "temperature", "attention"])
+def test_sharded_functions(ranks4: ranks.Ranks, name: str) -> None:
+    for said, then in ranks4.run(2, ask, name):
+        assert "Error" in said, said
+        assert then
+
+
 def not_mine(group: dist.ProcessGroup) -> str:
     other = dist.new_group([0])
     return refusal(lambda: process_group(OP, other))

@@ -331,6 +331,8 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
     by_rows, by_tokens = (distribute_tensor(logits, mesh, [Shard(dim)]) for dim in (0, 2))
     x = distribute_tensor(points(0), mesh, [Shard(2)])
     weight = distribute_tensor(normal(V, L), mesh, [Shard(0)])
+    q, k = (distribute_tensor(normal(B, L, 6, D), mesh, [Shard(dim)]) for dim in (2, 1))
+    odd = distribute_tensor(normal(B, L, 3, D), mesh, [Replicate()])
     none = (None,) * 7
     ops = torch.ops.dlcore
     said = []
@@ -339,6 +341,8 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
         lambda: ops.categorical_stats(by_tokens, *none),
         lambda: ops.categorical_stats(distribute_tensor(normal(B, L), mesh, [Shard(0)]), weight, *none[1:]),
         lambda: sphere.normalize(x),
+        lambda: attention.block_causal(q, odd, odd, block_size=2),
+        lambda: attention.block_causal(k, k, k, block_size=2),
     ):
         try:
             call()
@@ -349,7 +353,9 @@ def refusals(group: dist.ProcessGroup) -> list[str]:
 
 
 def test_what_would_have_to_be_gathered_is_refused(ranks4: ranks.Ranks) -> None:
-    for shared, tokens, weight, inner in ranks4.run(2, refusals):
+    for shared, tokens, weight, inner, heads, keys in ranks4.run(2, refusals):
+        assert "q must be sharded over sequences, whole groups of heads or rows of q" in heads
+        assert "k must be sharded over sequences, whole groups of heads or rows of q" in keys
         assert "categorical.sample: key must be one per row where rows are sharded, got (2,)" in shared
         assert f"categorical.stats: logits {(B, L, V)} must be sharded over its rows" in tokens
         assert "categorical.stats: weight must be replicated" in weight

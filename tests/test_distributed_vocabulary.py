@@ -369,7 +369,7 @@ def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend:
 
 
 @every_split()
-@pytest.mark.parametrize("named", ["reference"])
+@pytest.mark.parametrize("named", ["cpu", "reference"])
 def test_broken_rows_and_shards_of_nothing(ranks4: Ranks, sizes: Any, named: str) -> None:
     ranks4.run(len(sizes), equal_broken_rows, sizes, named)
 
@@ -443,8 +443,10 @@ def test_what_is_refused(ranks4: Ranks) -> None:
 
 def fresh_keys(group: dist.ProcessGroup) -> list[int]:
     torch.manual_seed(dist.get_rank(group))
-    logits = ShardedLogits(torch.zeros(50, 500), group)
-    return categorical.sample(logits).tokens.tolist()
+    logits, z = ShardedLogits(torch.zeros(50, 500), group), torch.zeros(50, dtype=torch.int64)
+    drawn = [categorical.sample(logits).tokens, uniform.step(logits, z, 0.1, 0.9)]
+    drawn.append(uniform.correct(ShardedLogits(torch.zeros(2, 25, 500), group), z.view(2, 25), 0.5, 5))
+    return torch.cat([tokens.flatten() for tokens in drawn]).tolist()
 
 
 def test_a_fresh_key_is_one_for_all_ranks(ranks4: Ranks) -> None:

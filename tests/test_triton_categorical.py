@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import summaries
 import torch
 from triton_calls import assert_same, call, quiet
 from triton_variants import missed
@@ -194,6 +195,77 @@ def test_a_head_is_read_tile_by_tile(cut, monkeypatch):
     args = (*head, *row(1800), 30.0, 2, *limits, KEY)
     expected = call("categorical.sample", "reference", *args)
     assert_same(call("categorical.sample", "triton", *args), expected, 1e-5, 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [1, 300, 5000])
+def test_summary(vocab, dtype):
+    """All of a vocabulary and a part; with all options, without a target, and with none."""
+    for first in (0, summaries.FIRST):
+        index, shift, target, *rest = summaries.options(vocab, first, 1)
+        fewer = (index, shift, None, *rest[:-1], KEY)
+        for given in ((None,) * 8, (index, shift, target, *rest), fewer):
+            args = (*summaries.head(vocab, dtype), first, *given)
+            wanted = call("categorical.summary", "reference", *args)
+            summaries.assert_same(call("categorical.summary", "triton", *args), wanted, 1e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("few", [0, 64])
+@pytest.mark.parametrize("vocab", [300, 1800])
+def test_summary_of_a_head(vocab, few, monkeypatch):
+    """Few rows and many, tile by tile."""
+    monkeypatch.setattr(linear_logits, "_TILE", summaries.LEAD.numel() * 512)
+    monkeypatch.setattr(linear_logits_scan, "FEW_ROWS", few)
+    for seed in (1, 2):
+        given = summaries.options(vocab, summaries.FIRST, seed)
+        for target in (given[2], None):
+            args = (*summaries.head(vocab, linear=True), summaries.FIRST, *given[:2], target, *given[3:])
+            wanted = call("categorical.summary", "reference", *args)
+            summaries.assert_same(call("categorical.summary", "triton", *args), wanted, 3e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("linear", [False, True])
+@pytest.mark.parametrize(("first", "vocab"), [(1, 255), (300, 100), (511, 1), (summaries.FIRST + 77, 178)])
+def test_summary_of_tokens_of_one_group(first, vocab, linear):
+    for seed in range(3):
+        args = (*summaries.head(vocab, linear=linear), first, *summaries.options(vocab, first, seed))
+        wanted = call("categorical.summary", "reference", *args)
+        summaries.assert_same(call("categorical.summary", "triton", *args), wanted, 3e-5)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_summary_of_ids_far_outside():
+    """Nothing is read there, whatever they are, and the row's other numbers do not change."""
+    far = torch.tensor([2**63 - 1, -(2**63), summaries.FIRST - 1, summaries.FIRST + 300])
+    for inputs in ((torch.randn(4, 300), None, None), (torch.randn(4, 8), torch.randn(300, 8), None)):
+        plain = call("categorical.summary", "triton", *inputs, summaries.FIRST, *(None,) * 7, KEY)
+        for target, exclude in ((far.clamp(min=0), 2**40), (None, -1), (None, summaries.FIRST + 300)):
+            args = (*inputs, summaries.FIRST, far, torch.tensor(5.0), target, None, None, exclude, None, KEY)
+            tokens, numbers = call("categorical.summary", "triton", *args)
+            assert torch.equal(tokens, plain[0])
+            torch.testing.assert_close(numbers[:6], plain[1][:6], rtol=1e-6, atol=1e-6)
+            assert numbers[6:].isnan().all()
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("linear", [False, True])
+def test_summaries_merge(linear):
+    vocab = 1500
+    x, given, key = (
+        summaries.head(vocab, linear=linear, seed=2),
+        summaries.options(vocab, 0, 3),
+        summaries.key_of(3),
+    )
+    whole = call("categorical.summary", "triton", *x, 0, *given[:7], key)
+    for cuts in summaries.partition(vocab, 3, shards=(2, 5)):
+        parts = [
+            (part, *call("categorical.summary", "triton", *tensors, part[0], *given[:7], key))
+            for part, tensors in summaries.cut(x, cuts)
+        ]
+        summaries.assert_same(summaries.merged(parts, given[3], key), whole, 3e-5)
 
 
 def test_every_variant_was_launched():

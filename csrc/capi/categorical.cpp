@@ -112,7 +112,9 @@ PerRow<float> temperature_of(const dlcore_floats& temperature, int64_t rows, boo
   return checked;
 }
 
-Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory) {
+Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, bool greedy, Memory memory,
+                   Ids ids) {
+  if (ids == Ids::kAnywhere) vocab = std::numeric_limits<int64_t>::max();
   const bool readable = memory == Memory::kHost;
   Softmax s;
   if (readable) token_ids("index", a.index, rows, vocab);
@@ -127,6 +129,19 @@ Softmax softmax_of(const dlcore_categorical& a, int64_t rows, int64_t vocab, boo
   s.exclude = optional_id("exclude", a.exclude, vocab);
   if (a.exclude && vocab == 1) refuse(DLCORE_INVALID_VALUE, "exclude leaves no token in a vocabulary of 1");
   return s;
+}
+
+ScanArguments scan_of(const dlcore_part& part, int64_t rows, int64_t vocab) {
+  const int64_t first = part.first, most = std::numeric_limits<int64_t>::max() - vocab;
+  if (first < 0 || first > most || (first % kGroup != 0 && first / kGroup != (first + vocab - 1) / kGroup))
+    refuse(DLCORE_INVALID_VALUE, "first must be a multiple of ", kGroup,
+           ", or all tokens lie in one group of as many, got ", first, " and ", vocab, " tokens");
+  ScanArguments a;
+  a.first_token = first;
+  if (part.target) a.target = {part.target, 1};
+  a.skip = part.skip;
+  if (part.keys.data) a.keys = keys(part.keys, rows);
+  return a;
 }
 
 MixtureArguments mixture_of(const dlcore_mixture& how, const Softmax& softmax, int64_t rows, int64_t vocab,
@@ -150,11 +165,11 @@ MixtureArguments mixture_of(const dlcore_mixture& how, const Softmax& softmax, i
   return m;
 }
 
-Rows::Rows(const dlcore_categorical* a, bool greedy) : Rows(pointed("softmax", a), greedy) {}
+Rows::Rows(const dlcore_categorical* a, bool greedy, Ids ids) : Rows(pointed("softmax", a), greedy, ids) {}
 
-Rows::Rows(const dlcore_categorical& a, bool greedy)
+Rows::Rows(const dlcore_categorical& a, bool greedy, Ids ids)
     : logits("logits", a.logits, a.threads),
-      softmax(softmax_of(a, rows(), logits.vocab(), greedy, Memory::kHost)),
+      softmax(softmax_of(a, rows(), logits.vocab(), greedy, Memory::kHost, ids)),
       softmax_tiles(softmax),
       softcap(a.softcap) {
   if (!logits.dense()) softmax_tiles.softcap = 0;
@@ -167,7 +182,8 @@ void Rows::scan(ScanArguments scan) const {
 void Rows::scan(ScanArguments scan, int64_t first, const View& tile) const {
   scan.softmax = softmax_tiles;
   scan.logits = tile;
-  scan.first_token = first;
+  scan.first_token += first;
+  scan.start = first == 0;
   scan.threads = logits.threads(rows() * tile.columns);
   kernels().scan(scan);
 }
@@ -195,6 +211,20 @@ dlcore_status dlcore_categorical_stats(const dlcore_categorical* softmax, int64_
     read.state = state.data();
     a.scan(read);
     dlcore::finish_stats(state.data(), a.rows(), argmax, numbers);
+  });
+}
+
+dlcore_status dlcore_categorical_summary(const dlcore_categorical* softmax, const dlcore_part* part,
+                                         int64_t* tokens, double* numbers) {
+  return guarded(__func__, [&] {
+    const Rows a(softmax, true, Ids::kAnywhere);
+    dlcore::ScanArguments read = scan_of(pointed("part", part), a.rows(), a.logits.vocab());
+    needed("tokens", tokens, a.rows());
+    needed("numbers", numbers, a.rows());
+    Summaries state(static_cast<size_t>(a.rows()));
+    read.state = state.data();
+    a.scan(read);
+    dlcore::finish_summary(state.data(), a.rows(), tokens, numbers);
   });
 }
 

@@ -68,9 +68,9 @@ void sample_mixture(const DeviceRows& a, const dlcore_mixture& how, int64_t* tok
 
 }  // namespace
 
-DeviceRows::DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace)
+DeviceRows::DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace, Ids ids)
     : logits(dense("logits", a.logits)), memory(workspace) {
-  softmax = softmax_of(a, rows(), vocab(), true, Memory::kDevice);
+  softmax = softmax_of(a, rows(), vocab(), true, Memory::kDevice, ids);
   state = memory.take<Summary>(rows());
   skip = memory.take<uint8_t>(rows());
   saved = memory.take<double>(5 * rows());
@@ -85,8 +85,8 @@ DeviceRows::DeviceRows(const dlcore_categorical& a, bool truncated, void* worksp
   ends = memory.take<int64_t>(rows());
 }
 
-DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace) {
-  const DeviceRows a(softmax, how, workspace);
+DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace, Ids ids) {
+  const DeviceRows a(softmax, how, workspace, ids);
   needed("workspace", static_cast<char*>(workspace), a.rows());
   return a;
 }
@@ -100,7 +100,7 @@ dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categorical* softma
                                                 int64_t* bytes) {
   return queued(__func__, [&] {
     needed("bytes", bytes);
-    *bytes = DeviceRows(softmax, how, nullptr).memory.used();
+    *bytes = DeviceRows(softmax, how, nullptr, Ids::kAnywhere).memory.used();
   });
 }
 
@@ -112,6 +112,19 @@ dlcore_status dlcore_cuda_categorical_stats(const dlcore_categorical* softmax, i
     needed("numbers", numbers, a.rows());
     a.scan({}, stream_of(stream));
     cuda::finish_stats(a.state, a.rows(), argmax, numbers, stream_of(stream));
+  });
+}
+
+dlcore_status dlcore_cuda_categorical_summary(const dlcore_categorical* softmax, const dlcore_part* part,
+                                              int64_t* tokens, double* numbers, void* workspace,
+                                              void* stream) {
+  return queued(__func__, [&] {
+    const DeviceRows a = scanned(softmax, nullptr, workspace, Ids::kAnywhere);
+    const ScanArguments read = scan_of(pointed("part", part), a.rows(), a.vocab());
+    needed("tokens", tokens, a.rows());
+    needed("numbers", numbers, a.rows());
+    a.scan(read, stream_of(stream));
+    cuda::finish_summary(a.state, a.rows(), tokens, numbers, stream_of(stream));
   });
 }
 

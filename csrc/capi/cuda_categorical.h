@@ -22,8 +22,8 @@ inline View dense(const char* name, const dlcore_logits& logits) {
 
 // Dense rows, and what a call keeps of them on the device.
 struct DeviceRows {
-  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory)
-      : DeviceRows(pointed("softmax", softmax), truncates(how), memory) {}
+  DeviceRows(const dlcore_categorical* softmax, const dlcore_sampling* how, void* memory, Ids ids)
+      : DeviceRows(pointed("softmax", softmax), truncates(how), memory, ids) {}
 
   int64_t rows() const { return logits.rows; }
   int64_t vocab() const { return logits.columns; }
@@ -49,10 +49,11 @@ struct DeviceRows {
   int64_t* ends = nullptr;
 
  private:
-  DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace);
+  DeviceRows(const dlcore_categorical& a, bool truncated, void* workspace, Ids ids);
 };
 
 // The same, ready to be scanned.
-DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace);
+DeviceRows scanned(const dlcore_categorical* softmax, const dlcore_sampling* how, void* workspace,
+                   Ids ids = Ids::kHere);
 
 }  // namespace dlcore::capi

@@ -75,7 +75,7 @@ void velocity(const Drift& d, float* out, float* along, double* logsumexp) {
     d.rows.logits.multiply(weights, Order::kAsIs, tokens, Order::kAsIs, out, true);
   });
   const auto lse = room<double>(rows);
-  weighing.logsumexp(lse.get());
+  weighing.logsumexp(kNaN, lse.get());
   for (int64_t r = 0; r < rows; ++r) {
     const double factor = std::exp(weighing.references()[r] - lse[r]);
     const float* x = d.x.data() + r * dim;

@@ -40,14 +40,17 @@ View Weighing::probabilities(int64_t first, const View& tile) const {
   return s.out;
 }
 
-void Weighing::logsumexp(double* out) const { finish_logsumexp(scan_.state, rows_.rows(), out); }
+void Weighing::logsumexp(double nothing, double* out) const {
+  finish_logsumexp(scan_.state, rows_.rows(), nothing, out);
+}
 
 void Weighing::finish(double* wanted) {
   const int64_t rows = rows_.rows();
   const auto own = wanted ? nullptr : room<double>(rows);
   double* lse = wanted ? wanted : own.get();
-  logsumexp(lse);
-  for (int64_t r = 0; r < rows; ++r) factor_[r] = static_cast<float>(std::exp(references()[r] - lse[r]));
+  logsumexp(-kInfinity, lse);
+  // NaN where there is nothing but -inf.
+  for (int64_t r = 0; r < rows; ++r) factor_[r] = static_cast<float>(std::exp(references_[r] - lse[r]));
   scale();
 }
 

@@ -19,8 +19,8 @@ class Weighing {
   // exp(logits - references) of it, (rows, columns) floats until the next tile.
   View probabilities(int64_t first, const View& tile) const;
   const double* references() const { return references_.get() + rows_.rows(); }
-  // The logits' (rows), once all tiles are in.
-  void logsumexp(double* out) const;
+  // The logits' (rows), once all tiles are in; `nothing` where there is nothing but -inf.
+  void logsumexp(double nothing, double* out) const;
   // Makes them the sums that are weighed with softmax itself; logsumexp (rows) may be null.
   void finish(double* logsumexp);
 

@@ -78,13 +78,14 @@ struct Cut {
 
 struct ScanArguments {
   View logits;              // (rows, columns): tokens [first_token, first_token + columns)
-  int64_t first_token = 0;  // a multiple of kGroup
+  int64_t first_token = 0;  // a multiple of kGroup, or all tokens lie in one group
   Softmax softmax;
   PerRow<int64_t> target;         // a second token to read; rows with target < 0 are not read at all
   Keys keys;                      // null: no draw
   const uint8_t* skip = nullptr;  // rows not to read
   Cut* cuts = nullptr;            // null: no truncation; ties are used up as they are met
-  Summary* state = nullptr;       // (rows), merged into; started anew at token 0
+  Summary* state = nullptr;       // (rows), merged into
+  bool start = true;              // or started anew
   int threads = 1;
 };
 

@@ -34,6 +34,16 @@ DLCORE_HD inline void finish_sample_row(const Summary& s, const Summary& drawn, 
   numbers[6 * rows + r] = static_cast<float>(s.log_prob(drawn.token_logit));
 }
 
+// What merges with other parts of the vocabulary. numbers (8, rows): top, second, sum (NaN where NaN or +inf
+// was seen), weighted, the draw's score and logit, the logits at index and at target; tokens (2, rows):
+// argmax, draw.
+DLCORE_HD inline void finish_summary_row(const Summary& s, int64_t rows, int64_t r, int64_t* tokens,
+                                         double* numbers) {
+  put_column(tokens, rows, r, s.empty() ? -1 : s.argmax, s.empty() ? -1 : s.token);
+  put_column(numbers, rows, r, s.top, s.second, s.invalid ? kNaN : s.sum, s.weighted, s.score, s.token_logit,
+             s.index_logit, s.target_logit);
+}
+
 // numbers (3, rows): log p[target], log p[index], logsumexp; 0 where target < 0.
 DLCORE_HD inline void finish_log_probs_row(const Summary& s, int64_t target, bool with_index, int64_t rows,
                                            int64_t r, double* numbers) {
@@ -43,12 +53,12 @@ DLCORE_HD inline void finish_log_probs_row(const Summary& s, int64_t target, boo
              lse);
 }
 
-// numbers (3, rows): KL, and the two logsumexps.
+// numbers (3, rows): KL, and the two logsumexps; NaN and -inf where one of the rows has nothing but -inf.
 DLCORE_HD inline void finish_kl_row(const KLSummary& s, int64_t rows, int64_t r, double* numbers) {
-  if (s.invalid || !(s.p_top > -kInfinity) || !(s.q_top > -kInfinity))
-    return put_column(numbers, rows, r, kNaN, kNaN, kNaN);
+  if (s.invalid) return put_column(numbers, rows, r, kNaN, kNaN, kNaN);
+  const bool both = s.p_top > -kInfinity && s.q_top > -kInfinity;
   const double p = std::log(s.p_sum), q = std::log(s.q_sum);
-  put_column(numbers, rows, r, s.gap / s.p_sum - p + q, s.p_top + p, s.q_top + q);
+  put_column(numbers, rows, r, both ? s.gap / s.p_sum - p + q : kNaN, s.p_top + p, s.q_top + q);
 }
 
 enum class Route { kKeep, kDraw, kPrior };

@@ -12,6 +12,10 @@ void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* nu
 // `drawn` is the state of the scan that drew, `state` that of the whole row.
 void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, float* numbers);
 
+// What merges with other parts of the vocabulary, as csrc/common/categorical_finish.h has it: tokens (2,
+// rows), numbers (8, rows).
+void finish_summary(const Summary* state, int64_t rows, int64_t* tokens, double* numbers);
+
 // numbers (3, rows): log p[target], log p[index], logsumexp; 0 where target < 0.
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers);
@@ -20,9 +24,10 @@ void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_in
 // relative to. `factor` scales what was summed before; false if it is 1 for all rows.
 bool follow_largest(const Summary* state, int64_t rows, bool start, double* references, float* factor);
 
-void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp);
+// `nothing`: that of a row with nothing but -inf.
+void finish_logsumexp(const Summary* state, int64_t rows, double nothing, double* logsumexp);
 
-// numbers (3, rows): KL, and the two logsumexps.
+// numbers (3, rows): KL, and the two logsumexps; NaN and -inf where one of the rows has nothing but -inf.
 void finish_kl(const KLSummary* state, int64_t rows, double* numbers);
 
 // Marks rows whose outcome does not depend on their logits.

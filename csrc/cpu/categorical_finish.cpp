@@ -17,6 +17,10 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
   for (int64_t r = 0; r < rows; ++r) finish_sample_row(state[r], drawn[r], rows, r, tokens, numbers);
 }
 
+void finish_summary(const Summary* state, int64_t rows, int64_t* tokens, double* numbers) {
+  for (int64_t r = 0; r < rows; ++r) finish_summary_row(state[r], rows, r, tokens, numbers);
+}
+
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers) {
   for (int64_t r = 0; r < rows; ++r) finish_log_probs_row(state[r], target[r], with_index, rows, r, numbers);
@@ -34,8 +38,9 @@ bool follow_largest(const Summary* state, int64_t rows, bool start, double* refe
   return moved;
 }
 
-void finish_logsumexp(const Summary* state, int64_t rows, double* logsumexp) {
-  for (int64_t r = 0; r < rows; ++r) logsumexp[r] = state[r].logsumexp();
+void finish_logsumexp(const Summary* state, int64_t rows, double nothing, double* logsumexp) {
+  for (int64_t r = 0; r < rows; ++r)
+    logsumexp[r] = state[r].empty() && !state[r].invalid ? nothing : state[r].logsumexp();
 }
 
 void finish_kl(const KLSummary* state, int64_t rows, double* numbers) {

@@ -260,11 +260,13 @@ class Segment {
 
   void draw_in_group(int64_t g, Summary& s) {
     const float* x = buffered(g);
-    alignas(64) float noise[kGroup];
-    fill_gumbel(key_, Domain::kToken, first_ + g * kGroup, kGroup, noise);
+    alignas(64) float noise[kGroup + 2 * kLanes], scores[kGroup];
+    // Draws come in pairs: an odd first token is the second of its pair.
+    const int64_t odd = first_ % 2;
+    fill_gumbel(key_, Domain::kToken, first_ + g * kGroup - odd, kGroup + odd, noise);
     for (int64_t i = 0; i < kGroup; i += kLanes)
-      store(noise + i, fused(load(x + i) - top_, row_.inverse_temperature, load(noise + i)));
-    const int64_t best = first_largest(noise, kGroup).at;
+      store(scores + i, fused(load(x + i) - top_, row_.inverse_temperature, load(noise + odd + i)));
+    const int64_t best = first_largest(scores, kGroup).at;
     s.token = first_ + g * kGroup + best;
     s.token_logit = static_cast<double>(x[best]) * row_.inverse_temperature;
   }
@@ -386,7 +388,7 @@ void scan_rows(const ScanArguments& a, int64_t begin, int64_t end, const RowDone
 
 void scan(const ScanArguments& a) {
   const int64_t rows = a.logits.rows, segments = segments_of(a);
-  if (a.first_token == 0) std::fill_n(a.state, rows, Summary{});
+  if (a.start) std::fill_n(a.state, rows, Summary{});
   const auto take = [&](int64_t r, const Summary& s) { a.state[r] = merge(a.state[r], s); };
   // Ties are used up in order, and whole rows merge without a workspace; few long rows are shared by segment.
   if (a.cuts || segments == 1 || rows >= 4 * a.threads) {

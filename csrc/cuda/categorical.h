@@ -18,6 +18,7 @@ void scan(const ScanArguments&, const int64_t* ends, void* workspace, cudaStream
 void finish_stats(const Summary* state, int64_t rows, int64_t* argmax, float* numbers, cudaStream_t);
 void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int64_t* tokens, float* numbers,
                    cudaStream_t);
+void finish_summary(const Summary* state, int64_t rows, int64_t* tokens, double* numbers, cudaStream_t);
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                       double* numbers, cudaStream_t);
 void finish_kl(const KLSummary* state, int64_t rows, double* numbers, cudaStream_t);

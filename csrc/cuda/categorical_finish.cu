@@ -20,6 +20,11 @@ __global__ void sample_kernel(const Summary* state, const Summary* drawn, int64_
     finish_sample_row(state[r], drawn[r], rows, r, tokens, numbers);
 }
 
+__global__ void summary_kernel(const Summary* state, int64_t rows, int64_t* tokens, double* numbers) {
+  for (int64_t r = global_thread(); r < rows; r += all_threads())
+    finish_summary_row(state[r], rows, r, tokens, numbers);
+}
+
 __global__ void log_probs_kernel(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,
                                  double* numbers) {
   for (int64_t r = global_thread(); r < rows; r += all_threads())
@@ -52,6 +57,11 @@ void finish_sample(const Summary* state, const Summary* drawn, int64_t rows, int
                    cudaStream_t stream) {
   launch("categorical.sample", sample_kernel, blocks(rows), kThreads, stream, state, drawn, rows, tokens,
          numbers);
+}
+
+void finish_summary(const Summary* state, int64_t rows, int64_t* tokens, double* numbers,
+                    cudaStream_t stream) {
+  launch("categorical.summary", summary_kernel, blocks(rows), kThreads, stream, state, rows, tokens, numbers);
 }
 
 void finish_log_probs(const Summary* state, PerRow<int64_t> target, bool with_index, int64_t rows,

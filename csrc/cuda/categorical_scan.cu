@@ -229,10 +229,15 @@ class Group {
     float scores[2 * kPairs];
 #pragma unroll
     for (int i = 0; i < 2 * kPairs; i += 2) {
-      const Block b = block(key, Domain::kToken, (first_token + first_ + entry(i)) / 2);
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        scores[i + k] = fmaf(x_[i + k] - top, inverse_temperature, gumbel(bits(b, k)));
+      const int64_t token = first_token + first_ + entry(i);
+      const Block b = block(key, Domain::kToken, token / 2);
+      uint64_t own = bits(b, 0), next = bits(b, 1);
+      if (token % 2) {  // the second of a pair, and the first of the one after
+        own = next;
+        next = bits(block(key, Domain::kToken, token / 2 + 1), 0);
+      }
+      scores[i] = fmaf(x_[i] - top, inverse_temperature, gumbel(own));
+      scores[i + 1] = fmaf(x_[i + 1] - top, inverse_temperature, gumbel(next));
     }
     const int at = leader(scores).at;
     float value = kNone;
@@ -310,7 +315,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
     Summary s;
     if (!unread(a, r)) s = summarize<T>(a, ends, parts + r * chunks, chunks, r);
     if (lane_id() != 0) continue;
-    a.state[r] = a.first_token == 0 ? s : merge(a.state[r], s);
+    a.state[r] = a.start ? s : merge(a.state[r], s);
   }
 }
 

@@ -6,12 +6,13 @@ namespace dlcore::cuda {
 void bind_categorical(py::module_& m) {
   m.attr("SUMMARY_BYTES") = sizeof(Summary);
   m.def("scan_bytes", scan_bytes);
-  m.def("scan", [](const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
+  m.def("scan", [](const py::tuple& logits, int64_t first_token, bool start, const py::tuple& parameters,
                    const py::object& target, const py::object& key, Address skip, Address cuts, Address ends,
                    Address state, Address workspace, Address stream) {
     ScanArguments a;
     a.logits = view(logits);
     a.first_token = first_token;
+    a.start = start;
     a.softmax = softmax(parameters);
     a.target = per_row<int64_t>(target);
     a.keys = keys(key);
@@ -71,6 +72,9 @@ void bind_categorical(py::module_& m) {
           finish_sample(at<Summary>(state), at<Summary>(drawn), rows, at<int64_t>(tokens), at<float>(numbers),
                         stream_at(stream));
         });
+  m.def("finish_summary", [](Address state, int64_t rows, Address tokens, Address numbers, Address stream) {
+    finish_summary(at<Summary>(state), rows, at<int64_t>(tokens), at<double>(numbers), stream_at(stream));
+  });
   m.def("finish_log_probs", [](Address state, const py::object& target, bool with_index, int64_t rows,
                                Address numbers, Address stream) {
     finish_log_probs(at<Summary>(state), per_row<int64_t>(target), with_index, rows, at<double>(numbers),

@@ -6,12 +6,13 @@
 namespace dlcore {
 namespace {
 
-void scan_rows(const py::tuple& logits, int64_t first_token, const py::tuple& parameters,
+void scan_rows(const py::tuple& logits, int64_t first_token, bool start, const py::tuple& parameters,
                const py::object& target, const py::object& key, Address skip, Address cuts, Address state,
                int threads) {
   ScanArguments a;
   a.logits = view(logits);
   a.first_token = first_token;
+  a.start = start;
   a.softmax = softmax(parameters);
   a.target = per_row<int64_t>(target);
   a.keys = keys(key);
@@ -102,6 +103,9 @@ void bind_categorical(py::module_& m) {
   m.def("finish_sample", [](Address state, Address drawn, int64_t rows, Address tokens, Address numbers) {
     finish_sample(at<Summary>(state), at<Summary>(drawn), rows, at<int64_t>(tokens), at<float>(numbers));
   });
+  m.def("finish_summary", [](Address state, int64_t rows, Address tokens, Address numbers) {
+    finish_summary(at<Summary>(state), rows, at<int64_t>(tokens), at<double>(numbers));
+  });
   m.def("plan_mixture", [](const py::tuple& arguments, int64_t rows, Address skip) {
     plan_mixture(mixture(arguments, rows), at<uint8_t>(skip));
   });
@@ -123,8 +127,8 @@ void bind_categorical(py::module_& m) {
     finish_selections(at<Summary>(state), rows, per_row<float>(min_p), per_row<float>(temperature),
                       at<Selection>(selections), at<Cut>(cuts));
   });
-  m.def("finish_logsumexp", [](Address state, int64_t rows, Address logsumexp) {
-    finish_logsumexp(at<Summary>(state), rows, at<double>(logsumexp));
+  m.def("finish_logsumexp", [](Address state, int64_t rows, double nothing, Address logsumexp) {
+    finish_logsumexp(at<Summary>(state), rows, nothing, at<double>(logsumexp));
   });
   m.def("follow_largest", [](Address state, int64_t rows, bool start, Address references, Address factor) {
     return follow_largest(at<Summary>(state), rows, start, at<double>(references), at<float>(factor));

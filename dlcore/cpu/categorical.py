@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -10,7 +11,6 @@ from torch import Tensor
 from dlcore import _C
 from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, scratch, strided, threads, view, workspace
-from dlcore.reference.categorical import summary  # noqa: F401
 
 
 class Softmax:
@@ -46,13 +46,15 @@ def scan(
     skip: int = 0,
     cuts: int = 0,
     state: str = "summaries",
+    begin: int = 0,
 ) -> int:
-    """One read of the logits: the address of a summary per row, kept until the next scan of that name."""
+    """One read of the logits, of tokens from `begin` on: the address of a summary per row, kept until the
+    next scan of that name."""
     summaries = _summaries(head, state)
     if head[1] is None:
-        _scan(rows_contiguous(head[0]), 0, softmax, summaries, target, key, skip, cuts)
+        _scan(rows_contiguous(head[0]), begin, True, softmax, summaries, target, key, skip, cuts)
         return summaries
-    for _ in scanned_tiles(head, softmax, summaries, target, key, skip, cuts):
+    for _ in scanned_tiles(head, softmax, summaries, target, key, skip, cuts, begin=begin):
         pass
     return summaries
 
@@ -71,16 +73,18 @@ def scanned_tiles(
     skip: int = 0,
     cuts: int = 0,
     width: int | None = None,
+    begin: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """(first token, tile): each tile once the summaries know it."""
+    """(first column, tile): each tile once the summaries know it. The head's tokens count from `begin`."""
     for first, tile in tiles(head, softcap=softmax.cap, width=width):
-        _scan(tile, first, softmax, summaries, target, key, skip, cuts)
+        _scan(tile, begin + first, first == 0, softmax, summaries, target, key, skip, cuts)
         yield first, tile
 
 
 def _scan(
     tile: Tensor,
     first: int,
+    start: bool,
     softmax: Softmax,
     summaries: int,
     target: Tensor | None,
@@ -92,6 +96,7 @@ def _scan(
     _C.scan(
         view(tile),
         first,
+        start,
         softmax.packed_capped,
         None if target is None else (target.data_ptr(), 1),
         None if key is None else keyed(key),
@@ -120,6 +125,31 @@ def stats(
     numbers = torch.empty(6, *lead, dtype=torch.float32)
     _C.finish_stats(state, argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
     return argmax, numbers
+
+
+def summary(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: int,
+    index: Tensor | None,
+    shift: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    skip: Tensor | None,
+    key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Argmax and draw (2, ...) and what else merges (8, ...) of tokens from `first` on, by one read."""
+    lead, head = logits.shape[:-1], (logits, weight, bias)
+    softmax = Softmax(head, index, shift, temperature, softcap, exclude)
+    target, skip, key = (None if x is None else x.contiguous() for x in (target, skip, key))
+    state = scan(head, softmax, target, key, 0 if skip is None else skip.data_ptr(), begin=first)
+    tokens = torch.empty(2, *lead, dtype=torch.int64)
+    numbers = torch.empty(8, *lead, dtype=torch.float64)
+    _C.finish_summary(state, lead.numel(), tokens.data_ptr(), numbers.data_ptr())
+    return tokens, numbers
 
 
 def sample(
@@ -389,8 +419,9 @@ def _weigh(
         _C.softmax_tile(view(tile), first, softmax.packed_capped, references[1].data_ptr(), view(p), used)
         matmul(p, table[first : first + p.shape[1]], mean, add=True)
     lse = torch.empty(lead, dtype=torch.float64)
-    _C.finish_logsumexp(summaries, rows, lse.data_ptr())
-    mean.mul_((references[1] - lse.view(rows)).exp().float().unsqueeze(-1))
+    _C.finish_logsumexp(summaries, rows, -math.inf, lse.data_ptr())
+    # NaN where there is nothing but -inf.
+    mean.mul_((references[0] - lse.view(rows)).exp().float().unsqueeze(-1))
     return summaries, mean.view(*lead, table.shape[1]), lse
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def velocity(
         _C.sphere_weights(view(tile), references[1].data_ptr(), radial.packed, weights.data_ptr(), used)
         matmul(weights, table[tokens], mean, add=True)
     lse = torch.empty(lead, dtype=torch.float64)
-    _C.finish_logsumexp(summaries, rows, lse.data_ptr())
+    _C.finish_logsumexp(summaries, rows, math.nan, lse.data_ptr())
     wide, state = mean.double(), flat.double()
     wide *= (references[1] - lse.view(rows)).exp().unsqueeze(-1)
     along = (wide * state).sum(-1)

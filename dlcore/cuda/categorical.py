@@ -20,9 +20,12 @@ def scan(
     key: Tensor | None = None,
     skip: Tensor | None = None,
     cuts: tuple[Tensor, Tensor] | None = None,
+    begin: int = 0,
 ) -> Tensor:
-    """One read of the logits: a summary per row. Rows that `skip` marks are not read, nor those whose target
-    is negative; of the others what `cuts` leaves."""
+    """One read of the logits, of tokens from `begin` on: a summary per row.
+
+    Rows that `skip` marks are not read, nor those whose target is negative; of the others what `cuts` leaves.
+    """
     rows, like = head[0].shape[:-1].numel(), head[0]
     state = scratch(rows * _cuda.SUMMARY_BYTES, like)
     for first, tile in tiles(head):
@@ -31,7 +34,8 @@ def scan(
             _cuda.scan,
             like,
             view(tile),
-            first,
+            begin + first,
+            first == 0,
             softmax.packed,
             None if target is None else (target.data_ptr(), 1),
             None if key is None else keyed(key),
@@ -61,6 +65,32 @@ def stats(
     results = (state.data_ptr(), lead.numel(), argmax.data_ptr(), numbers.data_ptr())
     call(_cuda.finish_stats, logits, *results)
     return argmax, numbers
+
+
+def summary(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: int,
+    index: Tensor | None,
+    shift: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    skip: Tensor | None,
+    key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Argmax and draw (2, ...) and what else merges (8, ...) of tokens from `first` on, by one read."""
+    lead, head = logits.shape[:-1], (logits, weight, bias)
+    softmax = Softmax(head, index, shift, temperature, softcap, exclude)
+    target, skip, key = (None if x is None else x.contiguous() for x in (target, skip, key))
+    state = scan(head, softmax, target, key, skip, begin=first)
+    tokens = torch.empty((2, *lead), dtype=torch.int64, device=logits.device)
+    numbers = torch.empty((8, *lead), dtype=torch.float64, device=logits.device)
+    results = (state.data_ptr(), lead.numel(), tokens.data_ptr(), numbers.data_ptr())
+    call(_cuda.finish_summary, logits, *results)
+    return tokens, numbers
 
 
 def sample(

@@ -43,7 +43,7 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a mesh of one dimension, got one of {group.ndim}")
         group = group.get_group()
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
+    if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: group must have this process among its ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {checks.describe(group)}")

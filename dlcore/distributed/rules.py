@@ -171,13 +171,17 @@ def _elsewhere(op: str) -> str:
 def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
     """Sequences, heads where every rank's are whole groups, and query rows."""
     given = _by_name(op, args)
-    q, k = given["q"], given["k"]
     paged = given.get("page_table") is not None
     backward = op.endswith("_backward")
-    ranks = 1
-    for p, size in zip(q.placements, q.mesh.shape, strict=True):
-        ranks *= size if isinstance(p, Shard) and p.dim == 2 else 1
-    heads = k.shape[2] % ranks == 0
+    heads = _whole_groups(given["k"].shape[2], given["k"].mesh.shape)
+    for name in ("q", "k", "v"):
+        rows = {0, 1, 2} if name == "q" else {0, 2}
+        for p in given[name].placements:
+            if isinstance(p, Shard) and (p.dim not in rows or (p.dim == 2 and not heads)):
+                raise NotImplementedError(
+                    f"{op}: {name} must be sharded over sequences, whole groups of heads or rows of q, got "
+                    f"{tuple(given[name].placements)}; dlcore.distributed.attention takes keys over ranks"
+                )
 
     def places(dim: int) -> tuple[Placements, Placements]:
         rows = {"q": dim, "grad": dim, "out": dim}
@@ -200,6 +204,14 @@ def _attention(op: str, *args: Any) -> list[tuple[Placements, Placements]]:
     return [_everywhere(given, 3 if backward else 2)] + [
         places(dim) for dim in (0, 1, *((2,) if heads else ()))
     ]
+
+
+def _whole_groups(kv_heads: int, mesh: Sequence[int]) -> bool:
+    """Whether heads can be cut over any dimensions of a mesh so that each rank's queries have their keys."""
+    cuts = {1}
+    for size in mesh:
+        cuts |= {cut * size for cut in cuts}
+    return all(kv_heads % cut == 0 for cut in cuts if cut <= kv_heads)
 
 
 def _overload(op: str) -> torch._ops.OpOverload:

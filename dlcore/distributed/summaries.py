@@ -19,6 +19,9 @@ from dlcore.reference.rng import Domain
 
 Part = tuple[int, int]
 
+#: An id that no vocabulary has.
+_ELSEWHERE = 2**62
+
 
 def parts(first: int, count: int, vocab: int) -> list[Part]:
     """Tokens [first, first + count) cut where a group of 256 begins that goes on, or came, elsewhere."""
@@ -106,7 +109,11 @@ def merged(
     for start, stop in reversed(plan.own):
         # Without a draw ids count from this part on, which need not begin where a group does.
         base = 0 if key is not None else start
-        index, at_target = (None if ids is None else ids - base for ids in (row.index, target))
+        # One before this part is elsewhere too, and not negative, which would say not to read the row.
+        index, at_target = (
+            None if ids is None else torch.where(ids < base, _ELSEWHERE, ids - base)
+            for ids in (row.index, target)
+        )
         exclude = None if row.exclude is None or row.exclude < base else row.exclude - base
         ids, numbers = torch.ops.dlcore.categorical_summary(
             *(*h.part(start, stop), start - base, index, row.shift, at_target),

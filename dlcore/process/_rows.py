@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import rng
-from dlcore.categorical import Head, head
+from dlcore.categorical import Head, fresh_key, head
 from dlcore.linear_logits import LinearLogits
 
 PARAMETERIZATIONS = ("loo", "denoiser")
@@ -149,16 +149,30 @@ def vocabulary(op: str, vocab_size: int, exclude: int | None) -> int:
     return vocab_size - (exclude is not None)
 
 
+def key(
+    op: str, given: Tensor | None, generator: torch.Generator | None, logits: Tensor | LinearLogits
+) -> Tensor:
+    """The key as given, or a fresh one; where logits lie over ranks the same on all of them."""
+    return fresh_key(op, given, generator, head(op, logits))
+
+
 def row_keys(
     op: str,
     key: Tensor | None,
     generator: torch.Generator | None,
     lead: torch.Size,
     device: torch.device,
+    logits: Tensor | LinearLogits | None = None,
 ) -> Tensor:
-    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree."""
-    key = checks.key(op, key, generator, lead).to(device)
-    return rng.row_keys(key, lead)
+    """One key per row (*lead, 2): a shared key is folded with the flattened row, so chunked calls agree.
+
+    Where `logits` lie over ranks, a fresh key is the same on all of them.
+    """
+    if key is None and logits is not None:
+        key = fresh_key(op, key, generator, head(op, logits))
+    else:
+        key = checks.key(op, key, generator, lead)
+    return rng.row_keys(key.to(device), lead)
 
 
 def uniforms(keys: Tensor, count: int) -> tuple[Tensor, ...]:
@@ -219,9 +233,10 @@ def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> T
     """The logits after a change of their rows alone."""
     if isinstance(logits, Tensor):
         return change(logits)
-    # Of logits over ranks these are their columns here.
-    rows = "hidden" if isinstance(logits, LinearLogits) else "logits"
-    return replace(logits, **{rows: change(getattr(logits, rows))})
+    if isinstance(logits, LinearLogits):
+        return replace(logits, hidden=change(logits.hidden))
+    # Of logits over ranks their columns here.
+    return replace(logits, logits=change(logits.logits))
 
 
 def take(logits: Tensor | LinearLogits, index: tuple[Tensor | slice, ...] | slice) -> Tensor | LinearLogits:

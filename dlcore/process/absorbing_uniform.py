@@ -134,7 +134,7 @@ def step(
         shift=_denoiser_shift(t, heat, parameterization),
         temperature=temperature,
         exclude=exclude,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
 
 
@@ -171,7 +171,7 @@ def remask_step(
     size = _observed(op, logits, z, u, parameterization, exclude)
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
     heat = checks.number(op, "temperature", temperature, z.shape, z.device)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, logits)
     clean = categorical.sample_mixture(
         logits,
         z,

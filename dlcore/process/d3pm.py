@@ -174,5 +174,5 @@ def step(
         rows.coefficients(1 - t, t, 1 - s, t, s - t, 0.0, keep=z != mask_id),
         prior=mask_id,
         temperature=temperature,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )

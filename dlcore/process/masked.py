@@ -121,7 +121,7 @@ def step(
         prior=mask_id,
         temperature=temperature,
         exclude=mask_id,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
 
 

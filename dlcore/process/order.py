@@ -345,7 +345,7 @@ def step(
         prior=mask_id,
         temperature=temperature,
         exclude=mask_id,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
 
 
@@ -499,7 +499,7 @@ def token_step(
     before = rows.level(op, "s", s, z.shape, z.device)
     if checks.reads_data(now) and checks.reads_data(before) and bool((before > now).any()):
         raise ValueError(f"{op}: s must be at most t, got {checks.first(before, before > now)!r} above t")
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, logits)
     drawn = categorical.sample(logits, temperature=temperature, exclude=mask_id, key=keys).tokens
     (route,) = rows.uniforms(keys, 1)
     stays = (before / now) ** w[drawn.clamp(min=0)]

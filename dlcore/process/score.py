@@ -317,7 +317,7 @@ def step(
     op = "score.step"
     vocab = _observed(op, log_score, z, mask_id, scaled)
     t, s = _levels(op, alpha_t, alpha_s, z, scaled)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, log_score)
     if mask_id is None:
         law = _tweedie(rows.dense(op, log_score, "log_score"), z, rows.ratio(t, s))
         return categorical.sample(law, key=keys).tokens

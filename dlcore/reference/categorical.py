@@ -158,15 +158,21 @@ def summary(
     Ids are the vocabulary's; `first` is a multiple of 256, unless all n tokens lie in one group. numbers
     (8, ...) float64, of logits x scaled by 1/temperature: the largest, the largest other, Σ exp(x - largest),
     Σ exp(x - largest)·(x - largest), the score of the draw's group (logsumexp + Gumbel) and the draw's x, x
-    at `index` and at `target` (NaN where they are elsewhere). tokens (2, ...): argmax and draw. A row with
-    nothing but -inf, or that `skip` marks, has largest -inf, sums 0, score -inf and tokens -1; a row with
-    NaN or +inf a sum of NaN, and then no other number means anything.
+    at `index` and at `target` (NaN where they are elsewhere). tokens (2, ...): argmax and draw. Temperature 0
+    counts as 1, but that the draw is the argmax, and its score the largest. Rows that `skip` marks, bool or
+    uint8, or whose target is negative are not read: they are as ones with nothing but -inf, which have
+    largest -inf, sums 0, score -inf and tokens -1, and know no x at `index` either. A row with NaN or +inf
+    has a sum of NaN and tokens -1, and no other number means anything.
     """
     dense = materialize(logits, weight, bias)
-    x, broken = part(dense, first, index, shift, temperature, softcap, exclude)
-    x = x.double().masked_fill(broken.unsqueeze(-1), 0)
+    unread = torch.zeros(dense.shape[:-1], dtype=torch.bool, device=dense.device)
     if skip is not None:
-        x, broken = x.masked_fill(skip.unsqueeze(-1), -torch.inf), broken & ~skip
+        unread = unread | (skip != 0)
+    if target is not None:
+        unread = unread | (target < 0)
+    x, broken = part(dense, first, index, shift, temperature, softcap, exclude)
+    broken = broken & ~unread
+    x = x.double().masked_fill(broken.unsqueeze(-1), 0).masked_fill(unread.unsqueeze(-1), -torch.inf)
     best = first_largest(x)
     top, second = gather(x, best), x.scatter(-1, best.unsqueeze(-1), -torch.inf).amax(-1)
     empty = torch.isneginf(top)
@@ -174,15 +180,22 @@ def summary(
     mass = drop.exp()
     weighted = torch.where(mass > 0, mass * drop, 0).sum(-1)
     score, drawn = torch.full_like(top, -torch.inf), torch.full_like(best, -1)
+    token_logit = score
     if key is not None:
         score, drawn = winner(x, key, first)
-    token_logit = gather(x, (drawn - first).clamp(min=0)) if key is not None else score
+        if temperature is not None:
+            score, drawn = (
+                torch.where(temperature == 0, a, b) for a, b in ((top, score), (first + best, drawn))
+            )
+        token_logit = gather(x, drawn - first)
     numbers = [top, second, mass.sum(-1).masked_fill(broken, torch.nan), weighted, score, token_logit]
     for ids in (index, target):
         place, found = inside(ids, first, x.shape[-1])
         nowhere = torch.full_like(top, torch.nan)
-        numbers.append(nowhere if place is None else torch.where(found, gather(x, place), nowhere))
-    return torch.stack([first + best, drawn]).masked_fill(empty, -1), torch.stack(numbers)
+        known = nowhere if place is None or found is None else torch.where(found, gather(x, place), nowhere)
+        numbers.append(known.masked_fill(unread, torch.nan))
+    tokens = torch.stack([first + best, drawn]).masked_fill(empty | broken, -1)
+    return tokens, torch.stack(numbers)
 
 
 def part(
@@ -197,17 +210,17 @@ def part(
     """`transform` of the logits of tokens from `first` on, and which rows are broken; ids are global."""
     columns = dense.shape[-1]
     at, here = inside(index, first, columns)
-    if index is not None and shift is not None:
+    if shift is not None and here is not None:
         shift = torch.where(here, shift, 0)
     local = None if exclude is None or not first <= exclude < first + columns else exclude - first
     x = transform(dense, at, shift, temperature, softcap, local)
     return x, _broken(dense, x, local)
 
 
-def inside(ids: Tensor | None, first: int, columns: int) -> tuple[Tensor | None, Tensor]:
+def inside(ids: Tensor | None, first: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
     """Columns of token ids, 0 for those elsewhere, and which are here."""
     if ids is None:
-        return None, torch.tensor(False)
+        return None, None
     here = (ids >= first) & (ids < first + columns)
     return torch.where(here, ids - first, 0), here
 

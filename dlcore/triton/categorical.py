@@ -15,8 +15,10 @@ from dlcore.triton import noise
 from dlcore.triton.categorical_cut import cuts
 from dlcore.triton.categorical_scan import (
     INDEX_LOGIT,
+    SCORE,
     SECOND,
     SUM,
+    TARGET_LOGIT,
     TOKEN_LOGIT,
     TOP,
     WEIGHTED,
@@ -28,7 +30,7 @@ from dlcore.triton.categorical_scan import (
 from dlcore.triton.launch import ceil_div, launch
 from dlcore.triton.linear_logits import GROUP, vocab_size
 from dlcore.triton.linear_logits_scan import scan_head
-from dlcore.triton.softmax import Softmax
+from dlcore.triton.softmax import NONE, Softmax
 
 _BLOCK = 128
 
@@ -84,6 +86,61 @@ def finish_kernel(
         tl.store(drawn + row, tl.where(lawful, token, -1), inside)
         logprob = log_prob(numbers, logit, row, rows, inside)
         tl.store(out + 6 * rows + row, logprob.to(tl.float32), inside)
+
+
+@triton.jit
+def _settle(numbers, row, rows, inside, known, nothing, NUMBER: tl.constexpr):
+    """Where a number is not known it becomes `nothing`; returns all."""
+    at = numbers + NUMBER * rows + row
+    value = tl.load(at, known, nothing)
+    tl.store(at, value, inside)
+    return value
+
+
+@triton.jit(do_not_specialize=["rows"])
+def finish_summary_kernel(
+    numbers,
+    tokens,
+    skip,
+    target,
+    temperature,
+    temperature_step,
+    rows,
+    WITH_INDEX: tl.constexpr,
+    DRAWN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sets what a scan left open of a state: rows that were not read, and numbers that were not asked for."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < rows
+    rows = rows.to(tl.int64)
+    read = inside
+    if skip is not None:
+        read = read & (tl.load(skip + row, inside, 1) == 0)
+    if target is not None:
+        read = read & (tl.load(target + row, inside, -1) >= 0)
+    none = float("nan")
+    top = _settle(numbers, row, rows, inside, read, NONE, TOP)
+    _settle(numbers, row, rows, inside, read, NONE, SECOND)
+    total = tl.load(numbers + SUM * rows + row, read, 0.0)
+    tl.store(numbers + SUM * rows + row, tl.where(total < float("inf"), total, none), inside)
+    _settle(numbers, row, rows, inside, read, 0.0, WEIGHTED)
+    _settle(numbers, row, rows, inside, read & WITH_INDEX, none, INDEX_LOGIT)
+    _settle(numbers, row, rows, inside, read & (target is not None), none, TARGET_LOGIT)
+    score = tl.load(numbers + SCORE * rows + row, read & DRAWN, NONE)
+    logit = tl.load(numbers + TOKEN_LOGIT * rows + row, read & DRAWN, NONE)
+    lawful = (total > 0.0) & (total < float("inf"))
+    argmax = tl.load(tokens + row, read & lawful, -1)
+    token = tl.load(tokens + rows + row, read & lawful & DRAWN, -1)
+    if DRAWN and temperature is not None:
+        greedy = tl.load(temperature + row * temperature_step, inside, 1.0) == 0.0
+        score = tl.where(greedy, top, score)
+        logit = tl.where(greedy, top, logit)
+        token = tl.where(greedy, argmax, token)
+    tl.store(numbers + SCORE * rows + row, score, inside)
+    tl.store(numbers + TOKEN_LOGIT * rows + row, logit, inside)
+    tl.store(tokens + row, argmax, inside)
+    tl.store(tokens + rows + row, token, inside)
 
 
 @triton.jit
@@ -207,6 +264,38 @@ def stats(
     return argmax, numbers
 
 
+def summary(
+    logits: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    first: int,
+    index: Tensor | None,
+    shift: Tensor | None,
+    target: Tensor | None,
+    temperature: Tensor | None,
+    softcap: float | None,
+    exclude: int | None,
+    skip: Tensor | None,
+    key: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Argmax and draw (2, ...) and what else merges (8, ...) of tokens from `first` on, by one read."""
+    lead, head = logits.shape[:-1], (logits, weight, bias)
+    softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
+    target, key = (None if x is None else x.contiguous() for x in (target, key))
+    skip = None if skip is None else skip.contiguous().view(torch.uint8)
+    state = scan_head(head, softmax, key, skip, target, first)
+    launch(
+        finish_summary_kernel,
+        ceil_div(lead.numel(), _BLOCK),
+        logits,
+        *(*state, skip, target, *softmax.temperature, lead.numel()),
+        WITH_INDEX=index is not None,
+        DRAWN=key is not None,
+        BLOCK=_BLOCK,
+    )
+    return state.tokens.view(2, *lead), state.numbers.view(8, *lead)
+
+
 def sample(
     logits: Tensor,
     weight: Tensor | None,
@@ -282,12 +371,17 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     coefficients = torch.empty(6, dtype=torch.float64, device=device)
     full: tuple[Any, ...] = (row, row, 30.0, 5)
     drawn: tuple[Any, ...] = (z, *full, z, number, number, key.expand(*lead, 2))
+    part: tuple[Any, ...] = (512, z, row, z, *full[1:], z == 0, key.expand(*lead, 2))
+    later: tuple[Any, ...] = (512, z, row, None, *full[1:], z == 0, key)
     mixed: tuple[Any, ...] = (z, coefficients.expand(*lead, 6), 7, *full, key)
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         logits = torch.empty(*lead, vocab, dtype=dtype, device=device)
         head = (logits, None, None)
         yield partial(stats, *head, None, None, None, None, None)
         yield partial(stats, *head, z, *full)
+        yield partial(summary, *head, 0, None, None, None, None, None, None, None, None)
+        yield partial(summary, *head, *part)
+        yield partial(summary, *head, *later)
         yield partial(sample, *head, *(None,) * 8, key)
         yield partial(sample, *head, *drawn)
         yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dlcore.triton.categorical import finish_sample
 from dlcore.triton.categorical_losses import probability, slope, split
-from dlcore.triton.categorical_scan import TOP, State, load_state, log_prob, new_state, scan_tile
+from dlcore.triton.categorical_scan import SUM, TOP, State, load_state, log_prob, new_state, scan_tile
 from dlcore.triton.launch import ceil_div, launch
 from dlcore.triton.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.triton.rows import Rows, row_offset
@@ -66,6 +66,7 @@ def follow_kernel(
     if LAST:
         zero = tl.full(row.shape, 0.0, tl.float64)
         lse = -log_prob(numbers, zero, row, rows, inside)
+        lse = tl.where(load_state(numbers, row, rows, inside, SUM) == 0.0, NONE, lse)
         tl.store(logsumexp + row, lse, inside)
         tl.store(factor + row, tl.exp(before - lse).to(tl.float32), inside)
     else:
@@ -140,7 +141,7 @@ def _weigh(
 
     for tile in tiles(head, width):
         first, columns, _ = tile
-        scan_tile(tile, rows, softmax, state, key=key)
+        scan_tile(tile, rows, softmax, state, first == 0, key=key)
         follow(first, False)
         p = _probabilities(tile, softmax, reference, room)
         matmul(p, table[first : first + columns], mean, add=True)

@@ -125,7 +125,7 @@ def _logit(data, token, columns, first, at, bonus, softcap, exclude, scale, befo
     return tl.where(inside, x.to(tl.float64) * scale, before)
 
 
-@triton.jit(do_not_specialize=["first", "groups", "rows", "exclude"])
+@triton.jit(do_not_specialize=["first", "groups", "anew", "rows", "exclude"])
 def reduce_kernel(
     logits,
     inner,
@@ -147,6 +147,7 @@ def reduce_kernel(
     summaries,
     rows,
     groups,
+    anew,
     keys,
     numbers,
     tokens,
@@ -154,7 +155,7 @@ def reduce_kernel(
     KEY_PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Merge a tile's groups into the state of a row; at token 0 it starts anew.
+    """Merge a tile's groups into the state of a row, or start it anew.
 
     With `places` (2, rows, groups), where a group's largest entry and its draw are, no logit is read again:
     `summaries` has two numbers more, the group's second entry and the draw's, and the state the logits at
@@ -172,7 +173,7 @@ def reduce_kernel(
     size = rows.to(tl.int64) * groups
     state = numbers + row
     rows = rows.to(tl.int64)
-    old = first > 0
+    old = anew == 0
     top = tl.load(state + TOP * rows, old, NONE)
     second = tl.load(state + SECOND * rows, old, NONE)
     total = tl.load(state + SUM * rows, old, 0.0)
@@ -229,7 +230,7 @@ def reduce_kernel(
             others = tl.load(groups_of_row + 3 * size + best)
         token = first + best * _SIZE + place
         second = tl.maximum(second, others.to(tl.float64) * scale)
-    tl.store(tokens + row, token, (best >= 0) | (first == 0))
+    tl.store(tokens + row, token, (best >= 0) | (anew != 0))
     if keys is not None:
         token = tl.full((), -1, tl.int64)
         logit = tl.full((), NONE, tl.float64)
@@ -246,7 +247,7 @@ def reduce_kernel(
                 entry = tl.load(groups_of_row + 4 * size + winner)
             token = first + winner * _SIZE + place
             logit = entry.to(tl.float64) * scale
-        drew = (winner >= 0) | (first == 0)
+        drew = (winner >= 0) | (anew != 0)
         tl.store(tokens + rows + row, token, drew)
         tl.store(state + TOKEN_LOGIT * rows, logit, drew)
         tl.store(state + SCORE * rows, score)
@@ -255,11 +256,11 @@ def reduce_kernel(
     tl.store(state + SUM * rows, total)
     tl.store(state + WEIGHTED * rows, weighted)
     if index is not None and places is None:
-        before = tl.load(state + INDEX_LOGIT * rows, old, 0.0)
+        before = tl.load(state + INDEX_LOGIT * rows, old, float("nan"))
         x = _logit(data, at, columns, first, at, bonus, softcap, exclude, scale, before)
         tl.store(state + INDEX_LOGIT * rows, x)
     if target is not None:
-        before = tl.load(state + TARGET_LOGIT * rows, old, 0.0)
+        before = tl.load(state + TARGET_LOGIT * rows, old, float("nan"))
         x = _logit(data, tl.load(target + row), columns, first, at, bonus, softcap, exclude, scale, before)
         tl.store(state + TARGET_LOGIT * rows, x)
 
@@ -292,14 +293,15 @@ def reduce(
     groups: int,
     key: Tensor | None,
     state: State,
+    anew: bool,
     places: Tensor | None = None,
 ) -> None:
-    """Merge what a kernel that took `read` says of the groups into the state."""
+    """Merge what a kernel that took `read` says of the groups into the state, or start it anew."""
     launch(
         reduce_kernel,
         rows,
         state.numbers,
-        *(*read, groups, key, *state, places),
+        *(*read, groups, int(anew), key, *state, places),
         KEY_PER_ROW=key is not None and key.dim() > 1,
         BLOCK=power_of_two(groups, 16, 1024),
         num_warps=4 if groups > _FEW_GROUPS else 1,
@@ -312,13 +314,14 @@ def scan_tile(
     rows: int,
     softmax: Softmax,
     state: State,
+    anew: bool,
     target: Tensor | None = None,
     key: Tensor | None = None,
     skip: Tensor | None = None,
     cuts: tuple[Tensor, Tensor] | None = None,
     tops: Tensor | None = None,
 ) -> None:
-    """Merge one tile into the state."""
+    """Merge one tile into the state, or start it anew."""
     first, columns, logits = tile
     groups = ceil_div(columns, GROUP)
     summaries = torch.empty((3, rows, groups), dtype=torch.float32, device=state.numbers.device)
@@ -330,7 +333,7 @@ def scan_tile(
     launch(
         scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=8
     )
-    reduce(read, rows, groups, key, state)
+    reduce(read, rows, groups, key, state, anew)
     if tops is not None:
         tops[:, first // GROUP :][:, :groups] = summaries[0]
 
@@ -343,12 +346,15 @@ def scan(
     skip: Tensor | None = None,
     cuts: tuple[Tensor, Tensor] | None = None,
     tops: Tensor | None = None,
+    begin: int = 0,
 ) -> State:
-    """One read of the logits. Rows that `skip` marks or whose target is negative are not read, nor set.
+    """One read of the logits, of tokens from `begin` on.
 
-    The largest logit of every group goes to `tops` (rows, groups), if given.
+    Rows that `skip` marks or whose target is negative are not read, nor set. The largest logit of
+    every group goes to `tops` (rows, groups), if given.
     """
     state, rows = new_state(head), head[0].shape[:-1].numel()
-    for tile in tiles(head):
-        scan_tile(tile, rows, softmax, state, target, key, skip, cuts, tops)
+    for first, columns, tile in tiles(head):
+        here = (begin + first, columns, tile)
+        scan_tile(here, rows, softmax, state, first == 0, target, key, skip, cuts, tops)
     return state

@@ -195,6 +195,39 @@ enum {
 DLCORE_API dlcore_status dlcore_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax,
                                                   float* numbers);
 
+/* Logits may be those of V tokens of a larger vocabulary, from `first` on. All ids are the whole
+ * vocabulary's then, and may be elsewhere. */
+typedef struct dlcore_part {
+  int64_t first;         /* a multiple of 256, or all V tokens lie in one group of as many */
+  const int64_t* target; /* (rows) a second token id; where it is negative the row is not read; or NULL */
+  const uint8_t* skip;   /* (rows): not 0: the row is not read; or NULL */
+  dlcore_keys keys;      /* data NULL: no draw */
+} dlcore_part;
+
+/* The rows of its numbers, of logits scaled by 1 / temperature: the largest, the largest other, the sum of
+ * exp(logit - largest) and of exp(logit - largest)·(logit - largest), the score of the draw's group of 256
+ * (logsumexp + Gumbel) and the draw's logit, those at index and at target (NaN where they are elsewhere). */
+enum {
+  DLCORE_SUMMARY_TOP = 0,
+  DLCORE_SUMMARY_SECOND = 1,
+  DLCORE_SUMMARY_SUM = 2,
+  DLCORE_SUMMARY_WEIGHTED = 3,
+  DLCORE_SUMMARY_SCORE = 4,
+  DLCORE_SUMMARY_TOKEN_LOGIT = 5,
+  DLCORE_SUMMARY_INDEX_LOGIT = 6,
+  DLCORE_SUMMARY_TARGET_LOGIT = 7,
+  DLCORE_NUM_SUMMARY = 8
+};
+
+/* What a part of a vocabulary says of each row, which merges with what others say: tokens (2, rows), argmax
+ * and draw, and numbers (DLCORE_NUM_SUMMARY, rows). A row that is not read, or has nothing but -inf, has
+ * sums of 0, largest logits and a score of -inf and tokens -1; one with NaN or +inf has a sum of NaN and
+ * tokens -1, and its other numbers mean nothing. At temperature 0 the draw is the argmax, and its score the
+ * largest logit; the other numbers are those of temperature 1. */
+DLCORE_API dlcore_status dlcore_categorical_summary(const dlcore_categorical* softmax,
+                                                    const dlcore_part* part, int64_t* tokens,
+                                                    double* numbers);
+
 /* Keep the top_k largest entries, of these the fewest that reach probability top_p, of these the ones with at
  * least min_p times the largest probability. */
 typedef struct dlcore_sampling {
@@ -237,8 +270,9 @@ DLCORE_API dlcore_status dlcore_categorical_log_probs_backward(const dlcore_cate
                                                                const double* numbers,
                                                                const dlcore_logits_grad* logits_grad);
 
-/* numbers (3, rows): KL(softmax(p / temperature) || softmax(q / temperature)), and the two logsumexps. p and
- * q have the same rows, V and dtype of their values. */
+/* numbers (3, rows): KL(softmax(p / temperature) || softmax(q / temperature)), and the two logsumexps, -inf
+ * and a KL of NaN where a row has nothing but -inf. p and q have the same rows, V and dtype of their values.
+ */
 DLCORE_API dlcore_status dlcore_categorical_kl(const dlcore_logits* p, const dlcore_logits* q,
                                                dlcore_floats temperature, double* numbers, int32_t threads);
 
@@ -250,7 +284,8 @@ DLCORE_API dlcore_status dlcore_categorical_kl_backward(const dlcore_logits* p, 
                                                         const dlcore_logits_grad* q_grad, int32_t threads);
 
 /* mean (rows, E): the sum over tokens k of softmax_k · table[k], the soft embedding, without anything of size
- * rows · V. table (V, E) is of any dtype. logsumexp (rows), which the gradient wants, may be NULL. */
+ * rows · V. table (V, E) is of any dtype. logsumexp (rows), which the gradient wants, may be NULL;
+ * where a row has nothing but -inf it is that, and the mean NaN. */
 DLCORE_API dlcore_status dlcore_categorical_expectation(const dlcore_categorical* softmax,
                                                         const dlcore_matrix* table, float* mean,
                                                         double* logsumexp);

@@ -38,6 +38,10 @@ DLCORE_API dlcore_status dlcore_cuda_categorical_workspace(const dlcore_categori
 DLCORE_API dlcore_status dlcore_cuda_categorical_stats(const dlcore_categorical* softmax, int64_t* argmax,
                                                        float* numbers, void* workspace, void* stream);
 
+DLCORE_API dlcore_status dlcore_cuda_categorical_summary(const dlcore_categorical* softmax,
+                                                         const dlcore_part* part, int64_t* tokens,
+                                                         double* numbers, void* workspace, void* stream);
+
 /* As dlcore_categorical_sample, with tokens (2, rows), the draws and the argmaxes, and numbers needed. */
 DLCORE_API dlcore_status dlcore_cuda_categorical_sample(const dlcore_categorical* softmax,
                                                         const dlcore_sampling* how, int64_t* tokens,

@@ -261,7 +261,7 @@ def cbg_masked_step(
         prior=mask_id,
         temperature=heat,
         exclude=mask_id,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
 
 
@@ -320,7 +320,7 @@ def cbg_uniform_step(
     t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
     g = sums.weight(op, gamma, z.shape, z.device)
     heat = rows.positive(op, "temperature", temperature, z.shape, z.device)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, logits)
     shift, bonus = terms.shift(parameterization, t, size), terms.lift(rows.ratio(t, s), size)
     lse = categorical.stats(logits, z, shift=shift, temperature=heat, exclude=exclude).logsumexp
     signal = categorical.sample(

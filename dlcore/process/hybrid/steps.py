@@ -193,7 +193,7 @@ def step(
     op = "hybrid.step"
     is_masked = rows.masked(op, logits, z, mask_id)
     heat = checks.number(op, "temperature", temperature, z.shape, z.device)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, logits)
     if min_p is not None:
         checks.within(op, "temperature", heat, 0, torch.inf, "(]")
         bar = math.log(bound) if (bound := checks.real(op, "min_p", min_p, 0, 1)) > 0 else -math.inf
@@ -268,7 +268,7 @@ def correct(
     rows.masked(op, logits, z, mask_id)
     checks.sequences(op, "z", z)
     draw = categorical.sample(
-        logits, temperature=temperature, exclude=mask_id, key=checks.key(op, key, generator, z.shape)
+        logits, temperature=temperature, exclude=mask_id, key=rows.key(op, key, generator, logits)
     )
     other = (draw.tokens != z) & (draw.tokens >= 0)
     chosen = unmask.largest(op, "num_positions", num_positions, draw.logprob, other)

@@ -90,7 +90,7 @@ def correct(
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
     greed = rows.positive(op, "tau", tau, z.shape, z.device)
     rows.positive(op, "temperature", temperature, z.shape, z.device)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device)
+    keys = rows.row_keys(op, key, generator, z.shape, z.device, logits)
     shift = terms.shift(parameterization, a, size)
     priority = rng.gumbel(keys, (), dtype=torch.float64)
     if score != "random":

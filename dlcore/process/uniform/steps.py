@@ -186,5 +186,5 @@ def step(
         shift=terms.shift(parameterization, t, size),
         temperature=temperature,
         exclude=exclude,
-        key=checks.key(op, key, generator, z.shape),
+        key=rows.key(op, key, generator, logits),
     )
