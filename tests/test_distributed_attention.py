@@ -225,6 +225,20 @@ def test_half_precision(ranks4):
         assert max(errors) <= 4, errors
 
 
+def backend_backward(group):
+    q, k, v = qkv(1, 24, 24, dtype=torch.float32)
+    mine = SequenceShards(12, 4, dist.get_world_size(group)).positions(dist.get_rank(group))
+    leaves = [x[:, torch.cat([mine, mine + 12])].requires_grad_() for x in (q, k, v)]
+    with dlcore.use_backend("reference"):
+        out = sharded.block_diffusion(*leaves, block_size=4, length=12, group=group)
+    out.sum().backward()
+    return dlcore.last_backend("attention.intervals_backward")
+
+
+def test_backward_on_the_backend_of_the_forward_pass(ranks4):
+    assert ranks4.run(2, backend_backward) == ["reference", "reference"]
+
+
 def compiled(group):
     q, k, v = qkv(1, 24, 24, dtype=torch.float32)
     mine = SequenceShards(12, 4, dist.get_world_size(group)).positions(dist.get_rank(group))
