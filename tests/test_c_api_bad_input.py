@@ -83,6 +83,12 @@ def _pages(c: Library) -> Any:
     return cache
 
 
+def _similarity(c: Library) -> Any:
+    x = torch.zeros(2, 4, 2, 8)
+    sizes = {"batch": 2, "rows": 4, "heads": 2, "columns": 8, "cached_rows": 4}
+    return c.similarity(**sizes, fresh=c.heads(data=x), cached=c.heads(data=x))
+
+
 def _out(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.zeros(512, dtype=dtype)
 
@@ -100,6 +106,7 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
         for name in ("uniform", "normal", "gumbel")
     },
     "categorical_stats": lambda c: [_softmax(c), _out(), _out()],
+    "categorical_summary": lambda c: [_softmax(c), c.part(first=256, keys=_keys(c)), _out(), _out()],
     "categorical_sample": lambda c: [_softmax(c), c.sampling(keys=_keys(c)), _out(), _out(), _out()],
     "categorical_sample_mixture": lambda c: [
         _softmax(c),
@@ -191,6 +198,7 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
     ],
     "attention_intervals": lambda c: [_attention(c), _bounds(), _bounds() + 2, 1, _out(), _out()],
     "attention_decode": lambda c: [_attention(c), _cache(c), _out(), _out()],
+    "similarity_cosine": lambda c: [_similarity(c), _out()],
 }
 calls = pytest.mark.parametrize("name", CALLS)
 QUESTIONS = {"version", "last_error", "cpu_capability"}
@@ -355,6 +363,23 @@ CASES: list[tuple[str | tuple[str, ...], Change, str, str]] = [
     (SOFTMAXES, _set(0, "softcap", NAN), "INVALID_VALUE", "softcap must lie in .* got nan"),
     (SOFTMAXES, _set(0, "exclude", _ids(6)), "INVALID_VALUE", r"exclude must lie in \[0, 6\), got 6"),
     (SOFTMAXES, _set(0, "logits.bias", _ids(6)), "INVALID_VALUE", "logits.bias needs a weight"),
+    (
+        "categorical_summary",
+        _set(0, "index", _ids(0, 6, -1)),
+        "INVALID_VALUE",
+        "index must lie in .*, got -1",
+    ),
+    ("categorical_summary", _set(0, "exclude", _ids(-1)), "INVALID_VALUE", "exclude must lie in .*, got -1"),
+    ("categorical_summary", _set(1, "keys.stride", 2), "INVALID_SHAPE", "keys.stride must be 0 or 1, got 2"),
+    *(
+        (
+            "categorical_summary",
+            _set(1, "first", first),
+            "INVALID_VALUE",
+            f"first must be .*, got {first} and 6",
+        )
+        for first in (-256, 251, 2**63 - 1)
+    ),
     ("categorical_sample", _set(1, "keys.stride", 2), "INVALID_SHAPE", "keys.stride must be 0 or 1, got 2"),
     ("categorical_sample", _set(1, "keys.data", None), "NULL_POINTER", "keys.data must not be NULL"),
     (
@@ -487,6 +512,16 @@ CASES += [
     ),
     ("attention_intervals", _set(1, "", _bounds() * 0), "INVALID_VALUE", "must not overlap"),
     ("attention_intervals", _set(3, "", 2), "INVALID_VALUE", "shared_bounds must lie in"),
+    ("similarity_cosine", _set(0, "dtype", 3), "INVALID_DTYPE", "dtype must be DLCORE_FLOAT32, .*, got 3"),
+    ("similarity_cosine", _set(0, "batch", -1), "INVALID_SHAPE", "batch must be at least 0, got -1"),
+    ("similarity_cosine", _set(0, "rows", 2**60), "INVALID_SHAPE", "too large for any memory"),
+    ("similarity_cosine", _set(0, "cached_rows", -1), "INVALID_SHAPE", "cached_rows must be at least 0"),
+    ("similarity_cosine", _set(0, "columns", 0), "INVALID_SHAPE", "columns must be at least 1, got 0"),
+    ("similarity_cosine", _set(0, "heads", 0), "INVALID_SHAPE", "heads must be at least 1, got 0"),
+    ("similarity_cosine", _set(0, "fresh.data", None), "NULL_POINTER", "fresh.data must not be NULL"),
+    ("similarity_cosine", _set(0, "cached.data", None), "NULL_POINTER", "cached.data must not be NULL"),
+    ("similarity_cosine", _set(0, "fresh.row_stride", 3), "INVALID_SHAPE", "fresh.batch_stride must be"),
+    ("similarity_cosine", _set(0, "page_table", _ids(9)), "INVALID_SHAPE", "page_size must be at least 1"),
     *(
         ("attention_decode", _set(1, path, value), status, message)
         for path, value, status, message in [
@@ -580,6 +615,9 @@ def test_no_rows_need_no_arrays(c: Library, name: str) -> None:
         elif type(argument).__name__ == "dlcore_attention":
             argument.rows = argument.keys = 0
             argument.q.data = None
+        elif type(argument).__name__ == "dlcore_similarity":
+            argument.rows = 0
+            argument.fresh.data = None
     for place in {"rng_fold_in": [2], "bits_encode": [2]}.get(name, [1, 2] if name.startswith("rng") else []):
         arguments[place] = 0
     getattr(c, name)(*arguments)

@@ -14,7 +14,6 @@ pytestmark = pytest.mark.slow
 
 #: Ops that are no function of the CPU's.
 OPS_WITHOUT = {
-    "similarity.cosine": "a part of the policies of process.cache, which are Python",
     "sphere.correct_backward": "no kernel of the CPU's: Python runs the reference",
 }
 
@@ -68,6 +67,7 @@ SHARED = {
     "sphere_weights": ("sphere_velocity",),
     "sphere_velocity_backward": ("sphere_velocity_backward",),
     "largest": ("sphere_largest",),
+    "row_cosine": ("similarity_cosine",),
     "capability": ("cpu_capability",),
     "choose_capability": ("choose_cpu_capability",),
 }
@@ -77,7 +77,6 @@ EXPORTS_WITHOUT = {
     "read": "the memory's ceiling, which benchmarks compare with",
     "philox": "for tests of the stream",
     "gumbel_of_bits": "for tests of the stream",
-    "row_cosine": "similarity.cosine's kernel",
     "parallel_runtime": "which OpenMP runtime is Python's; the header says how the library finds its own",
 }
 

@@ -126,6 +126,23 @@ def test_draws_and_statistics(cuda_c: Library, dtype: torch.dtype, given: dict[s
     same(numbers, draw._numbers)
 
 
+@pytest.mark.parametrize("first", [0, 768])
+@pytest.mark.parametrize("given", [{}, GIVEN], ids=["plain", "all"])
+def test_summaries(cuda_c: Library, given: dict[str, Any], first: int) -> None:
+    """Of the logits as tokens from `first` on; with a target and a row that is skipped, or without."""
+    c, logits = cuda_c, _logits()
+    softmax = softmax_of(c, logits, INDEX, **given)
+    tokens, numbers = empty(2, ROWS, dtype=torch.int64), empty(c.NUM_SUMMARY, ROWS, dtype=torch.float64)
+    target = first + INDEX.flip(0) if given else None
+    skip = torch.tensor([0, 1, 0, 0, 0], dtype=torch.uint8) if given else None
+    part = c.part(first=first, target=target, skip=skip, keys=c.keys_of(KEY))
+    c.cuda_categorical_summary(softmax, part, tokens, numbers, _softmax_memory(c, softmax), None)
+    _, _, _, index, shift, *row = _op_arguments(logits, given)
+    wanted = run("categorical.summary", logits, None, None, first, index, shift, target, *row, skip, KEY)
+    same(tokens, wanted[0])
+    same(numbers, wanted[1])
+
+
 def _op_arguments(logits: Tensor, given: dict[str, Any]) -> tuple[Any, ...]:
     shift = None if "shift" not in given else torch.tensor(given["shift"])
     return (

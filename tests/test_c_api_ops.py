@@ -32,7 +32,7 @@ from c_arguments import (
 )
 from c_library import Library
 
-from dlcore import LinearLogits, attention, bits, categorical, rng, sphere
+from dlcore import LinearLogits, attention, bits, categorical, rng, similarity, sphere
 from dlcore.process import uniform
 from dlcore.sphere import cauchy, vmf
 
@@ -98,6 +98,41 @@ def test_stats(c: Library, head: Callable[[], Head], given: dict[str, Any]) -> N
         given.get("softcap"), given.get("exclude"),
     )  # fmt: skip
     same(argmax, wanted[0])
+    same(numbers, wanted[1])
+
+
+@heads
+@pytest.mark.parametrize("each", [False, True], ids=["one key", "a key per row"])
+def test_summary(c: Library, head: Callable[[], Head], each: bool) -> None:
+    """Of tokens from 512 on, with ids here and elsewhere, and of all, with nothing beside."""
+    logits, key = head(), rng.split(KEY, ROWS) if each else KEY
+    parts = (
+        (logits.hidden, logits.weight, logits.bias)
+        if isinstance(logits, LinearLogits)
+        else (logits, None, None)
+    )
+    index, target = 500 + index_of(logits), torch.tensor([512, -1, 600, 3, 2**40])
+    skip, temperature = torch.tensor([0, 0, 2, 0, 0], dtype=torch.uint8), torch.tensor([0.5, 1, 1, 0, 2])
+    full = {"temperature": temperature, "shift": 1.5, "softcap": 8.0, "exclude": 512}
+    whole = c.part(first=512, target=target, skip=skip, keys=c.keys_of(key))
+    numbered = (512, index, torch.tensor(1.5), target, temperature, 8.0, 512, skip, key)
+    for softmax, part, given in (
+        (softmax_of(c, logits, index, **full), whole, numbered),
+        (softmax_of(c, logits), c.part(), (0, *(None,) * 8)),
+    ):
+        tokens, numbers = empty(2, ROWS, dtype=torch.int64), empty(c.NUM_SUMMARY, ROWS, dtype=torch.float64)
+        c.categorical_summary(softmax, part, tokens, numbers)
+        wanted = torch.ops.dlcore.categorical_summary(*parts, *given)
+        same(tokens, wanted[0])
+        same(numbers, wanted[1])
+
+
+def test_summary_inside_of_a_group(c: Library) -> None:
+    logits = dense(100)
+    tokens, numbers = empty(2, ROWS, dtype=torch.int64), empty(c.NUM_SUMMARY, ROWS, dtype=torch.float64)
+    c.categorical_summary(softmax_of(c, logits), c.part(first=301, keys=c.keys_of(KEY)), tokens, numbers)
+    wanted = torch.ops.dlcore.categorical_summary(logits, None, None, 301, *(None,) * 7, KEY)
+    same(tokens, wanted[0])
     same(numbers, wanted[1])
 
 
@@ -441,3 +476,38 @@ def test_decode(c: Library, page_size: int | None, given: dict[str, Any]) -> Non
     same(lse, wanted[1])
     for a, b in zip(mine.view(0), theirs.view(0), strict=True):
         same(a, b)
+
+
+# --- similarity ---
+
+
+@pytest.mark.parametrize("page_size", [None, 8], ids=["whole", "paged"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cosine(c: Library, dtype: torch.dtype, page_size: int | None) -> None:
+    cache = attention.KVCache(1, 2, 45, 2, 40, v_head_dim=24, page_size=page_size, dtype=dtype)
+    cache.write(0, normal(8, 2, 45, 2, 40, dtype=dtype), normal(9, 2, 45, 2, 24, dtype=dtype))
+    fresh, values, table = normal(1, 2, 9, 2, 24, dtype=dtype), cache.view(0)[1], cache.page_table
+    positions = torch.stack([torch.arange(9) * 5, torch.arange(9) + 2])
+    outside = torch.tensor([-1, 48, -(2**63), 2**63 - 1, 48, 49, 50, 51, -2]).expand(2, 9).contiguous()
+    for at in (positions, None, outside):
+        out = empty(2, 9)
+        rows = c.similarity(
+            dtype=DTYPES.index(dtype),
+            batch=2,
+            rows=9,
+            heads=2,
+            columns=24,
+            fresh=c.heads(data=fresh),
+            cached=c.heads(data=values),
+            cached_rows=0 if page_size else 45,
+            positions=at,
+            page_table=table,
+            pages=0 if table is None else table.shape[1],
+            page_size=page_size or 0,
+            num_pages=0 if table is None else table.numel(),
+        )
+        c.similarity_cosine(rows, out)
+        if at is outside:
+            assert out.isnan().all()
+        else:
+            same(out, similarity.cosine(fresh, values, at, page_table=table))

@@ -121,6 +121,11 @@ def _noise(key: Tensor, token: Tensor) -> Result:
     return keys, rng.uniform(keys, 5), rng.normal(key, 5), rng.gumbel(keys, 5)
 
 
+def _part(logits: Tensor, token: Tensor, key: Tensor, positive: Tensor) -> Result:
+    row = (token + 512, positive, token + 512, positive, 30.0, 900, token < 0)
+    return run("categorical.summary", logits, None, None, 512, *row, key)
+
+
 LOGITS, TOKENS = (ROWS, VOCAB), (ROWS,)
 HEAD = {"hidden": (ROWS, DEPTH), "weight": (VOCAB, DEPTH), "bias": (VOCAB,)}
 TILED = HEAD | {"hidden": (MANY, DEPTH)}
@@ -134,6 +139,9 @@ CASES: dict[str, Case] = {
             x for x in categorical.stats(logits, temperature=positive) if x is not None
         ),
         ("categorical.stats",),
+    ),
+    "summary": Case(
+        {"logits": LOGITS, "token": TOKENS, "key": (2,), "positive": TOKENS}, _part, ("categorical.summary",)
     ),
     "sample, truncated": Case(
         {"logits": LOGITS, "key": (2,), "share": (), "positive": ()}, _cut, ("categorical.sample",)

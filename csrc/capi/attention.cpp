@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "capi.h"
+#include "heads.h"
 
 namespace dlcore::capi {
 namespace {
@@ -12,37 +12,8 @@ constexpr int64_t kSerial = 1 << 18;
 // Positions fit int32.
 constexpr int64_t kMostRows = std::numeric_limits<int32_t>::max();
 
-struct Shape {
-  int64_t batch, rows, heads, columns;
-};
-
-Heads heads(const char* name, const dlcore_heads& h, DType dtype, const Shape& s) {
-  const int64_t size = product(name, {s.batch, s.rows, s.heads, s.columns});
-  if (!h.data && size > 0) refuse(DLCORE_NULL_POINTER, name, ".data must not be NULL");
-  Heads r{static_cast<char*>(const_cast<void*>(h.data)), dtype, h.batch_stride, h.row_stride, h.head_stride};
-  if (h.batch_stride == 0 && h.row_stride == 0 && h.head_stride == 0) {
-    r.head_stride = s.columns;
-    r.row_stride = s.heads * s.columns;
-    r.batch_stride = s.rows * r.row_stride;
-  }
-  const auto check = [&](const char* member, int64_t stride, int64_t count) {
-    if (count > 1 && stride < s.columns)
-      refuse(DLCORE_INVALID_SHAPE, name, member, " must be at least ", s.columns, ", got ", stride);
-  };
-  check(".batch_stride", r.batch_stride, s.batch);
-  check(".row_stride", r.row_stride, s.rows);
-  check(".head_stride", r.head_stride, s.heads);
-  return r;
-}
-
-Heads contiguous(void* data, DType dtype, const Shape& s) {
-  return {static_cast<char*>(data), dtype, s.rows * s.heads * s.columns, s.heads * s.columns, s.columns};
-}
-
 void check_sizes(const dlcore_attention& a) {
-  if (a.dtype < DLCORE_FLOAT32 || a.dtype > DLCORE_FLOAT16)
-    refuse(DLCORE_INVALID_DTYPE, "dtype must be DLCORE_FLOAT32, DLCORE_BFLOAT16 or DLCORE_FLOAT16, got ",
-           a.dtype);
+  dtype_of(a.dtype);
   const auto within = [](const char* name, int64_t value, int64_t low, int64_t high) {
     if (value < low || value > high)
       refuse(DLCORE_INVALID_SHAPE, name, " must lie in [", low, ", ", high, "], got ", value);
@@ -147,17 +118,10 @@ void intervals_backward(const dlcore_attention* attention, const int32_t* starts
 
 void check_cache(const dlcore_cache& c, const AttentionArguments& a) {
   at_least("max_len", c.max_len, 0);
-  if (c.page_table) {
-    at_least("pages", c.pages, 0);
-    at_least("page_size", c.page_size, 1);
-    at_least("num_pages", c.num_pages, 0);
-    const int64_t room = product("pages", {c.pages, c.page_size});
-    if (c.max_len > room)
-      refuse(DLCORE_INVALID_SHAPE, "max_len must be at most pages·page_size, ", room, ", got ", c.max_len);
-    for (int64_t i = 0; i < product("page_table", {a.batch, c.pages}); ++i)
-      if (c.page_table[i] < 0 || c.page_table[i] >= c.num_pages)
-        refuse(DLCORE_INVALID_VALUE, "page_table must lie in [0, ", c.num_pages, "), got ", c.page_table[i]);
-  }
+  check_pages(c.page_table, a.batch, c.pages, c.page_size, c.num_pages);
+  if (c.page_table && c.max_len > c.pages * c.page_size)
+    refuse(DLCORE_INVALID_SHAPE, "max_len must be at most pages·page_size, ", c.pages * c.page_size, ", got ",
+           c.max_len);
   needed("lengths", c.lengths, a.batch);
   for (int64_t b = 0; b < a.batch; ++b) {
     if (c.lengths[b] < 0) refuse(DLCORE_INVALID_VALUE, "lengths must be at least 0, got ", c.lengths[b]);

@@ -399,8 +399,14 @@ void scan(const ScanArguments& a) {
   parallel_ranges(rows * segments, a.threads, [&](int64_t begin, int64_t end) {
     scan_segments(a, begin, end, [&](int64_t i, const Summary& s) { parts[static_cast<size_t>(i)] = s; });
   });
-  for (int64_t i = 0; i < rows * segments; ++i)
-    if (!unread(a, i / segments)) take(i / segments, parts[static_cast<size_t>(i)]);
+  // In the order of scan_rows, for the same rounding with any number of threads.
+  for (int64_t r = 0; r < rows; ++r) {
+    if (unread(a, r)) continue;
+    Summary row;
+    for (int64_t i = r * segments; i < (r + 1) * segments; ++i)
+      row = merge(row, parts[static_cast<size_t>(i)]);
+    take(r, row);
+  }
 }
 
 }  // namespace dlcore::DLCORE_ISA

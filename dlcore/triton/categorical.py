@@ -97,16 +97,18 @@ def _settle(numbers, row, rows, inside, known, nothing, NUMBER: tl.constexpr):
     return value
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["first", "columns", "rows"])
 def finish_summary_kernel(
     numbers,
     tokens,
+    first,
+    columns,
+    index,
     skip,
     target,
     temperature,
     temperature_step,
     rows,
-    WITH_INDEX: tl.constexpr,
     DRAWN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -125,7 +127,11 @@ def finish_summary_kernel(
     total = tl.load(numbers + SUM * rows + row, read, 0.0)
     tl.store(numbers + SUM * rows + row, tl.where(total < float("inf"), total, none), inside)
     _settle(numbers, row, rows, inside, read, 0.0, WEIGHTED)
-    _settle(numbers, row, rows, inside, read & WITH_INDEX, none, INDEX_LOGIT)
+    here = read & False
+    if index is not None:
+        at = tl.load(index + row, inside, -1)
+        here = read & (at >= first) & (at - first < columns)
+    _settle(numbers, row, rows, inside, here, none, INDEX_LOGIT)
     _settle(numbers, row, rows, inside, read & (target is not None), none, TARGET_LOGIT)
     score = tl.load(numbers + SCORE * rows + row, read & DRAWN, NONE)
     logit = tl.load(numbers + TOKEN_LOGIT * rows + row, read & DRAWN, NONE)
@@ -288,8 +294,7 @@ def summary(
         finish_summary_kernel,
         ceil_div(lead.numel(), _BLOCK),
         logits,
-        *(*state, skip, target, *softmax.temperature, lead.numel()),
-        WITH_INDEX=index is not None,
+        *(*state, first, vocab_size(head), softmax.index, skip, target, *softmax.temperature, lead.numel()),
         DRAWN=key is not None,
         BLOCK=_BLOCK,
     )

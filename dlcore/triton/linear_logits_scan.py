@@ -31,7 +31,7 @@ FEW_ROWS = 64
 _SIZE = tl.constexpr(GROUP)
 
 
-@triton.jit(do_not_specialize=["first", "vocab", "exclude", "rows", "groups"])
+@triton.jit(do_not_specialize=["vocab", "exclude", "rows", "groups"])
 def product_kernel(
     hidden,
     inner,
@@ -42,7 +42,6 @@ def product_kernel(
     depth_stride,
     bias,
     depth,
-    first,
     vocab,
     index,
     shift,
@@ -74,11 +73,10 @@ def product_kernel(
     if unread != 0:
         return
     ids = tl.arange(0, _SIZE)
-    column = group.to(tl.int64) * _SIZE + ids
-    token = first + column
-    known = (column < vocab)[None, :]
+    token = group.to(tl.int64) * _SIZE + ids
+    known = (token < vocab)[None, :]
     a_at = hidden + row_offset(row, inner, outer_stride, inner_stride)[:, None]
-    b_at = weight + (column * token_stride)[None, :]
+    b_at = weight + (token * token_stride)[None, :]
     x = tl.full((ROWS, _SIZE), 0.0, tl.float32)
     for start in range(0, depth, DEPTH):
         k = start + tl.arange(0, DEPTH)
@@ -86,7 +84,7 @@ def product_kernel(
         b = tl.load(b_at + k.to(tl.int64)[:, None] * depth_stride, (k < depth)[:, None] & known, 0.0)
         x = product(a, b.to(a.dtype), x)
     if bias is not None:
-        x += tl.load(bias + column, column < vocab, 0.0).to(tl.float32)[None, :]
+        x += tl.load(bias + token, token < vocab, 0.0).to(tl.float32)[None, :]
     at, bonus = row_shift(row, index, shift, shift_step)
     x = transformed(x, token[None, :], at[:, None], bonus[:, None], softcap, exclude)
     x = tl.where(known, x, NONE)
@@ -102,15 +100,14 @@ def product_kernel(
     tl.store(out + 3 * size, tl.max(tl.where(ids[None, :] == place[:, None], NONE, x), 1), inside)
     tl.store(to, place.to(tl.uint8), inside)
     if index is not None:
-        # Of an index that is elsewhere the first group says so, lest nothing be set.
-        here = (at >= first) & (at < first + vocab)
-        mine = tl.where(here, (at - first) // _SIZE == group, group == 0)
+        # Of an index outside of the vocabulary the first group says something, lest nothing be set.
+        lawful = (at >= 0) & (at < vocab)
+        mine = tl.where(lawful, at // _SIZE == group, group == 0)
         entry = tl.max(tl.where(token[None, :] == at[:, None], x, NONE), 1)
-        entry = tl.where(here, entry, float("nan"))
         tl.store(index_logits + row, entry.to(tl.float64) * inverse.to(tl.float64), inside & mine)
     if keys is not None:
         seed, offset = noise.row_key(keys, row[:, None], KEY_PER_ROW)
-        pair = (first + group.to(tl.int64) * _SIZE) // 2 + tl.arange(0, _SIZE // 2)
+        pair = group.to(tl.int64) * (_SIZE // 2) + tl.arange(0, _SIZE // 2)
         even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
         drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
         _, place = tl.max(tl.fma(x - top[:, None], inverse[:, None], drawn), 1, return_indices=True)
@@ -126,10 +123,11 @@ def scan_head(
     target: Tensor | None = None,
     begin: int = 0,
 ) -> State:
-    """As `scan`, and no logits of a head of few rows are written."""
+    """As `scan`, and no logits of a head of few rows are written, unless there is a target or an offset:
+    for these the product has no registers left."""
     hidden, weight, bias = head
     rows = hidden.shape[:-1].numel()
-    if weight is None or rows > FEW_ROWS or target is not None or begin % GROUP:
+    if weight is None or rows > FEW_ROWS or target is not None or begin > 0:
         return scan(head, softmax, target, key, skip, begin=begin)
     hidden = hidden.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
     single = hidden.dtype == torch.float32
@@ -139,7 +137,7 @@ def scan_head(
     places = torch.empty((2, rows, groups), dtype=torch.uint8, device=hidden.device)
     block = power_of_two(rows, 16, 32)
     bias = None if bias is None else bias.detach().contiguous()
-    operands = (*rows_of(hidden), weight.detach(), *weight.stride(), bias, depth, begin, vocab)
+    operands = (*rows_of(hidden), weight.detach(), *weight.stride(), bias, depth, vocab)
     results = (summaries, rows, groups, key, state.numbers[INDEX_LOGIT.value], places)
     launch(
         product_kernel,
@@ -154,7 +152,7 @@ def scan_head(
         maxnreg=None if single else 128,  # of up to 16 rows two programs a unit: one waits, the other draws
     )
     nothing = (None, 1, 0, 0)
-    read = (*nothing, begin, vocab, *softmax.args, skip, None, None, None, summaries, rows)
+    read = (*nothing, 0, vocab, *softmax.args, skip, None, None, None, summaries, rows)
     reduce(read, rows, groups, key, state, True, places)
     return state
 

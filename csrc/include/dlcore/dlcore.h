@@ -542,6 +542,24 @@ typedef struct dlcore_cache {
 DLCORE_API dlcore_status dlcore_attention_decode(const dlcore_attention* attention, const dlcore_cache* cache,
                                                  void* out, float* lse);
 
+/* --- similarity: how much rows of a cache differ from fresh ones --- */
+
+typedef struct dlcore_similarity {
+  int32_t dtype; /* of fresh and cached */
+  int64_t batch, rows, heads, columns;
+  dlcore_heads fresh;        /* (batch, rows, heads, columns) */
+  dlcore_heads cached;       /* (batch, cached_rows, heads, columns), or (num_pages, page_size, ...) */
+  int64_t cached_rows;       /* with pages not used: pages·page_size */
+  const int64_t* positions;  /* (batch, rows): the cached row of each fresh one; NULL: row r of row r */
+  const int32_t* page_table; /* (batch, pages), or NULL: no pages */
+  int64_t pages, page_size, num_pages;
+  int32_t threads;
+} dlcore_similarity;
+
+/* out (batch, rows): the cosine between fresh and cached row, all heads together; 1 between two zero rows, 0
+ * if one is, NaN for positions outside of the cache. */
+DLCORE_API dlcore_status dlcore_similarity_cosine(const dlcore_similarity* rows, float* out);
+
 #ifdef __cplusplus
 }
 #endif
