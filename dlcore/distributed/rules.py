@@ -8,13 +8,12 @@ cut (a vocabulary, a head dimension) and refuses them: `dlcore.distributed` merg
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
 from dlcore import _ops
 
@@ -227,17 +226,3 @@ def register() -> None:
     rules |= {op: partial(_attention, op) for op in ("attention.intervals", "attention.intervals_backward")}
     for op, rule in rules.items():
         register_sharding(_overload(op))(rule)
-        with contextlib.suppress(AttributeError, ImportError):
-            _tell_calls_apart(_overload(op))
-
-
-def _tell_calls_apart(overload: torch._ops.OpOverload) -> None:
-    """Have DTensor remember a rule's answer for the very arguments that are missing or given.
-
-    What `register_sharding` derives from a schema looks at tensors only, so a call with top_p and one with
-    min_p in its place would be one.
-    """
-    from torch.distributed.tensor._op_schema import RuntimeSchemaInfo
-
-    known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-    known[overload] = RuntimeSchemaInfo(static_argnum=1, needs_pytree=True)
