@@ -326,6 +326,24 @@ def test_truncated_draws_equal_those_of_the_whole(
     ranks4.run(len(sizes), equal_truncated_draws, sizes, kind, candidates, coarse)
 
 
+def draws_of_equal_logits(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> None:
+    """Flat logits: ids alone say which tokens are kept, and the last of them is drawn as often as any."""
+    before = truncation.CANDIDATES, truncation.MOST
+    truncation.CANDIDATES = truncation.MOST = 1
+    try:
+        logits, key = torch.zeros(100, VOCAB), dlcore.rng.key(6)
+        for limits in ({"top_k": 3}, {"top_k": 60, "exclude": 30}, {"top_p": 0.0305}, {"min_p": 0.5}):
+            got, wanted = (categorical.sample(x, **limits, key=key) for x in both((logits,), group, sizes))
+            assert torch.equal(got.tokens, wanted.tokens), limits
+    finally:
+        truncation.CANDIDATES, truncation.MOST = before
+
+
+@every_split()
+def test_ids_order_equal_logits(ranks4: Ranks, sizes: Any) -> None:
+    ranks4.run(len(sizes), draws_of_equal_logits, sizes)
+
+
 def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend: str) -> None:
     logits = inputs("dense", torch.float32)[0].reshape(ROWS, VOCAB)
     logits[0, 3], logits[1, 900], logits[2] = torch.nan, torch.inf, -torch.inf
