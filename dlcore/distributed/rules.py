@@ -8,7 +8,7 @@ cut (a vocabulary, a head dimension) and refuses them: `dlcore.distributed` merg
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -227,8 +227,14 @@ def register() -> None:
     rules |= {op: partial(_attention, op) for op in ("attention.intervals", "attention.intervals_backward")}
     for op, rule in rules.items():
         register_sharding(_overload(op))(rule)
-        with contextlib.suppress(AttributeError, ImportError):
+        try:
             _tell_calls_apart(_overload(op))
+        except (AttributeError, ImportError) as error:
+            warnings.warn(
+                f"dlcore.distributed: DTensor tells calls apart by their tensors alone here ({error}): an op "
+                "that is called with top_p and then with min_p may be refused",
+                stacklevel=2,
+            )
 
 
 def _tell_calls_apart(overload: torch._ops.OpOverload) -> None:
