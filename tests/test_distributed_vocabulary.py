@@ -578,7 +578,7 @@ def keyless(group: dist.ProcessGroup) -> list[list[int]]:
         uniform.correct(logits, plain, 0.5, 5),
         d3pm.step(logits, plain, 0.1, 0.9),
         d3pm.step(logits, z, 0.1, 0.9, mask_id=599, subs=True),
-        absorbing_uniform.step(logits, plain, plain < 1, 0.1, 0.9),
+        absorbing_uniform.step(logits, plain, plain + 3, 0.1, 0.9),
         order.step(logits, z, 0.9, 0.1, 599),
         *(target.rows for target in targets),
     ]

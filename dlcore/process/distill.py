@@ -162,7 +162,7 @@ def _rollout(
         with torch.no_grad():
             logits = teacher(z, alpha_t)
             # Only the logits tell whether other ranks draw with it.
-            key = rows.key(op, key, generator if key is None else None, logits)
+            key = rows.key(op, key, None if i else generator, logits)
             following = masked.step(
                 logits, z, alpha_t, alpha_s, mask_id, temperature=temperature, key=rng.fold_in(key, i)
             )
