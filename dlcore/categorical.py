@@ -148,7 +148,7 @@ def _run(name: str, h: Head, *args: Any) -> Any:
         return getattr(torch.ops.dlcore, "categorical_" + name)(*h, *args)
     from dlcore.distributed import categorical as sharded
 
-    return sharded.run(name, h, *args)
+    return sharded.run(getattr(sharded, name), h, *args)
 
 
 def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: Head) -> Tensor:
@@ -484,7 +484,7 @@ def kl(
     else:
         from dlcore.distributed import categorical as sharded
 
-        numbers = sharded.run("kl", p, q, scale)
+        numbers = sharded.run(sharded.kl, p, q, scale)
     result = numbers[0]
     return result.to(torch.promote_types(p.logits.dtype, torch.float32))
 

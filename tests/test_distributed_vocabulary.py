@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlcore
 from dlcore import LinearLogits, categorical
 from dlcore.distributed import ShardedLogits, shard_sizes, truncation
-from dlcore.process import absorbing_uniform, d3pm, distill, masked, order, uniform
+from dlcore.process import absorbing_uniform, d3pm, distill, masked, uniform
 
 ROWS, WIDTH, VOCAB = 6, 8, 1000
 #: Tokens per rank: groups whole and cut, several ranks in one group, ranks without any.
@@ -579,7 +579,6 @@ def keyless(group: dist.ProcessGroup) -> list[list[int]]:
         d3pm.step(logits, plain, 0.1, 0.9),
         d3pm.step(logits, z, 0.1, 0.9, mask_id=599, subs=True),
         absorbing_uniform.step(logits, plain, plain + 3, 0.1, 0.9),
-        order.step(logits, z, 0.9, 0.1, 599),
         *(target.rows for target in targets),
     ]
     return [x.flatten().tolist() for x in drawn]

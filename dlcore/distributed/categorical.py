@@ -7,6 +7,7 @@ call, but where two scores differ by rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from dlcore.reference import categorical as reference
 __all__ = ["expectation", "kl", "log_probs", "sample", "sample_expectation", "sample_mixture", "stats"]
 
 
-def run(name: str, *args: Any) -> Any:
-    """The function of that name, in its own precision."""
+def run(function: Callable[..., Any], *args: Any) -> Any:
+    """One of these functions, in its own precision."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
-        return globals()[name](*args)
+        return function(*args)
 
 
 def _numbers(m: Merged, has_index: bool, dtype: torch.dtype) -> Tensor:

@@ -72,8 +72,7 @@ def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., A
 
     def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.summed:
-            asked = {f"gradient of input {i}": ctx.needs_input_grad[i] for i in ctx.summed}
-            with groups.agreement(f"{ctx.op} backward", ctx.group, **asked):
+            with groups.agreement(f"{ctx.op} backward", ctx.group):
                 pass
         with torch.no_grad(), as_asked(ctx.backend):
             results = backward(ctx, *grads)
@@ -84,7 +83,7 @@ def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., A
 
 def _remember(ctx: Any, h: ShardedHead, heads: dict[int, Tensor | None], *saved: Tensor | None) -> None:
     """`heads`: the inputs that are heads' first tensors, and their weights."""
-    ctx.summed = [i for i, weight in heads.items() if weight is not None and ctx.needs_input_grad[i]]
+    ctx.summed = any(w is not None and ctx.needs_input_grad[i] for i, w in heads.items())
     ctx.op, ctx.group, ctx.first, ctx.backend = h.op, h.group, h.first, _dispatch.asked_for()
     ctx.save_for_backward(*saved)
 
