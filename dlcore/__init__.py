@@ -28,7 +28,10 @@ __all__ = [
 def __getattr__(name: str) -> ModuleType:
     # On first use: torch may have no distributed, and who stays on one machine pays nothing.
     if name == "distributed":
-        return import_module("dlcore.distributed")
+        try:
+            return import_module("dlcore.distributed")
+        except ImportError as error:
+            raise AttributeError(f"module 'dlcore' has no distributed: {error}") from error
     raise AttributeError(f"module 'dlcore' has no attribute {name!r}")
 
 

@@ -8,8 +8,11 @@ ValueError, bad dtypes TypeError.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+import os
+import sys
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +24,9 @@ from dlcore.linear_logits import LinearLogits
 
 if TYPE_CHECKING:
     from dlcore.distributed.heads import ShardedHead
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 __all__ = [
     "Draw",
@@ -119,22 +125,39 @@ def head(op: str, logits: Tensor | LinearLogits, name: str = "logits") -> Head:
     return Head(logits, None, None)
 
 
+def heard(function: Callable[P, T]) -> Callable[P, T]:
+    """Where logits lie over ranks, under DLCORE_CHECK=1 all hear of what the call is refused for on one."""
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return function(*args, **kwargs)
+        except (TypeError, ValueError, NotImplementedError) as error:
+            if os.environ.get("DLCORE_CHECK") == "1" and "dlcore.distributed" in sys.modules:
+                from dlcore.distributed import heads
+
+                heads.refused(function.__name__, error, (*args, *kwargs.values()))
+            raise
+
+    return run
+
+
 def _run(name: str, h: Head, *args: Any) -> Any:
     """The op of that name, or what stands for it where the vocabulary lies over ranks."""
     if type(h) is Head:
         return getattr(torch.ops.dlcore, "categorical_" + name)(*h, *args)
     from dlcore.distributed import categorical as sharded
 
-    return getattr(sharded, name)(h, *args)
+    return sharded.run(getattr(sharded, name), h, *args)
 
 
 def fresh_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: Head) -> Tensor:
     """The key as given, or a fresh one from torch's generator, on every rank the same."""
-    if type(h) is Head or key is not None:
+    if type(h) is Head:
         return checks.key(op, key, generator, h.lead, h.logits.device)
     from dlcore.distributed import heads
 
-    return heads.fresh_key(op, generator, cast("ShardedHead", h))
+    return heads.shared_key(op, key, generator, cast("ShardedHead", h))
 
 
 def _ids(op: str, name: str, ids: Any, h: Head) -> Any:
@@ -176,6 +199,7 @@ def _stats(argmax: Tensor, numbers: Tensor, has_index: bool) -> Stats:
     return Stats(lse, argmax, top, margin, entropy, at if has_index else None)
 
 
+@heard
 def row_numbers(
     op: str,
     logits: Tensor | LinearLogits,
@@ -244,6 +268,7 @@ def stats(
     return _stats(argmax, numbers, index is not None)
 
 
+@heard
 def sample(
     logits: Tensor | LinearLogits,
     index: Tensor | None = None,
@@ -301,6 +326,7 @@ def sample(
     return Draw(tokens, numbers, index is not None)
 
 
+@heard
 def sample_mixture(
     logits: Tensor | LinearLogits,
     z: Tensor,
@@ -372,6 +398,7 @@ def sample_mixture(
     return result
 
 
+@heard
 def log_probs(
     op: str,
     logits: Tensor | LinearLogits,
@@ -394,6 +421,7 @@ def log_probs(
     return result.to(torch.promote_types(h.logits.dtype, torch.float32))
 
 
+@heard
 def cross_entropy(
     logits: Tensor | LinearLogits,
     target: Tensor,
@@ -430,6 +458,7 @@ def cross_entropy(
     return torch.where(read < 0, 0, loss)
 
 
+@heard
 def kl(
     p_logits: Tensor | LinearLogits, q_logits: Tensor | LinearLogits, *, temperature: float | Tensor = 1.0
 ) -> Tensor:
@@ -455,11 +484,12 @@ def kl(
     else:
         from dlcore.distributed import categorical as sharded
 
-        numbers = sharded.kl(p, q, scale)
+        numbers = sharded.run(sharded.kl, p, q, scale)
     result = numbers[0]
     return result.to(torch.promote_types(p.logits.dtype, torch.float32))
 
 
+@heard
 def expectation(
     logits: Tensor | LinearLogits,
     table: Tensor,
@@ -490,6 +520,7 @@ def expectation(
     return result
 
 
+@heard
 def sample_expectation(
     logits: Tensor | LinearLogits,
     table: Tensor,

@@ -24,7 +24,8 @@ class LinearLogits:
         bias: (V,), optional.
         group: a ProcessGroup or a DeviceMesh of one dimension, over whose ranks the vocabulary lies: weight
             and bias are then this rank's tokens, (V_r, D) and (V_r,), after those of the rank before; see
-            `dlcore.distributed`. Of DTensors sharded on dimension 0 it is their own.
+            `dlcore.distributed`. Of DTensors sharded on dimension 0 it is their own. None, as
+            torch.distributed.group.WORLD is before init_process_group, says that all of it is here.
         sizes: every rank's V_r; None says that all are equal.
 
     Products are accumulated in float32, or float64 for float64. Gradients reach hidden, weight and bias.

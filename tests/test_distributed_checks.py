@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 import dlcore
+from dlcore import distributed
 from dlcore.distributed import groups
 from dlcore.distributed.groups import agreement, gather, process_group
 
@@ -162,9 +163,20 @@ def ask(group: dist.ProcessGroup, name: str) -> tuple[str, bool]:
     last = dist.get_rank(group) == dist.get_world_size(group) - 1
     weight = torch.randn(300, 4, generator=torch.Generator().manual_seed(dist.get_rank(group)))
     hidden = torch.ones(3 if name == "rows" and last else 2, 4)
-    key = dlcore.rng.key(8 if name == "key" and last else 7)
+    if last and name in ("hidden", "gradient"):
+        hidden = hidden + 1 if name == "hidden" else hidden.requires_grad_()
+    key: Any = dlcore.rng.key(8 if name == "key" and last else 7)
+    if last and name in ("no key", "bad key"):
+        key = None if name == "no key" else torch.ones(2)
+    options: dict[str, Any] = {"temperature": 0.5 if name == "temperature" and last else 1.0}
+    if last:
+        options |= {"softcap": {"softcap": -1.0}, "exclude": {"exclude": 600}}.get(name, {})
+        if name == "temperature shape":
+            options["temperature"] = torch.ones(3)
     sizes = (300 - last, 300 + last) if name == "sizes" else (300, 300)
     z = torch.full(hidden.shape[:1], 600 if name == "index" and last else 1)
+    if last and name == "index shape":
+        z = torch.ones(3, dtype=torch.int64)
     x = torch.randn(1, 8, 2, 32, generator=torch.Generator().manual_seed(1))
 
     def function() -> Any:
@@ -174,23 +186,41 @@ def ask(group: dist.ProcessGroup, name: str) -> tuple[str, bool]:
                 own, own, own, block_size=2 + last * 2, length=8, group=group
             )
         head = dlcore.LinearLogits(hidden, weight, group=group, sizes=sizes)
-        return dlcore.categorical.sample(
-            head, z, temperature=0.5 if name == "temperature" and last else 1.0, key=key
-        )
+        return dlcore.categorical.sample(head, z, **options, key=key)
 
     with checked():
         said = refusal(function)
-        name, last = "", False
+        name, last, options = "", False, {}
         hidden, key, sizes = torch.ones(2, 4), dlcore.rng.key(7), (300, 300)
         z = torch.full((2,), 1)
         tokens = groups.gather(function().tokens, group)
     return said, bool((tokens == tokens[0]).all())
 
 
-@pytest.mark.parametrize("name", ["rows", "key", "sizes", "index", "temperature", "attention"])
+#: What each must be told of, besides what it names.
+WANTED = {
+    "rows": "rows must be the same",
+    "key": "key must be the same",
+    "sizes": "sizes[1] must be the 300 tokens of rank 1, got (299, 301)",
+    "index": "index must lie in [0, 600), got 600",
+    "temperature": "temperature must be the same",
+    "attention": "block_size must be the same",
+    "hidden": "hidden must be the same",
+    "gradient": "hidden_requires_grad must be the same",
+    "no key": "key must be the same on all ranks, got",
+    "index shape": "index must have shape (2,), got (3,)",
+    "temperature shape": "temperature must broadcast to (2,), got (3,)",
+    "softcap": "softcap must be positive",
+    "exclude": "exclude must lie in [0, 600), got 600",
+    "bad key": "key must be an int64 Tensor",
+}
+
+
+@pytest.mark.parametrize("name", WANTED)
 def test_sharded_functions(ranks4: ranks.Ranks, name: str) -> None:
     for said, then in ranks4.run(2, ask, name):
-        assert "Error" in said, said
+        assert said.startswith(("ValueError", "TypeError")), said
+        assert WANTED[name] in said, said
         assert then
 
 
@@ -267,3 +297,56 @@ def test_a_rank_that_dies(check: bool, tmp_path: Path) -> None:
         for said, seconds in (first, third):
             assert "rank 1 did not come" in said if check else said.startswith("RuntimeError")
             assert seconds < 30
+
+
+def refuse_others(group: dist.ProcessGroup) -> list[str]:
+    """Other functions' own checks, failed on the last rank alone, and a good call after each."""
+    last = dist.get_rank(group) == dist.get_world_size(group) - 1
+    logits = distributed.ShardedLogits(torch.zeros(4, 300), group)
+    z, bad = torch.zeros(4, dtype=torch.int64), torch.zeros(5, dtype=torch.int64)
+    x = bad if last else z
+    table = torch.zeros(300, 3, dtype=torch.int64 if last else torch.float32)
+    short = distributed.ShardedLogits(torch.zeros(4, 250 if last else 300), group, (300, 300))
+    half = torch.tensor([2.0, 0, 1, 0, 1, 0])
+    calls: list[Callable[[], Any]] = [
+        lambda: dlcore.categorical.cross_entropy(logits, x),
+        lambda: dlcore.categorical.expectation(logits, table),
+        lambda: dlcore.categorical.sample_expectation(logits, table),
+        lambda: dlcore.categorical.kl(logits, short),
+        lambda: dlcore.categorical.kl(logits, logits, temperature=x + 1.0),
+        lambda: dlcore.categorical.sample_mixture(logits, x, half),
+        lambda: dlcore.categorical.stats(logits, x),
+        lambda: distributed.shard_sizes(-1 if last else 1, group),
+    ]
+    said = []
+    with checked(8.0):
+        for function in calls:
+            said.append(refusal(function))
+            numbers = dlcore.categorical.stats(logits).logsumexp
+            assert torch.allclose(numbers, torch.full_like(numbers, 600).log())
+    return said
+
+
+def test_what_one_rank_refuses_all_hear_of(ranks4: ranks.Ranks) -> None:
+    first, last = ranks4.run(2, refuse_others)
+    for heard, own in zip(first, last, strict=True):
+        assert "rank 1 was refused" in heard, heard
+        assert own.removeprefix("ValueError: ").removeprefix("TypeError: ") in heard
+
+
+def backward_alone(group: dist.ProcessGroup) -> tuple[str, bool]:
+    """Only rank 0 makes the backward pass, in which all sum the gradient of what they share."""
+    weight = torch.randn(300, 4, requires_grad=True)
+    hidden = torch.ones(2, 4, requires_grad=True)
+    head = dlcore.LinearLogits(hidden, weight, group=group)
+    with checked(5.0):
+        loss = dlcore.categorical.cross_entropy(head, torch.tensor([1, 2])).sum()
+        back = dist.get_rank(group) == 0
+        return refusal(loss.backward if back else lambda: dlcore.categorical.stats(head)), works(group)
+
+
+def test_a_backward_pass_that_one_rank_makes(ranks4: ranks.Ranks) -> None:
+    for said, then in ranks4.run(2, backward_alone):
+        assert "op must be the same on all ranks" in said
+        assert "categorical.cross_entropy backward" in said
+        assert then

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dlcore
 from dlcore import LinearLogits, categorical
 from dlcore.distributed import ShardedLogits, shard_sizes, truncation
-from dlcore.process import masked, uniform
+from dlcore.process import absorbing_uniform, d3pm, distill, masked, uniform
 
 ROWS, WIDTH, VOCAB = 6, 8, 1000
 #: Tokens per rank: groups whole and cut, several ranks in one group, ranks without any.
@@ -297,7 +297,7 @@ def equal_truncated_draws(
     if candidates is not None:
         truncation.CANDIDATES = truncation.MOST = candidates
     try:
-        for dtype in (torch.float32, torch.bfloat16)[: 1 if kind == "head" else 2]:
+        for dtype in (torch.float32, torch.bfloat16):
             parts = inputs(kind, dtype)
             if coarse:
                 # Halves, so that many tokens are equal and ids decide.
@@ -356,24 +356,24 @@ def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend:
     table = torch.eye(VOCAB, 3)
     key = dlcore.rng.key(2)
     half = torch.tensor([2.0, 0, 1, 0, 1, 0])
-    for got, wanted in (
-        (categorical.stats(there, z), categorical.stats(one, z)),
-        (categorical.cross_entropy(there, z), categorical.cross_entropy(one, z)),
-        *(
-            (
-                tuple(categorical.sample(there, key=key, **o))[:2],
-                tuple(categorical.sample(one, key=key, **o))[:2],
-            )
-            for o in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0})
-        ),
-        (
-            categorical.sample_mixture(there, z, half, key=key),
-            categorical.sample_mixture(one, z, half, key=key),
-        ),
-    ):
-        close(got, wanted, torch.float32)
-    assert categorical.sample(there, key=key).tokens[:3].tolist() == [-1, -1, -1]
     with dlcore.use_backend(backend):
+        for got, wanted in (
+            (categorical.stats(there, z), categorical.stats(one, z)),
+            (categorical.cross_entropy(there, z), categorical.cross_entropy(one, z)),
+            *(
+                (
+                    tuple(categorical.sample(there, key=key, **o))[:2],
+                    tuple(categorical.sample(one, key=key, **o))[:2],
+                )
+                for o in ({}, {"top_k": 5}, {"top_p": 0.5}, {"temperature": 0.0})
+            ),
+            (
+                categorical.sample_mixture(there, z, half, key=key),
+                categorical.sample_mixture(one, z, half, key=key),
+            ),
+        ):
+            close(got, wanted, torch.float32)
+        assert categorical.sample(there, key=key).tokens[:3].tolist() == [-1, -1, -1]
         for got, wanted in (
             (categorical.kl(there, p), categorical.kl(one, q)),
             (categorical.kl(p, there), categorical.kl(q, one)),
@@ -471,6 +471,122 @@ def test_a_fresh_key_is_one_for_all_ranks(ranks4: Ranks) -> None:
     first, *others = ranks4.run(3, fresh_keys)
     assert all(tokens == first for tokens in others)
     assert len(set(first)) > 25
+
+
+ALONE = pytest.mark.parametrize("named", ["cpu", "reference"])
+
+
+def excluded_alone(group: dist.ProcessGroup, backend: str) -> None:
+    """Rank 0 holds the excluded token alone, in some rows -inf besides."""
+    sizes, key, target = (1, 599), dlcore.rng.key(5), torch.arange(8) + 5
+    logits = torch.randn(8, 600, generator=torch.Generator().manual_seed(4))
+    logits[3:6, 0] = -torch.inf
+    table = torch.randn(600, 3, generator=torch.Generator().manual_seed(3))
+    with dlcore.use_backend(backend):
+        for exclude in (0, None):
+            equal_gradients(
+                *(group, sizes, torch.float32),
+                lambda x, e=exclude: categorical.cross_entropy(x, target, exclude=e),
+                (logits,),
+            )
+            there, one = both((logits,), group, sizes)
+            own = table[columns(group, sizes)]
+            close(
+                categorical.expectation(there, own, exclude=exclude),
+                categorical.expectation(one, table, exclude=exclude),
+                torch.float32,
+            )
+            got, wanted = (categorical.sample(x, exclude=exclude, key=key) for x in (there, one))
+            assert torch.equal(got.tokens, wanted.tokens)
+        equal_gradients(group, sizes, torch.float32, categorical.kl, (logits,), (logits.roll(1, 0),))
+
+
+@ALONE
+def test_a_shard_of_the_excluded_token_alone(ranks4: Ranks, named: str) -> None:
+    ranks4.run(2, excluded_alone, named)
+
+
+def drawn_under_autocast(group: dist.ProcessGroup) -> None:
+    made = torch.Generator().manual_seed(0)
+    parts = (torch.randn(64, 32, generator=made), torch.randn(600, 32, generator=made))
+    there = LinearLogits(parts[0], parts[1][columns(group, (300, 300))], group=group)
+    for limits in ({"top_k": 50}, {"top_p": 0.999}, {}):
+        wanted = categorical.sample(LinearLogits(*parts), key=dlcore.rng.key(7), **limits)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = categorical.sample(there, key=dlcore.rng.key(7), **limits)
+        assert torch.equal(got.tokens, wanted.tokens)
+        close(got.logprob, wanted.logprob, torch.float32)
+
+
+def test_autocast_changes_no_draw(ranks4: Ranks) -> None:
+    ranks4.run(2, drawn_under_autocast)
+
+
+def short_columns(group: dist.ProcessGroup) -> None:
+    p = ShardedLogits(torch.zeros(4, 300), group)
+    q = ShardedLogits(torch.zeros(4, 250), group, (300, 300))
+    with pytest.raises(ValueError, match=r"kl: sizes\[\d\] must be the 250 tokens"):
+        categorical.kl(p, q)
+    far = [torch.full((1, 300), -800.0 if dist.get_rank(group) else 0.0), torch.zeros(1, 300)]
+    if dist.get_rank(group):
+        far[1] -= torch.inf
+    # Of what p's mass underflows nothing is left, though q has none there.
+    numbers = categorical.kl(*(ShardedLogits(x, group) for x in far))
+    assert numbers.tolist() == [0.0]
+
+
+def test_divergences_of_short_and_far_columns(ranks4: Ranks) -> None:
+    ranks4.run(2, short_columns)
+
+
+def unlimited(group: dist.ProcessGroup) -> None:
+    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(4))
+    there, one = both((logits,), group, (2500, 2500))
+    key = dlcore.rng.key(3)
+    with Payload() as payload:
+        got = categorical.sample(there, top_p=1.0, key=key).tokens
+    assert torch.equal(got, categorical.sample(one, key=key).tokens)
+    assert payload.sent <= 8 * 3 * 80
+    # Where one rank alone finds that a row keeps more than was sent, all look for it.
+    plain = truncation._from_candidates
+
+    def unsure(rows: truncation.Rows) -> Any:
+        tokens, numbers, certain = plain(rows)
+        return tokens, numbers, certain & (dist.get_rank(group) == 0)
+
+    wanted = categorical.sample(there, top_p=0.3, key=key).tokens
+    truncation._from_candidates = unsure
+    try:
+        assert torch.equal(categorical.sample(there, top_p=0.3, key=key).tokens, wanted)
+    finally:
+        truncation._from_candidates = plain
+
+
+def test_top_p_of_one_is_no_limit_and_ranks_search_together(ranks4: Ranks) -> None:
+    ranks4.run(2, unlimited)
+
+
+def keyless(group: dist.ProcessGroup) -> list[list[int]]:
+    torch.manual_seed(dist.get_rank(group))
+    logits = ShardedLogits(torch.zeros(2, 25, 300), group)
+    z = torch.full((2, 25), 599)
+    plain = z * 0
+    targets = distill.rollout(lambda z, alpha: logits, z, [0.0, 0.4, 0.8], mask_id=599)
+    drawn = [
+        masked.step(logits, z, 0.1, 0.9, 599),
+        uniform.step(logits, plain, 0.1, 0.9),
+        uniform.correct(logits, plain, 0.5, 5),
+        d3pm.step(logits, plain, 0.1, 0.9),
+        d3pm.step(logits, z, 0.1, 0.9, mask_id=599, subs=True),
+        absorbing_uniform.step(logits, plain, plain + 3, 0.1, 0.9),
+        *(target.rows for target in targets),
+    ]
+    return [x.flatten().tolist() for x in drawn]
+
+
+def test_processes_without_a_key_draw_alike(ranks4: Ranks) -> None:
+    first, *others = ranks4.run(2, keyless)
+    assert all(found == first for found in others)
 
 
 def disagreements(group: dist.ProcessGroup) -> None:
@@ -646,5 +762,5 @@ def test_what_is_sent_grows_with_rows_alone(ranks4: Ranks) -> None:
     assert small["expectation"] == 8 + 3 * 4
     assert small["loss and gradient"] == small["loss"] + 4 * width
     assert small["top_k"] == 80 + 50 * 8
-    # Candidates, and if these do not tell, one search and one merge.
-    assert large["top_p"] <= 80 + 256 * 8 + 8 + 8 * 2 * 16 * 8 + 8 + 80
+    # Candidates, whether these tell, and if not, one search and one merge.
+    assert large["top_p"] <= 80 + 256 * 8 + 4 + 8 + 8 * 2 * 16 * 8 + 8 + 80

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore._ops.declare import autograd, define, result_dtype
-
-#: Tokens that share a Gumbel number.
-GROUP = 256
+from dlcore.reference.categorical import GROUP
 
 HEAD = "Tensor logits, Tensor? weight, Tensor? bias"
 ROW = "Tensor? temperature, float? softcap, int? exclude"

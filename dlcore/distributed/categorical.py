@@ -7,6 +7,9 @@ call, but where two scores differ by rounding.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -18,6 +21,12 @@ from dlcore.distributed.summaries import Merged, Row, merged
 from dlcore.reference import categorical as reference
 
 __all__ = ["expectation", "kl", "log_probs", "sample", "sample_expectation", "sample_mixture", "stats"]
+
+
+def run(function: Callable[..., Any], *args: Any) -> Any:
+    """One of these functions, in its own precision."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        return function(*args)
 
 
 def _numbers(m: Merged, has_index: bool, dtype: torch.dtype) -> Tensor:
@@ -60,7 +69,12 @@ def sample(
 ) -> tuple[Tensor, Tensor]:
     """tokens (2, ...): drawn, argmax; numbers (7, ...)."""
     row, limits = Row(index, shift, temperature, softcap, exclude), truncation.Limits(top_k, top_p, min_p)
-    agree(h, {**vars(row), **limits._asdict(), "key": key}, greedy=True)
+    agree(
+        *(h, {**vars(row), **limits._asdict(), "key": key}),
+        greedy=True,
+        refuses=truncation.refuses(h, limits),
+    )
+    limits = truncation.limiting(limits)
     if all(limit is None for limit in limits):
         m = merged(h, row, key=key)
         tokens, logit = m.draw, m.draw_logit

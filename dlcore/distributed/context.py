@@ -12,7 +12,6 @@ one pass: with p = exp(score - lse), ∂v = Σ p·∂out and ∂score = p·(∂o
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dlcore import _dispatch
+from dlcore._ops.declare import as_asked
 from dlcore.attention import _pair
 from dlcore.distributed import groups
 from dlcore.distributed.sequence import SequenceShards, in_order, padded
@@ -103,7 +103,7 @@ class _Attend(torch.autograd.Function):
             return grad_q.to(lse.dtype), _packed(*others).to(lse.dtype)
 
         way = _gathered_backward if plan.gathers else _around_backward
-        with nullcontext() if ctx.backend is None else _dispatch.use_backend(ctx.backend):
+        with as_asked(ctx.backend):
             grad_q, *pairs = way(part, _packed(clean_k, clean_v), _packed(noisy_k, noisy_v), plan)
         others = [x for packed in pairs for x in _unpacked(packed, q)]
         return (*(x.to(q.dtype) for x in (grad_q, *others)), None)

@@ -33,8 +33,15 @@ CHECK_SECONDS = 30.0
 # As ops: they trace, and what they return is a plain tensor.
 _collectives = torch.ops._c10d_functional
 
+#: What a call's own checks raise.
+REFUSALS = (TypeError, ValueError, NotImplementedError)
+#: On an error: that the other ranks know of it.
+_TOLD = "told_to_all_ranks"
+
 #: The calls that were compared so far, of each group.
 _calls: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
+#: Which group of its name on its store each is: one may have been destroyed, and left its keys.
+_lives: WeakKeyDictionary[dist.ProcessGroup, int] = WeakKeyDictionary()
 
 
 def process_group(op: str, group: object) -> dist.ProcessGroup:
@@ -42,12 +49,19 @@ def process_group(op: str, group: object) -> dist.ProcessGroup:
     if isinstance(group, DeviceMesh):
         if group.ndim != 1:
             raise ValueError(f"{op}: group must be a mesh of one dimension, got one of {group.ndim}")
+        if group.get_coordinate() is None:
+            raise ValueError(f"{op}: group must have this process among its ranks")
         group = group.get_group()
     if isinstance(group, int) and group == dist.GroupMember.NON_GROUP_MEMBER:
         raise ValueError(f"{op}: group must have this process among its ranks")
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"{op}: group must be a ProcessGroup or a DeviceMesh, got {checks.describe(group)}")
     return group
+
+
+def checking() -> bool:
+    """Whether ranks compare what they are asked."""
+    return os.environ.get("DLCORE_CHECK") == "1" and not torch.compiler.is_compiling()
 
 
 def device(group: dist.ProcessGroup) -> torch.device:
@@ -86,15 +100,26 @@ def agreement(op: str, group: dist.ProcessGroup, **facts: object) -> Iterator[No
 
     Facts are what must be equal everywhere: plain values, and tensors, which are compared by their contents.
     """
-    if os.environ.get("DLCORE_CHECK") != "1" or torch.compiler.is_compiling():
+    if not checking():
         yield
         return
     try:
         yield
-    except (TypeError, ValueError, NotImplementedError) as error:
-        _compare(op, group, {"failed": f"{type(error).__name__}: {error}"}, own=error)
+    except REFUSALS as error:
+        tell(op, group, error)
         raise
-    _compare(op, group, {name: _fact(value) for name, value in facts.items()}, own=None)
+    try:
+        _compare(op, group, {name: _fact(value) for name, value in facts.items()})
+    except ValueError as error:
+        setattr(error, _TOLD, True)
+        raise
+
+
+def tell(op: str, group: dist.ProcessGroup, error: Exception) -> None:
+    """Under DLCORE_CHECK=1: that this rank's call was refused, unless the others know already."""
+    if checking() and not getattr(error, _TOLD, False):
+        setattr(error, _TOLD, True)
+        _exchange(op, group, {"op": op, "failed": f"{type(error).__name__}: {error}"}, wait=False)
 
 
 def _fact(value: object) -> Any:
@@ -108,10 +133,10 @@ def _digest(x: Tensor) -> str:
     return hashlib.sha256(data).hexdigest()[:16]
 
 
-def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any], own: Exception | None) -> None:
+def _compare(op: str, group: dist.ProcessGroup, facts: dict[str, Any]) -> None:
     """Raises ValueError where the ranks' facts differ."""
     rank = dist.get_rank(group)
-    given = _exchange(op, group, {"op": op, **facts}, wait=own is None)
+    given = _exchange(op, group, {"op": op, **facts}, wait=True)
     for r, other in enumerate(given):
         if "failed" in other:
             raise ValueError(f"{op}: rank {r} was refused, {other['failed']}")
@@ -133,6 +158,9 @@ def _exchange(
     """
     store = dist.distributed_c10d._get_default_store()
     rank, size = dist.get_rank(group), dist.get_world_size(group)
+    if group not in _lives:
+        # So many ranks of each came before.
+        _lives[group] = (store.add(f"dlcore/{group.group_name}/ranks of {size}", 1) - 1) // size
     call = _calls.get(group, -1) + 1
     while store.check([_place(group, call, "given up")]):
         call += 1
@@ -164,4 +192,4 @@ def _exchange(
 
 
 def _place(group: dist.ProcessGroup, call: int, what: str) -> str:
-    return f"dlcore/{group.group_name}/{call}/{what}"
+    return f"dlcore/{group.group_name}/{_lives[group]}/{call}/{what}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,21 +110,53 @@ def table(op: str, x: Tensor, h: ShardedHead) -> Tensor:
     return local
 
 
-def fresh_key(op: str, generator: torch.Generator | None, h: ShardedHead) -> Tensor:
-    """A fresh key: rank 0's, which the others are told."""
-    return groups.gather(checks.key(op, None, generator, h.lead, h.logits.device), h.group)[0]
+def shared_key(op: str, key: Tensor | None, generator: torch.Generator | None, h: ShardedHead) -> Tensor:
+    """The key as given, or a fresh one: rank 0's, which the others are told."""
+    with groups.agreement(op, h.group, key="fresh" if key is None else "given"):
+        own = checks.key(op, key, generator, h.lead, h.logits.device)
+    return own if key is not None else groups.gather(own, h.group)[0]
 
 
-def agree(h: ShardedHead, asked: dict[str, Any], *, index: str = "index", greedy: bool = False) -> None:
+def refused(op: str, error: Exception, arguments: Iterable[object]) -> None:
+    """Under DLCORE_CHECK=1: tell the ranks over which the first of such arguments lies."""
+    for x in arguments:
+        group = getattr(x, "group", None)
+        if isinstance(x, DTensor) and is_sharded(x, -1) and x.device_mesh.ndim == 1:
+            group = x.device_mesh.get_group()
+        if isinstance(group, dist.ProcessGroup):
+            return groups.tell(op, group, error)
+
+
+def agree(
+    h: ShardedHead,
+    asked: dict[str, Any],
+    *others: ShardedHead,
+    index: str = "index",
+    greedy: bool = False,
+    refuses: str | None = None,
+) -> None:
     """The checks of a call that read values; under DLCORE_CHECK=1 also that all ranks ask for the same.
 
-    `index` is what the call's user knows the tokens at "index" as.
+    `others` are the call's other heads, `index` is what its user knows the tokens at "index" as, `refuses`
+    why there is no such call.
     """
     facts = {"rows": tuple(h.lead), "dtype": h.logits.dtype, "sizes": h.sizes, **asked}
+    gradient = torch.is_grad_enabled()
+    for i, each in enumerate((h, *others)):
+        if each.weight is not None:
+            # All ranks share hidden, and sum its gradient.
+            which = f"_{i}" if i else ""
+            facts[f"hidden{which}"] = each.logits
+            facts[f"hidden{which}_requires_grad"] = gradient and each.logits.requires_grad
     with groups.agreement(h.op, h.group, **facts):
-        rank, sizes = dist.get_rank(h.group), h.sizes
-        if sizes[rank] != h.held:
-            raise ValueError(f"{h.op}: sizes[{rank}] must be the {h.held} tokens of rank {rank}, got {sizes}")
+        if refuses is not None:
+            raise NotImplementedError(refuses)
+        rank = dist.get_rank(h.group)
+        for each in (h, *others):
+            if each.sizes[rank] != each.held:
+                raise ValueError(
+                    f"{h.op}: sizes[{rank}] must be the {each.held} tokens of rank {rank}, got {each.sizes}"
+                )
         for what, name, low in (("index", index, 0), ("target", "target", -1)):
             ids = asked.get(what)
             if isinstance(ids, Tensor):

@@ -19,7 +19,8 @@ class ShardedLogits:
     """Logits (..., V) of which every rank of `group` holds some columns; taken by all of dlcore.categorical.
 
     Results are plain tensors of the leading shape, equal on all ranks: tokens those of the unsharded call
-    under the same key, whatever the number of ranks and their sizes.
+    under the same key, whatever the number of ranks and their sizes. top_k, top_p and min_p take no float64
+    logits over ranks (NotImplementedError).
 
     Args:
         logits: (..., V_r), this rank's columns; V_r may be 0.
@@ -76,10 +77,11 @@ def shard_sizes(n: int, group: Group) -> tuple[int, ...]:
         >>> sizes = dlcore.distributed.shard_sizes(weight.shape[0], group)  # doctest: +SKIP
     """
     op = "distributed.shard_sizes"
-    checks.integer(op, "n", n)
-    if n < 0:
-        raise ValueError(f"{op}: n must not be negative, got {n}")
     known = groups.process_group(op, group)
+    with groups.agreement(op, known):
+        checks.integer(op, "n", n)
+        if n < 0:
+            raise ValueError(f"{op}: n must not be negative, got {n}")
     own = torch.tensor(n, device=groups.device(known))
     return tuple(int(size) for size in groups.gather(own, known))
 

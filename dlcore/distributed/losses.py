@@ -30,7 +30,8 @@ def log_probs(
     exclude: int | None,
 ) -> Tensor:
     """(3, ...): log p[target], log p[index], logsumexp; 0 where target < 0."""
-    agree(h, {"target": target, "index": index, "shift": shift, "softcap": softcap, "exclude": exclude})
+    asked = {"target": target, "index": index, "shift": shift, "softcap": softcap, "exclude": exclude}
+    agree(h, asked, index="z")
     numbers: Tensor = _LogProbs.apply(h, *h.tensors, target, index, shift, softcap, exclude)
     return numbers
 
@@ -44,7 +45,7 @@ def kl(p: object, q: object, temperature: Tensor | None) -> Tensor:
         raise ValueError(f"{op}: q_logits must lie over the group of p_logits, got another group")
     if p.sizes != q.sizes:
         raise ValueError(f"{op}: q_logits must lie over ranks as p_logits do, by {p.sizes}, got {q.sizes}")
-    agree(p, {"temperature": temperature, "q_dtype": q.logits.dtype})
+    agree(p, {"temperature": temperature, "q_dtype": q.logits.dtype}, q)
     numbers: Tensor = _KL.apply(p, temperature, *p.tensors, *q.tensors)
     return numbers
 
@@ -64,9 +65,15 @@ def expectation(
 
 
 def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
-    """A backward pass on the backend of the forward one, differentiable no further."""
+    """A backward pass on the backend of the forward one, differentiable no further.
+
+    Where hidden states, which all ranks share, need gradients all ranks make it.
+    """
 
     def run(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.summed:
+            with groups.agreement(f"{ctx.op} backward", ctx.group):
+                pass
         with torch.no_grad(), as_asked(ctx.backend):
             results = backward(ctx, *grads)
         return hand_on(ctx.op, results, *ctx.saved_tensors, *grads)
@@ -74,7 +81,9 @@ def _once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., A
     return run
 
 
-def _remember(ctx: Any, h: ShardedHead, *saved: Tensor | None) -> None:
+def _remember(ctx: Any, h: ShardedHead, heads: dict[int, Tensor | None], *saved: Tensor | None) -> None:
+    """`heads`: the inputs that are heads' first tensors, and their weights."""
+    ctx.summed = any(w is not None and ctx.needs_input_grad[i] for i, w in heads.items())
     ctx.op, ctx.group, ctx.first, ctx.backend = h.op, h.group, h.first, _dispatch.asked_for()
     ctx.save_for_backward(*saved)
 
@@ -125,7 +134,7 @@ class _LogProbs(torch.autograd.Function):
         at_index = torch.zeros_like(lse) if index is None else m.at_index - lse
         numbers = torch.stack([m.at_target - lse, at_index, lse]).masked_fill(ignored, 0)
         ctx.softcap, ctx.exclude = softcap, exclude
-        _remember(ctx, h, numbers, logits, weight, bias, target, index, shift)
+        _remember(ctx, h, {1: weight}, numbers, logits, weight, bias, target, index, shift)
         return numbers
 
     @staticmethod
@@ -164,10 +173,11 @@ class _KL(torch.autograd.Function):
         term = divergence + (p_part - p_lse) - (q_part - q_lse)
         # Where p has mass and a part of q none, KL is infinite; a part that p has nothing in costs nothing.
         term = term.masked_fill(torch.isneginf(q_part), torch.inf)
-        term = ((p_part - p_lse).exp() * term).masked_fill(torch.isneginf(p_part), 0).sum(0)
+        mass = (p_part - p_lse).exp()
+        term = torch.where(mass == 0, 0, mass * term).sum(0)
         nothing = torch.isneginf(p_lse) | ~torch.isfinite(q_lse)
         numbers = torch.stack([term.masked_fill(nothing, torch.nan), p_lse, q_lse])
-        _remember(ctx, h, numbers, temperature, *heads)
+        _remember(ctx, h, {2: heads[1], 5: heads[4]}, numbers, temperature, *heads)
         return numbers
 
     @staticmethod
@@ -208,7 +218,7 @@ class _Expectation(torch.autograd.Function):
         mean = groups.total(share.masked_fill(torch.isneginf(part).unsqueeze(-1), 0), h.group)
         mean = mean.masked_fill(torch.isneginf(lse).unsqueeze(-1), torch.nan)
         ctx.softcap, ctx.exclude = softcap, exclude
-        _remember(ctx, h, mean, lse, logits, weight, bias, table, temperature)
+        _remember(ctx, h, {1: weight}, mean, lse, logits, weight, bias, table, temperature)
         ctx.mark_non_differentiable(lse)
         return mean, lse
 

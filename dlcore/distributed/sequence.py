@@ -96,7 +96,12 @@ def unshard_sequence(x: Tensor, dim: int, group: groups.Group, block_size: int, 
     """A sequence of `length` along `dim`, whole on every rank, of shard_sequence's parts. No gradient."""
     op = "unshard_sequence"
     made = groups.process_group(op, group)
-    with groups.agreement(op, made, dim=dim, block_size=block_size, length=length):
+    rest = checks.describe(x)
+    if isinstance(x, Tensor) and isinstance(dim, int) and -x.dim() <= dim < x.dim():
+        shape = list(x.shape)
+        del shape[dim]
+        rest = f"{x.dtype} {shape} beside dim"
+    with groups.agreement(op, made, dim=dim, block_size=block_size, length=length, x=rest):
         dim = _dimension(op, x, dim)
         checks.no_gradient(op, "x", x)
         shards = SequenceShards(length, block_size, dist.get_world_size(made))

@@ -10,11 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlcore._ops.categorical import GROUP
 from dlcore.distributed import groups
 from dlcore.distributed.heads import ShardedHead
 from dlcore.reference import categorical as reference
 from dlcore.reference import rng
+from dlcore.reference.categorical import GROUP
 from dlcore.reference.rng import Domain
 
 Part = tuple[int, int]

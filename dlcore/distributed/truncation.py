@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dlcore._ops.categorical import GROUP
 from dlcore.distributed import groups
 from dlcore.distributed.heads import ShardedHead
 from dlcore.distributed.summaries import Layout, Merged, Row, layout, merge, nothing
 from dlcore.reference import categorical as reference
 from dlcore.reference import rng
+from dlcore.reference.categorical import GROUP
 from dlcore.reference.rng import Domain
 
 #: Candidates that a rank sends of a row, where top_k does not say how many; and at most.
@@ -82,12 +82,21 @@ class Rows:
             yield from self.tiles(start, stop)
 
 
+def refuses(h: ShardedHead, limits: Limits) -> str | None:
+    """Why these logits can't be truncated."""
+    if h.logits.dtype != torch.float64 or all(limit is None for limit in limits):
+        return None
+    return f"{h.op}: top_k, top_p and min_p take no float64 logits over ranks, only narrower ones"
+
+
+def limiting(limits: Limits) -> Limits:
+    """The limits but a top_p that keeps all of every row."""
+    top_p = limits.top_p
+    return limits if top_p is None or not bool((top_p >= 1).all()) else limits._replace(top_p=None)
+
+
 def draw(h: ShardedHead, row: Row, limits: Limits, m: Merged, key: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens (...) and their logits, float64."""
-    if h.logits.dtype == torch.float64:
-        raise NotImplementedError(
-            f"{h.op}: top_k, top_p and min_p take no float64 logits over ranks, only narrower ones"
-        )
     n = h.lead.numel()
 
     def flat(x: Tensor | None) -> Tensor | None:
@@ -103,7 +112,11 @@ def draw(h: ShardedHead, row: Row, limits: Limits, m: Merged, key: Tensor) -> tu
         layout(h.sizes, dist.get_rank(h.group), by_group=True),
     )
     tokens, logits, certain = _from_candidates(rows)
-    wide = torch.nonzero(~certain & ~rows.invalid).squeeze(-1)
+    more = ~certain & ~rows.invalid
+    if limits.top_p is not None or limits.min_p is not None:
+        # Where probabilities decide, rounding may on one rank alone.
+        more = groups.total(more.int(), h.group) > 0
+    wide = torch.nonzero(more).squeeze(-1)
     if wide.numel():
         found, their = _from_all(rows.pick(wide))
         tokens, logits = tokens.index_copy(0, wide, found), logits.index_copy(0, wide, their)

@@ -143,21 +143,26 @@ def rollout(
     checks.integer(op, "mask_id", mask_id)
     if len(alphas) < 2:
         raise ValueError(f"{op}: alphas must be at least 2 levels, got {len(alphas)}")
-    return _rollout(teacher, z, alphas, mask_id, temperature, checks.key(op, key, generator, z.shape))
+    checks.unused_key(op, key, generator, z.shape)
+    return _rollout(op, teacher, z, alphas, mask_id, temperature, key, generator)
 
 
 def _rollout(
+    op: str,
     teacher: Network,
     z: Tensor,
     alphas: Sequence[float | Tensor],
     mask_id: int,
     temperature: float | Tensor,
-    key: Tensor,
+    key: Tensor | None,
+    generator: torch.Generator | None,
 ) -> Iterator[Target]:
     last = len(alphas) - 2
     for i, (alpha_t, alpha_s) in enumerate(pairwise(alphas)):
         with torch.no_grad():
             logits = teacher(z, alpha_t)
+            # Only the logits tell whether other ranks draw with it.
+            key = rows.key(op, key, None if i else generator, logits)
             following = masked.step(
                 logits, z, alpha_t, alpha_s, mask_id, temperature=temperature, key=rng.fold_in(key, i)
             )

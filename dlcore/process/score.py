@@ -186,7 +186,7 @@ def _uniform_entropy(
 
 def _others_sum(log_score: Logits, z: Tensor) -> Tensor:
     """Σ_{y≠z} of the entries, float32 or wider."""
-    rows.whole("score", log_score, "log_score")
+    rows.whole("score.dwdse_loss", log_score, "log_score")
     if isinstance(log_score, LinearLogits):
         wide = torch.promote_types(log_score.dtype, torch.float32)
         hidden, weight = log_score.hidden.to(wide), log_score.weight.to(wide)

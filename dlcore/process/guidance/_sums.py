@@ -19,7 +19,7 @@ def weight(op: str, value: float | Tensor, lead: torch.Size, device: torch.devic
     return checks.within(op, "gamma", gamma, -torch.inf, torch.inf, "()")
 
 
-def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
+def linear_sum(op: str, *summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
     """Σ factor·logits as one head, factors per row: hidden vectors and weights side by side.
 
     Where all have the very same weight and no bias, the hidden vectors are added instead. A bias becomes one
@@ -28,8 +28,12 @@ def linear_sum(*summands: tuple[Tensor, LinearLogits]) -> LinearLogits:
     first = summands[0][1]
     dtype = first.dtype
     ranks: Any = {"group": first.group, "sizes": first.sizes}
-    if any({"group": x.group, "sizes": x.sizes} != ranks for _, x in summands):
-        raise ValueError("guidance: all logits must lie over the same ranks alike, or none over any")
+    for _, x in summands:
+        if {"group": x.group, "sizes": x.sizes} != ranks:
+            got = f"{x.sizes} of {x.group} beside {first.sizes} of {first.group}"
+            raise ValueError(
+                f"{op}: all logits must lie over the same ranks alike, or none over any, got sizes {got}"
+            )
     for _, x in summands:
         dtype = torch.promote_types(dtype, x.dtype)
     wide = torch.promote_types(dtype, torch.float32)

@@ -171,7 +171,7 @@ def cbg(logits: Logits, guide: Logits, gamma: float | Tensor) -> Logits:
 
 def _tilt(op: str, logits: Logits, guide: Logits, gamma: Tensor) -> Logits:
     if isinstance(logits, LinearLogits) and isinstance(guide, LinearLogits):
-        return sums.linear_sum((torch.ones_like(gamma), logits), (gamma, guide))
+        return sums.linear_sum(op, (torch.ones_like(gamma), logits), (gamma, guide))
     return rows.dense(op, logits) + _scaled(rows.dense(op, guide, "guide"), gamma)
 
 
@@ -181,9 +181,9 @@ def _scaled(guide: Tensor, gamma: Tensor) -> Tensor:
     return torch.where(g == 0, 0, g * guide)
 
 
-def _at(guide: Logits, z: Tensor) -> Tensor:
+def _at(op: str, guide: Logits, z: Tensor) -> Tensor:
     """The guide's entry at z, float64."""
-    rows.whole("guidance", guide, "guide")
+    rows.whole(op, guide, "guide")
     if isinstance(guide, Tensor):
         return rows.gather(guide, z).double()
     value = (guide.hidden.double() * guide.weight[z].double()).sum(-1)
@@ -250,7 +250,7 @@ def cbg_masked_step(
     lse, guided_lse = (
         categorical.stats(x, temperature=heat, exclude=mask_id).logsumexp.double() for x in (logits, guided)
     )
-    at_mask = torch.where(g == 0, 0, g * _at(guide, z))
+    at_mask = torch.where(g == 0, 0, g * _at(op, guide, z))
     odds = (s - t).log() - (1 - s).log() + guided_lse - lse - at_mask
     # A broken row has none; reading it for a draw says so.
     unmask = torch.sigmoid(odds).nan_to_num(1.0)
@@ -332,7 +332,7 @@ def cbg_uniform_step(
         key=keys,
     )
     if isinstance(guide, LinearLogits):
-        scaled: Logits = sums.linear_sum((g, guide))
+        scaled: Logits = sums.linear_sum(op, (g, guide))
     else:
         scaled = _scaled(rows.dense(op, guide, "guide"), g)
     noise = categorical.sample(scaled, z, shift=bonus, exclude=exclude, key=keys)

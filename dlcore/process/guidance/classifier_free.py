@@ -62,7 +62,7 @@ def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
     if isinstance(cond, LinearLogits) and isinstance(uncond, LinearLogits):
         if cond.weight is uncond.weight and cond.bias is uncond.bias:
             return replace(cond, hidden=_blend_hidden(cond.hidden, uncond.hidden, g))
-        return sums.linear_sum((g, cond), (1 - g, uncond))
+        return sums.linear_sum(op, (g, cond), (1 - g, uncond))
     return _blend(rows.dense(op, cond, "cond"), rows.dense(op, uncond, "uncond"), g)
 
 
