@@ -145,11 +145,11 @@ def arpc_score(
     Example:
         >>> import torch
         >>> from dlcore.process import guidance
-        >>> logits, ar_logits = torch.zeros(1, 2, 4), torch.tensor([[[0.0, 0, 0, 0], [9, 0, 0, 0]]])
+        >>> logits, ar_logits = torch.zeros(1, 2, 4), torch.tensor([[[0.0, 0, 0, 0], [3, 0, 0, 0]]])
         >>> guidance.arpc_score(logits, ar_logits, score="tv")
-        tensor([[0.0000, 0.7496]])
+        tensor([[0.0000, 0.6200]])
         >>> guidance.arpc_score(ar_logits=ar_logits, tokens=torch.tensor([[0, 0]]), score="ar_nll")
-        tensor([[1.3863, 0.0004]])
+        tensor([[1.3863, 0.1392]])
     """
     op = "guidance.arpc_score"
     checks.option(op, "score", score, SCORES)
