@@ -13,81 +13,30 @@ from ranks import Ranks
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
-from torch.utils._python_dispatch import TorchDispatchMode
+from vocabulary_shards import (
+    KINDS,
+    ROWS,
+    TOLERANCE,
+    VOCAB,
+    Payload,
+    both,
+    close,
+    columns,
+    equal_gradients,
+    every_split,
+    inputs,
+    keys_of,
+    leaves,
+    row_options,
+    sharded,
+    tokens_of,
+    whole,
+)
 
 import dlcore
 from dlcore import LinearLogits, categorical
-from dlcore.distributed import ShardedLogits, shard_sizes, truncation
+from dlcore.distributed import ShardedLogits, shard_sizes
 from dlcore.process import absorbing_uniform, d3pm, distill, masked, uniform
-
-ROWS, WIDTH, VOCAB = 6, 8, 1000
-#: Tokens per rank: groups whole and cut, several ranks in one group, ranks without any.
-SIZES = (
-    (1000,),
-    (512, 488),
-    (100, 900),
-    (600, 0, 400),
-    (300, 300, 400),
-    (250, 250, 250, 250),
-    (20, 30, 50, 900),
-    (0, 900, 100, 0),
-)
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-5, torch.float16: 2e-5, torch.float64: 1e-11}
-KINDS = pytest.mark.parametrize("kind", ["dense", "head"])
-
-
-def every_split() -> Any:
-    return pytest.mark.parametrize("sizes", SIZES, ids=lambda s: "+".join(map(str, s)))
-
-
-def columns(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> slice:
-    first = sum(sizes[: dist.get_rank(group)])
-    return slice(first, first + sizes[dist.get_rank(group)])
-
-
-def inputs(
-    kind: str, dtype: torch.dtype, *, rows: int = ROWS, vocab: int = VOCAB, seed: int = 0
-) -> tuple[Any, ...]:
-    """Logits, or hidden, weight and bias."""
-    made = torch.Generator().manual_seed(seed)
-    if kind == "dense":
-        return ((3 * torch.randn(2, rows // 2, vocab, generator=made)).to(dtype),)
-    hidden = torch.randn(2, rows // 2, WIDTH, generator=made)
-    weight, bias = torch.randn(vocab, WIDTH, generator=made), torch.randn(vocab, generator=made)
-    return tuple(x.to(dtype) for x in (hidden, weight, bias))
-
-
-def whole(parts: tuple[Any, ...]) -> Any:
-    return parts[0] if len(parts) == 1 else LinearLogits(*parts)
-
-
-def sharded(parts: tuple[Any, ...], group: dist.ProcessGroup, sizes: tuple[int, ...]) -> Any:
-    here = columns(group, sizes)
-    if len(parts) == 1:
-        return ShardedLogits(parts[0][..., here], group, sizes)
-    return LinearLogits(parts[0], *(x[here] for x in parts[1:]), group=group, sizes=sizes)
-
-
-def close(got: Any, wanted: Any, dtype: torch.dtype) -> None:
-    limit = TOLERANCE[dtype]
-    torch.testing.assert_close(got, wanted, rtol=limit, atol=limit, equal_nan=True)
-
-
-def row_options(z: torch.Tensor) -> list[dict[str, Any]]:
-    shift = torch.linspace(-2, 3, z.numel()).view(z.shape)
-    return [
-        {},
-        {"index": z, "shift": shift, "temperature": 0.7},
-        {"index": z, "softcap": 4.0, "exclude": 20, "temperature": torch.tensor([0.5, 1.0, 2.0])},
-    ]
-
-
-def tokens_of(vocab: int = VOCAB, seed: int = 1) -> torch.Tensor:
-    return torch.randint(vocab, (2, ROWS // 2), generator=torch.Generator().manual_seed(seed))
-
-
-def both(parts: tuple[Any, ...], group: dist.ProcessGroup, sizes: tuple[int, ...]) -> tuple[Any, Any]:
-    return sharded(parts, group, sizes), whole(parts)
 
 
 def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> list[Any]:
@@ -106,11 +55,6 @@ def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str
 def test_statistics_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
     everywhere = ranks4.run(len(sizes), equal_statistics, sizes, kind)
     assert all(str(found) == str(everywhere[0]) for found in everywhere)
-
-
-def keys_of(z: torch.Tensor, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A shared key, and one per row."""
-    return dlcore.rng.key(seed), dlcore.rng.split(dlcore.rng.key(seed), z.shape)
 
 
 def equal_draws(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
@@ -173,175 +117,6 @@ def equal_mixtures(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) 
 @KINDS
 def test_mixtures_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
     ranks4.run(len(sizes), equal_mixtures, sizes, kind)
-
-
-def leaves(parts: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-    return tuple(x.detach().clone().requires_grad_() for x in parts)
-
-
-def equal_gradients(
-    group: dist.ProcessGroup, sizes: tuple[int, ...], dtype: torch.dtype, function: Any, *operands: Any
-) -> None:
-    """function(*heads) of operands that are parts, and what it gives back to each of their tensors."""
-    here, one = columns(group, sizes), [leaves(parts) for parts in operands]
-    many = [leaves(parts) for parts in operands]
-    wanted = function(*map(whole, one))
-    got = function(*(sharded(parts, group, sizes) for parts in many))
-    close(got, wanted, dtype)
-    weights = torch.linspace(-1, 2, wanted.numel(), dtype=wanted.dtype).view(wanted.shape)
-    torch.autograd.backward([wanted], [weights])
-    torch.autograd.backward([got], [weights])
-    for mine, theirs in zip(many, one, strict=True):
-        for i, (x, y) in enumerate(zip(mine, theirs, strict=True)):
-            assert x.grad is not None
-            assert y.grad is not None
-            only = (..., here) if len(mine) == 1 else here if i else ...
-            # Of what a rank does not hold it gives no gradient.
-            close(x.grad[only], y.grad[only], dtype)
-            if only is not ...:
-                rest = x.grad.clone()
-                rest[only] = 0
-                assert not rest.any()
-
-
-def equal_losses(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
-    target, z = tokens_of(seed=3), tokens_of(seed=4)
-    target[0, 0] = -100
-    target[1, 1] = z[1, 1]
-    shift = torch.linspace(-2, 3, z.numel()).view(z.shape)
-    for dtype in (torch.float32, torch.float64):
-        parts = inputs(kind, dtype)
-        for options in ({}, {"softcap": 4.0, "exclude": 20}):
-            equal_gradients(
-                *(group, sizes, dtype, lambda x, o=options: categorical.cross_entropy(x, target, **o)), parts
-            )
-        equal_gradients(
-            *(group, sizes, dtype),
-            lambda x: categorical.log_probs(
-                "test", x, target.clamp(min=-1), index=z, shift=shift, softcap=6.0, exclude=20
-            ),
-            parts,
-        )
-
-
-@every_split()
-@KINDS
-def test_losses_and_their_gradients_equal_those_of_the_whole(ranks4: Ranks, sizes: Any, kind: str) -> None:
-    ranks4.run(len(sizes), equal_losses, sizes, kind)
-
-
-def equal_divergences(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
-    temperature = torch.tensor([0.5, 1.0, 2.0])
-    for dtype in (torch.float32, torch.float64):
-        p, q = inputs(kind, dtype), inputs("dense", dtype, seed=9)
-        for t in (1.0, temperature):
-            equal_gradients(
-                *(group, sizes, dtype, lambda a, b, t=t: categorical.kl(a, b, temperature=t), p, q)
-            )
-
-
-@every_split()
-@KINDS
-def test_divergences_and_their_gradients_equal_those_of_the_whole(
-    ranks4: Ranks, sizes: Any, kind: str
-) -> None:
-    ranks4.run(len(sizes), equal_divergences, sizes, kind)
-
-
-def equal_expectations(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> None:
-    here = columns(group, sizes)
-    for dtype in (torch.float32, torch.float64):
-        table = torch.randn(VOCAB, 5, dtype=dtype, generator=torch.Generator().manual_seed(8))
-        for options in ({}, {"temperature": 0.6, "softcap": 4.0, "exclude": 20}):
-            one, mine = leaves((table,))[0], leaves((table[here],))[0]
-
-            def mean(x: Any, o: Any = options, a: Any = mine, b: Any = one) -> torch.Tensor:
-                spread = not isinstance(x, torch.Tensor) and x.group is not None
-                return categorical.expectation(x, a if spread else b, **o)
-
-            equal_gradients(group, sizes, dtype, mean, inputs(kind, dtype))
-            close(mine.grad, one.grad[here], dtype)
-        key = dlcore.rng.key(3)
-        parts = inputs(kind, dtype)
-        got, soft = categorical.sample_expectation(sharded(parts, group, sizes), table[here], key=key)
-        wanted, other = categorical.sample_expectation(whole(parts), table, key=key)
-        assert torch.equal(got.tokens, wanted.tokens)
-        close((got.logprob, soft), (wanted.logprob, other), dtype)
-
-
-@every_split()
-@KINDS
-def test_expectations_and_their_gradients_equal_those_of_the_whole(
-    ranks4: Ranks, sizes: Any, kind: str
-) -> None:
-    ranks4.run(len(sizes), equal_expectations, sizes, kind)
-
-
-LIMITS: tuple[dict[str, Any], ...] = (
-    {"top_k": 5},
-    {"top_k": torch.tensor([1, 3, 2000])},
-    {"top_p": 0.9},
-    {"top_p": torch.tensor([0.0, 0.5, 1.0])},
-    {"min_p": 0.1},
-    {"top_k": 40, "top_p": 0.8, "min_p": 0.01},
-    {"top_k": torch.tensor([3, 40, 900]), "top_p": 0.95},
-    {"top_p": 0.99, "min_p": torch.tensor([0.0, 0.001, 1.0])},
-)
-
-
-def equal_truncated_draws(
-    group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str, candidates: int | None, coarse: bool
-) -> None:
-    z = tokens_of()
-    before = truncation.CANDIDATES, truncation.MOST
-    if candidates is not None:
-        truncation.CANDIDATES = truncation.MOST = candidates
-    try:
-        for dtype in (torch.float32, torch.bfloat16):
-            parts = inputs(kind, dtype)
-            if coarse:
-                # Halves, so that many tokens are equal and ids decide.
-                parts = tuple((2 * x).round() / 2 for x in parts)
-            for seed, limits in enumerate(LIMITS):
-                options, key = row_options(z)[seed % 3], keys_of(z, seed)[seed % 2]
-                got, wanted = (
-                    categorical.sample(x, **options, **limits, key=key) for x in both(parts, group, sizes)
-                )
-                assert torch.equal(got.tokens, wanted.tokens), (limits, got.tokens, wanted.tokens)
-                close((got.logprob, *got.stats[:5]), (wanted.logprob, *wanted.stats[:5]), dtype)
-    finally:
-        truncation.CANDIDATES, truncation.MOST = before
-
-
-@every_split()
-@pytest.mark.parametrize(
-    ("candidates", "coarse"),
-    [(None, False), (4, False), (4, True)],
-    ids=["all tell", "few tell", "many are equal"],
-)
-@KINDS
-def test_truncated_draws_equal_those_of_the_whole(
-    ranks4: Ranks, sizes: Any, kind: str, candidates: int | None, coarse: bool
-) -> None:
-    ranks4.run(len(sizes), equal_truncated_draws, sizes, kind, candidates, coarse)
-
-
-def draws_of_equal_logits(group: dist.ProcessGroup, sizes: tuple[int, ...]) -> None:
-    """Flat logits: ids alone say which tokens are kept, and the last of them is drawn as often as any."""
-    before = truncation.CANDIDATES, truncation.MOST
-    truncation.CANDIDATES = truncation.MOST = 1
-    try:
-        logits, key = torch.zeros(100, VOCAB), dlcore.rng.key(6)
-        for limits in ({"top_k": 3}, {"top_k": 60, "exclude": 30}, {"top_p": 0.0305}, {"min_p": 0.5}):
-            got, wanted = (categorical.sample(x, **limits, key=key) for x in both((logits,), group, sizes))
-            assert torch.equal(got.tokens, wanted.tokens), limits
-    finally:
-        truncation.CANDIDATES, truncation.MOST = before
-
-
-@every_split()
-def test_ids_order_equal_logits(ranks4: Ranks, sizes: Any) -> None:
-    ranks4.run(len(sizes), draws_of_equal_logits, sizes)
 
 
 def equal_broken_rows(group: dist.ProcessGroup, sizes: tuple[int, ...], backend: str) -> None:
@@ -473,39 +248,6 @@ def test_a_fresh_key_is_one_for_all_ranks(ranks4: Ranks) -> None:
     assert len(set(first)) > 25
 
 
-ALONE = pytest.mark.parametrize("named", ["cpu", "reference"])
-
-
-def excluded_alone(group: dist.ProcessGroup, backend: str) -> None:
-    """Rank 0 holds the excluded token alone, in some rows -inf besides."""
-    sizes, key, target = (1, 599), dlcore.rng.key(5), torch.arange(8) + 5
-    logits = torch.randn(8, 600, generator=torch.Generator().manual_seed(4))
-    logits[3:6, 0] = -torch.inf
-    table = torch.randn(600, 3, generator=torch.Generator().manual_seed(3))
-    with dlcore.use_backend(backend):
-        for exclude in (0, None):
-            equal_gradients(
-                *(group, sizes, torch.float32),
-                lambda x, e=exclude: categorical.cross_entropy(x, target, exclude=e),
-                (logits,),
-            )
-            there, one = both((logits,), group, sizes)
-            own = table[columns(group, sizes)]
-            close(
-                categorical.expectation(there, own, exclude=exclude),
-                categorical.expectation(one, table, exclude=exclude),
-                torch.float32,
-            )
-            got, wanted = (categorical.sample(x, exclude=exclude, key=key) for x in (there, one))
-            assert torch.equal(got.tokens, wanted.tokens)
-        equal_gradients(group, sizes, torch.float32, categorical.kl, (logits,), (logits.roll(1, 0),))
-
-
-@ALONE
-def test_a_shard_of_the_excluded_token_alone(ranks4: Ranks, named: str) -> None:
-    ranks4.run(2, excluded_alone, named)
-
-
 def drawn_under_autocast(group: dist.ProcessGroup) -> None:
     made = torch.Generator().manual_seed(0)
     parts = (torch.randn(64, 32, generator=made), torch.randn(600, 32, generator=made))
@@ -520,50 +262,6 @@ def drawn_under_autocast(group: dist.ProcessGroup) -> None:
 
 def test_autocast_changes_no_draw(ranks4: Ranks) -> None:
     ranks4.run(2, drawn_under_autocast)
-
-
-def short_columns(group: dist.ProcessGroup) -> None:
-    p = ShardedLogits(torch.zeros(4, 300), group)
-    q = ShardedLogits(torch.zeros(4, 250), group, (300, 300))
-    with pytest.raises(ValueError, match=r"kl: sizes\[\d\] must be the 250 tokens"):
-        categorical.kl(p, q)
-    far = [torch.full((1, 300), -800.0 if dist.get_rank(group) else 0.0), torch.zeros(1, 300)]
-    if dist.get_rank(group):
-        far[1] -= torch.inf
-    # Of what p's mass underflows nothing is left, though q has none there.
-    numbers = categorical.kl(*(ShardedLogits(x, group) for x in far))
-    assert numbers.tolist() == [0.0]
-
-
-def test_divergences_of_short_and_far_columns(ranks4: Ranks) -> None:
-    ranks4.run(2, short_columns)
-
-
-def unlimited(group: dist.ProcessGroup) -> None:
-    logits = torch.randn(8, 5000, generator=torch.Generator().manual_seed(4))
-    there, one = both((logits,), group, (2500, 2500))
-    key = dlcore.rng.key(3)
-    with Payload() as payload:
-        got = categorical.sample(there, top_p=1.0, key=key).tokens
-    assert torch.equal(got, categorical.sample(one, key=key).tokens)
-    assert payload.sent <= 8 * 3 * 80
-    # Where one rank alone finds that a row keeps more than was sent, all look for it.
-    plain = truncation._from_candidates
-
-    def unsure(rows: truncation.Rows) -> Any:
-        tokens, numbers, certain = plain(rows)
-        return tokens, numbers, certain & (dist.get_rank(group) == 0)
-
-    wanted = categorical.sample(there, top_p=0.3, key=key).tokens
-    truncation._from_candidates = unsure
-    try:
-        assert torch.equal(categorical.sample(there, top_p=0.3, key=key).tokens, wanted)
-    finally:
-        truncation._from_candidates = plain
-
-
-def test_top_p_of_one_is_no_limit_and_ranks_search_together(ranks4: Ranks) -> None:
-    ranks4.run(2, unlimited)
 
 
 def keyless(group: dist.ProcessGroup) -> list[list[int]]:
@@ -622,18 +320,6 @@ def disagreements(group: dist.ProcessGroup) -> None:
 
 def test_ranks_that_disagree_all_hear_of_it(ranks4: Ranks) -> None:
     ranks4.run(2, disagreements)
-
-
-def first_derivatives_only(group: dist.ProcessGroup) -> None:
-    logits = torch.randn(3, 10, requires_grad=True)
-    loss = categorical.cross_entropy(ShardedLogits(logits, group), torch.tensor([1, 2, 3]))
-    (grad,) = torch.autograd.grad(loss.sum(), logits, create_graph=True)
-    with pytest.raises(NotImplementedError, match=r"cross_entropy: has a first derivative only"):
-        grad.sum().backward()
-
-
-def test_a_second_derivative_raises(ranks4: Ranks) -> None:
-    ranks4.run(2, first_derivatives_only)
 
 
 def dtensors(group: dist.ProcessGroup) -> None:
@@ -708,19 +394,6 @@ def column_sharded_model(group: dist.ProcessGroup) -> None:
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_column_sharded_module_keeps_working(ranks4: Ranks, count: int) -> None:
     ranks4.run(count, column_sharded_model)
-
-
-class Payload(TorchDispatchMode):
-    """Counts the bytes that a rank hands to collectives."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.sent = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function.namespace == "_c10d_functional" and "wait" not in str(function):
-            self.sent += args[0].numel() * args[0].element_size()
-        return function(*args, **(kwargs or {}))
 
 
 def payloads(group: dist.ProcessGroup, vocab: int, rows: int, width: int) -> dict[str, float]:

@@ -61,6 +61,7 @@ def _invalid(logits: Tensor, x: Tensor, exclude: int | None = None) -> Tensor:
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
+    """The entry of each row of x (..., n) at index (...)."""
     return x.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
 
