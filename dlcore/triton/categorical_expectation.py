@@ -12,8 +12,17 @@ from torch import Tensor
 
 from dlcore.triton.categorical import finish_sample
 from dlcore.triton.categorical_losses import probability, slope, split
-from dlcore.triton.categorical_scan import SUM, TOP, State, load_state, log_prob, new_state, scan_tile
-from dlcore.triton.launch import ceil_div, launch
+from dlcore.triton.categorical_scan import (
+    SUM,
+    TOP,
+    State,
+    load_state,
+    log_prob,
+    new_state,
+    scan,
+    scan_tile,
+)
+from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.triton.rows import Rows, row_offset
 from dlcore.triton.softmax import NONE, Softmax, entries, inverse_temperature, row_shift
@@ -54,27 +63,42 @@ def softmax_tile_kernel(
     tl.store(out + row * out_stride + column, p.to(out.dtype.element_ty), column < columns)
 
 
-@triton.jit(do_not_specialize=["rows", "first"])
+@triton.jit(do_not_specialize=["rows", "first", "width"])
 def follow_kernel(
-    numbers, rows, first, reference, factor, logsumexp, LAST: tl.constexpr, BLOCK: tl.constexpr
+    numbers, rows, first, reference, mean, width, logsumexp, LAST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """What the sums so far are to be multiplied with as the largest logit grew; at last, to be a mean."""
+    """Scale a row's sums down as its largest logit grew; at last, to be a mean."""
+    row = tl.program_id(0).to(tl.int64)
+    rows = rows.to(tl.int64)
+    before = tl.load(reference + row, (first > 0) | LAST, 0.0)
+    if LAST:
+        zero = tl.full(row.shape, 0.0, tl.float64)
+        lse = -log_prob(numbers, zero, row, rows, row < rows)
+        lse = tl.where(load_state(numbers, row, rows, row < rows, SUM) == 0.0, NONE, lse)
+        tl.store(logsumexp + row, lse)
+        factor = tl.exp(before - lse).to(tl.float32)
+    else:
+        top = load_state(numbers, row, rows, row < rows, TOP)
+        now = tl.where((top > NONE) & (top < float("inf")), top, before)
+        # Nothing was summed before the first finite logit, so that a factor of 0 is as good as any.
+        factor = tl.minimum(tl.exp(before - now), 1.0).to(tl.float32)
+        tl.store(reference + row, now)
+    if factor != 1.0:
+        for start in range(0, width, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            at = mean + row * width + column
+            tl.store(at, tl.load(at, column < width, 0.0) * factor, column < width)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def logsumexp_kernel(numbers, rows, logsumexp, BLOCK: tl.constexpr):
+    """Of every row's state; -inf where there are only such logits."""
     row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = row < rows
     rows = rows.to(tl.int64)
-    before = tl.load(reference + row, inside & ((first > 0) | LAST), 0.0)
-    if LAST:
-        zero = tl.full(row.shape, 0.0, tl.float64)
-        lse = -log_prob(numbers, zero, row, rows, inside)
-        lse = tl.where(load_state(numbers, row, rows, inside, SUM) == 0.0, NONE, lse)
-        tl.store(logsumexp + row, lse, inside)
-        tl.store(factor + row, tl.exp(before - lse).to(tl.float32), inside)
-    else:
-        top = load_state(numbers, row, rows, inside, TOP)
-        now = tl.where((top > NONE) & (top < float("inf")), top, before)
-        # Nothing was summed before the first finite logit, so that a factor of 0 is as good as any.
-        tl.store(factor + row, tl.minimum(tl.exp(before - now), 1.0).to(tl.float32), inside)
-        tl.store(reference + row, now, inside)
+    lse = -log_prob(numbers, tl.full(row.shape, 0.0, tl.float64), row, rows, inside)
+    lse = tl.where(load_state(numbers, row, rows, inside, SUM) == 0.0, NONE, lse)
+    tl.store(logsumexp + row, lse, inside)
 
 
 @triton.jit(do_not_specialize=["first", "exclude", "parts", "rows"])
@@ -121,32 +145,37 @@ def expectation_backward_kernel(
 def _weigh(
     head: Head, softmax: Softmax, table: Tensor, key: Tensor | None = None
 ) -> tuple[State, Tensor, Tensor]:
-    """State, Σ_k softmax_k table[k] (rows, E) and the logsumexp (...): each logit is computed once.
+    """State, Σ_k softmax_k table[k] (rows, E) and the logsumexp (...).
 
-    What is summed refers to the largest logit so far, and is scaled down when a larger one appears.
+    Dense logits are read twice. A head's are computed once: what is summed refers to the largest logit so
+    far, and is scaled down when a larger one appears.
     """
     lead, device = head[0].shape[:-1], head[0].device
-    rows, width = lead.numel(), tile_width(head)
+    rows, width, dense = lead.numel(), tile_width(head), head[1] is None
     mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32, device=device)
-    reference = torch.empty(rows, dtype=torch.float64, device=device)
-    factor = torch.empty((rows, 1), dtype=torch.float32, device=device)
     lse = torch.empty(lead, dtype=torch.float64, device=device)
     room = torch.empty(rows * min(width, len(table)), dtype=table.dtype, device=device)
-    state = new_state(head)
-
-    def follow(first: int, last: bool) -> None:
-        grid, args = ceil_div(rows, _ROWS), (state.numbers, rows, first, reference, factor, lse)
-        launch(follow_kernel, grid, mean, *args, LAST=last, BLOCK=_ROWS)
-        mean.mul_(factor)
-
+    if dense:
+        state, reference = scan(head, softmax, key=key), lse
+        launch(logsumexp_kernel, ceil_div(rows, _ROWS), mean, state.numbers, rows, lse, BLOCK=_ROWS)
+    else:
+        state, reference = new_state(head), torch.empty_like(lse)
     for tile in tiles(head, width):
         first, columns, _ = tile
-        scan_tile(tile, rows, softmax, state, first == 0, key=key)
-        follow(first, False)
+        if not dense:
+            scan_tile(tile, rows, softmax, state, first == 0, key=key)
+            _follow(state, first, reference, mean, lse, False)
         p = _probabilities(tile, softmax, reference, room)
         matmul(p, table[first : first + columns], mean, add=True)
-    follow(0, True)
+    if not dense:
+        _follow(state, 0, reference, mean, lse, True)
     return state, mean.view(*lead, table.shape[1]), lse
+
+
+def _follow(state: State, first: int, reference: Tensor, mean: Tensor, lse: Tensor, last: bool) -> None:
+    rows, width = mean.shape
+    args = (state.numbers, rows, first, reference, mean, width, lse)
+    launch(follow_kernel, rows, mean, *args, LAST=last, BLOCK=power_of_two(width, 16, 1024))
 
 
 def _probabilities(tile: tuple[int, int, Rows], softmax: Softmax, reference: Tensor, room: Tensor) -> Tensor:

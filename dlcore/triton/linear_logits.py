@@ -94,6 +94,18 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors whose sum is x, float32, and whose products with bfloat16 run on the matrix units: three of
+    8 bits each. x itself for other dtypes."""
+    if x.dtype != torch.float32 or dtype != torch.bfloat16:
+        return [x]
+    found = [x.bfloat16()]
+    for _ in range(2):
+        x = x - found[-1].float()
+        found.append(x.bfloat16())
+    return found
+
+
 class HeadGradient:
     """Collects the gradient of a head from gradients of its tiles of logits."""
 

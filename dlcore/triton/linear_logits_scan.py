@@ -21,7 +21,7 @@ from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, vocab_size
 from dlcore.triton.products import product
 from dlcore.triton.rows import row_offset, rows_of
-from dlcore.triton.softmax import LOG2E, NONE, Softmax, inverse_temperature, row_shift, summary, transformed
+from dlcore.triton.softmax import LOG2E, NONE, Softmax, inverse_temperature, row_shift, sums, transformed
 
 #: Up to so many rows; derived, not measured. A row makes one operation of each byte of 16-bit weights, and
 #: below 150 or so GPUs wait for memory: 64 leave room for a product that is not as good as cuBLAS's, whose
@@ -29,6 +29,27 @@ from dlcore.triton.softmax import LOG2E, NONE, Softmax, inverse_temperature, row
 FEW_ROWS = 64
 
 _SIZE = tl.constexpr(GROUP)
+
+
+@triton.jit
+def _halves(x):
+    """Left and right columns; these stay in their threads."""
+    return tl.split(tl.permute(tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _slices(x, COUNT: tl.constexpr):
+    """x in one, two or four slices of columns, so that what is made of one is gone when the next begins."""
+    if COUNT == 1:
+        return (x,)
+    else:
+        left, right = _halves(x)
+        if COUNT == 2:
+            return left, right
+        else:
+            a, b = _halves(left)
+            c, d = _halves(right)
+            return a, b, c, d
 
 
 @triton.jit(do_not_specialize=["vocab", "exclude", "rows", "groups"])
@@ -60,6 +81,7 @@ def product_kernel(
     KEY_PER_ROW: tl.constexpr,
     ROWS: tl.constexpr,
     DEPTH: tl.constexpr,
+    SLICES: tl.constexpr,
 ):
     """`summaries` and `places` of a group as `reduce_kernel` takes them, and the logits at `index`."""
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -89,30 +111,53 @@ def product_kernel(
     x = transformed(x, token[None, :], at[:, None], bonus[:, None], softcap, exclude)
     x = tl.where(known, x, NONE)
     inverse = inverse_temperature(row, temperature, temperature_step)
-    top, total, weighted = summary(x, (inverse * LOG2E)[:, None])
+    top = tl.max(x, 1)
     _, place = tl.max(x, 1, return_indices=True)
     size = rows.to(tl.int64) * groups
     out = summaries + row * groups + group
     to = places + row * groups + group
-    tl.store(out, top, inside)
-    tl.store(out + size, total, inside)
-    tl.store(out + 2 * size, weighted, inside)
-    tl.store(out + 3 * size, tl.max(tl.where(ids[None, :] == place[:, None], NONE, x), 1), inside)
-    tl.store(to, place.to(tl.uint8), inside)
     if index is not None:
         # Of an index outside of the vocabulary the first group says something, lest nothing be set.
         lawful = (at >= 0) & (at < vocab)
         mine = tl.where(lawful, at // _SIZE == group, group == 0)
         entry = tl.max(tl.where(token[None, :] == at[:, None], x, NONE), 1)
         tl.store(index_logits + row, entry.to(tl.float64) * inverse.to(tl.float64), inside & mine)
+    scale = (inverse * LOG2E)[:, None]
     if keys is not None:
         seed, offset = noise.row_key(keys, row[:, None], KEY_PER_ROW)
-        pair = group.to(tl.int64) * (_SIZE // 2) + tl.arange(0, _SIZE // 2)
-        even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
-        drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
-        _, place = tl.max(tl.fma(x - top[:, None], inverse[:, None], drawn), 1, return_indices=True)
-        tl.store(out + 4 * size, tl.max(tl.where(ids[None, :] == place[:, None], x, NONE), 1), inside)
-        tl.store(to + size, place.to(tl.uint8), inside)
+    parts = _slices(x, SLICES)
+    width: tl.constexpr = _SIZE // SLICES
+    total = tl.full((ROWS,), 0.0, tl.float32)
+    weighted, second = total, total + NONE
+    best, drawn_place, drawn_logit = second, place * 0, second
+    for i in tl.static_range(SLICES):
+        part = parts[i]
+        local = i * width + tl.arange(0, width)[None, :]
+        part_total, part_weighted = sums(part, top, scale)
+        total += part_total
+        weighted += part_weighted
+        second = tl.maximum(second, tl.max(tl.where(local == place[:, None], NONE, part), 1))
+        if keys is not None:
+            pair = group.to(tl.int64) * (_SIZE // 2) + i * (width // 2) + tl.arange(0, width // 2)
+            even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
+            drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
+            value, at_part = tl.max(
+                tl.fma(part - top[:, None], inverse[:, None], drawn), 1, return_indices=True
+            )
+            at_part += i * width
+            entry = tl.max(tl.where(local == at_part[:, None], part, NONE), 1)
+            wins = value > best
+            best = tl.where(wins, value, best)
+            drawn_place = tl.where(wins, at_part, drawn_place)
+            drawn_logit = tl.where(wins, entry, drawn_logit)
+    tl.store(out, top, inside)
+    tl.store(out + size, total, inside)
+    tl.store(out + 2 * size, weighted, inside)
+    tl.store(out + 3 * size, second, inside)
+    tl.store(to, place.to(tl.uint8), inside)
+    if keys is not None:
+        tl.store(out + 4 * size, drawn_logit, inside)
+        tl.store(to + size, drawn_place.to(tl.uint8), inside)
 
 
 def scan_head(
@@ -147,6 +192,7 @@ def scan_head(
         KEY_PER_ROW=key is not None and key.dim() > 1,
         ROWS=block,
         DEPTH=32 if single else 64,
+        SLICES=1,
         num_warps=block // 2,
         num_stages=3,
         maxnreg=None if single else 128,  # of up to 16 rows two programs a unit: one waits, the other draws

@@ -100,9 +100,16 @@ def power(d):
 
 
 @triton.jit
-def summary(x, scale):
-    """Each row's largest entry, and Σ 2^d and Σ 2^d·d, where d is an entry's distance to it times scale."""
-    top = tl.max(x, 1)
+def sums(x, top, scale):
+    """Each row's Σ 2^d and Σ 2^d·d, where d is an entry's distance to `top` times scale."""
     d = (x - tl.where(top > NONE, top, 0.0)[:, None]) * scale
     e = power(d)
-    return top, tl.sum(e, 1), tl.sum(e * tl.maximum(d, FLOOR), 1)
+    return tl.sum(e, 1), tl.sum(e * tl.maximum(d, FLOOR), 1)
+
+
+@triton.jit
+def summary(x, scale):
+    """Each row's largest entry, and the sums relative to it."""
+    top = tl.max(x, 1)
+    total, weighted = sums(x, top, scale)
+    return top, total, weighted

@@ -15,8 +15,8 @@ from dlcore.reference.sphere_velocity import LOWEST_COSINE
 from dlcore.triton import sphere_series
 from dlcore.triton.functions import PI, exponential, slerp_series, slerp_series_slope
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import HeadGradient, matmul, tile_width, tiles
-from dlcore.triton.rows import row_offset
+from dlcore.triton.linear_logits import HeadGradient, matmul, parts, tile_width, tiles
+from dlcore.triton.rows import Rows, row_offset
 
 #: Columns of a program at most.
 _SPAN = 2048
@@ -99,18 +99,25 @@ def sphere_peak_kernel(logits, inner, outer, step, peaks, count, spans, BLOCK: t
 
 @triton.jit(do_not_specialize=["inner", "count", "spans", "terms"])
 def sphere_weights_kernel(
-    logits, inner, outer, step, reference, radial, radial_step, terms, cosines, sums, count, spans,
+    logits, inner, outer, step, reference, radial, radial_step, terms, cosines, high, low, sums, count, spans,
     VMF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """cosines <- p·g(cosines) for p = exp(logits - reference), and the sums of p (rows, spans)."""
+    """p·g(cosines) for p = exp(logits - reference), and the sums of p (rows, spans).
+
+    The products go to `high`, what its dtype rounds off to `low`, if that is wanted.
+    """
     row, column, live = _place(count, spans, BLOCK)
     start = row_offset(row, inner, outer, step)
     p = _probability(
         tl.load(logits + start + column, live, float("-inf")).to(tl.float32), tl.load(reference + row)
     )
-    at = cosines + row * count + column
-    g, _ = _radial(tl.load(at, live, 0.0), radial + row * radial_step, terms, VMF, False)
-    tl.store(at, p * g, live)
+    at = row * count + column
+    g, _ = _radial(tl.load(cosines + at, live, 0.0), radial + row * radial_step, terms, VMF, False)
+    weight = p * g
+    rounded = weight.to(high.dtype.element_ty)
+    tl.store(high + at, rounded, live)
+    if low is not None:
+        tl.store(low + at, (weight - rounded.to(tl.float32)).to(low.dtype.element_ty), live)
     tl.store(sums + row * spans + tl.program_id(0) % spans, tl.sum(p, 0))
 
 
@@ -182,16 +189,30 @@ class _Cosines:
     """Products of rows (rows, d) with the table's rows, tile by tile into one buffer."""
 
     def __init__(self, vectors: Tensor, table: Tensor, width: int) -> None:
-        self.vectors, self.table = vectors, table
+        self.parts, self.table = parts(vectors, table.dtype), table
         size = vectors.shape[0] * min(width, table.shape[0])
         self.buffer = torch.empty(size, dtype=torch.float32, device=vectors.device)
 
     def tile(self, first: int, count: int) -> Tensor:
         """(rows, count) float32; the next tile overwrites it."""
-        rows = self.vectors.shape[0]
+        rows, columns = self.parts[0].shape[0], self.table[first : first + count].mT
         out = self.buffer[: rows * count].view(rows, count)
-        matmul(self.vectors, self.table[first : first + count].mT, out)
+        for i, part in enumerate(self.parts):
+            matmul(part, columns, out, add=i > 0)
         return out
+
+
+def _peaks(tile: Rows, rows: int, count: int) -> Tensor:
+    """Each row's largest logit, of so many."""
+    spans, constants = _blocks(count)
+    peaks = torch.empty((rows, spans), dtype=torch.float32, device=tile.data.device)
+    launch(sphere_peak_kernel, rows * spans, peaks, *tile, peaks, count, spans, **constants)
+    return peaks.amax(-1)
+
+
+def _finite(reference: Tensor) -> Tensor:
+    """As long as there is no logit, what is summed refers to 0."""
+    return torch.where(reference == -torch.inf, 0.0, reference)
 
 
 def velocity(
@@ -204,26 +225,35 @@ def velocity(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """P_x m (..., d), <x, m> (...) and the logsumexp (...): each logit and each cosine is computed once.
 
-    What is summed refers to the largest logit so far, and is scaled down when a larger one appears.
+    Dense logits are read twice. Of a head's what is summed refers to the largest logit so far, and is scaled
+    down when a larger one appears.
     """
     lead, dim, device = logits.shape[:-1], table.shape[1], logits.device
     rows, table, flat = lead.numel(), table.detach(), x.detach().reshape(-1, dim)
     head = (logits.detach(), weight, bias)
     radial, width = _radial_of(kappa, lead, dim), tile_width(head)
-    cosines = _Cosines(flat, table, width)
+    cosines, dense = _Cosines(flat, table, width), weight is None
     mean = torch.zeros((rows, dim), dtype=torch.float32, device=device)
     total = torch.zeros(rows, dtype=torch.float32, device=device)
     reference = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
+    # Of a bfloat16 table's, weights are the sum of two such numbers.
+    halves = table.dtype == torch.bfloat16
+    planes = torch.empty((2, len(cosines.buffer)), dtype=table.dtype, device=device) if halves else None
+    if dense:
+        ((_, count, tile),) = tiles(head)
+        reference = _peaks(tile, rows, count)
+        held = _finite(reference)
     for first, count, tile in tiles(head, width):
         spans, constants = _blocks(count)
-        peaks, sums = torch.empty((2, rows, spans), dtype=torch.float32, device=device)
-        launch(sphere_peak_kernel, rows * spans, flat, *tile, peaks, count, spans, **constants)
-        before, reference = reference, torch.maximum(reference, peaks.amax(-1))
-        # As long as there is no logit, what is summed refers to 0.
-        held = torch.where(reference == -torch.inf, 0.0, reference)
-        factor = torch.exp(before - held)
-        mean.mul_(factor.unsqueeze(-1))
-        weights = cosines.tile(first, count)
+        if not dense:
+            before, reference = reference, torch.maximum(reference, _peaks(tile, rows, count))
+            held = _finite(reference)
+            factor = torch.exp(before - held)
+            mean.mul_(factor.unsqueeze(-1))
+            total *= factor
+        sums = torch.empty((rows, spans), dtype=torch.float32, device=device)
+        angles = cosines.tile(first, count)
+        weights = [angles] if planes is None else [x[: rows * count].view(rows, count) for x in planes]
         launch(
             sphere_weights_kernel,
             rows * spans,
@@ -231,15 +261,18 @@ def velocity(
             *tile,
             held,
             *radial.arguments(sums),
-            weights,
+            angles,
+            weights[0],
+            None if planes is None else weights[1],
             sums,
             count,
             spans,
             VMF=kappa is not None,
             **constants,
         )
-        total = total * factor + sums.sum(-1)
-        matmul(weights, table[first : first + count], mean, add=True)
+        total += sums.sum(-1)
+        for part in weights:
+            matmul(part, table[first : first + count], mean, add=True)
     total = torch.where(total > 0, total, torch.nan)
     mean.div_(total.unsqueeze(-1))
     state = flat.float()
