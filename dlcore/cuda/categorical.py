@@ -9,7 +9,7 @@ from dlcore import _cuda
 from dlcore.cpu.categorical import Softmax
 from dlcore.cpu.linear_logits import Head, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, strided, view
-from dlcore.cuda.linear_logits import gradient_of, pairs, tiles
+from dlcore.cuda.linear_logits import fused, gradient_of, pairs, tiles
 from dlcore.cuda.tensors import call, scratch
 
 
@@ -59,6 +59,10 @@ def stats(
 ) -> tuple[Tensor, Tensor]:
     """argmax (...) and its row's numbers (6, ...), by one read."""
     lead, head = logits.shape[:-1], (logits, weight, bias)
+    if fused(head):
+        from dlcore.triton import categorical as triton
+
+        return triton.stats(*head, index, shift, temperature, softcap, exclude)
     state = scan(head, Softmax(head, index, shift, temperature, softcap, exclude))
     argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
     numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
@@ -111,6 +115,10 @@ def sample(
     lead, head, key = logits.shape[:-1], (logits, weight, bias), key.contiguous()
     softmax = Softmax(head, index, shift, temperature, softcap, exclude)
     if top_k is None and top_p is None and min_p is None:
+        if fused(head):
+            from dlcore.triton import categorical as triton
+
+            return triton.sample(*head, index, shift, temperature, softcap, exclude, None, None, None, key)
         state = drawn = scan(head, softmax, key=key)
     else:
         state = scan(head, softmax)
@@ -188,6 +196,10 @@ def sample_mixture(
 ) -> Tensor:
     """Tokens (...); rows whose z surely stays are not read."""
     lead, head, key = logits.shape[:-1], (logits, weight, bias), key.contiguous()
+    if fused(head):
+        from dlcore.triton import categorical as triton
+
+        return triton.sample_mixture(*head, z, coefficients, prior, shift, temperature, softcap, exclude, key)
     rows, softmax = lead.numel(), Softmax(head, z, shift, temperature, softcap, exclude)
     assert softmax.index is not None
     shared = coefficients.numel() == 6

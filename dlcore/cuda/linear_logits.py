@@ -41,6 +41,16 @@ def pairs(p: Head, q: Head) -> Iterator[tuple[int, Tensor, Tensor]]:
         yield first, left, right
 
 
+def fused(head: Head) -> bool:
+    """Whether Triton, which draws the same, reads a head of few rows without writing logits."""
+    hidden, weight, _ = head
+    if weight is None or not hidden.is_cuda:
+        return False
+    from dlcore.triton.linear_logits_scan import fuses
+
+    return fuses(head)
+
+
 def gradient_of(head: Head) -> HeadGradient:
     """Collects the gradient of a head from gradients of its tiles of logits."""
     from dlcore.triton.linear_logits import HeadGradient

@@ -94,15 +94,20 @@ def matmul(a: Tensor, b: Tensor, out: Tensor, *, add: bool = False) -> None:
         torch.mm(a, b, out_dtype=torch.float32, out=out)
 
 
+def splits(dtype: torch.dtype) -> int:
+    """How many numbers of that dtype a float32 is split in where it meets such a table: three bfloat16 hold
+    it exactly, and their products run on the matrix units. float16, which has not its range, is widened."""
+    return 3 if dtype == torch.bfloat16 else 1
+
+
 def parts(x: Tensor, dtype: torch.dtype) -> list[Tensor]:
-    """Tensors whose sum is x, float32, and whose products with bfloat16 run on the matrix units: three of
-    8 bits each. x itself for other dtypes."""
-    if x.dtype != torch.float32 or dtype != torch.bfloat16:
+    """What x is split in to meet a table of that dtype: the parts' sum is x."""
+    if x.dtype != torch.float32 or splits(dtype) == 1:
         return [x]
-    found = [x.bfloat16()]
-    for _ in range(2):
+    found: list[Tensor] = []
+    for _ in range(splits(dtype)):
+        found.append(x.to(dtype))
         x = x - found[-1].float()
-        found.append(x.bfloat16())
     return found
 
 

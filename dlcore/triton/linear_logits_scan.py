@@ -160,6 +160,12 @@ def product_kernel(
         tl.store(to + size, drawn_place.to(tl.uint8), inside)
 
 
+def fuses(head: Head) -> bool:
+    """Whether `scan_head` reads a head, if there is neither target nor offset, without writing logits."""
+    hidden, weight, _ = head
+    return weight is not None and hidden.shape[:-1].numel() <= FEW_ROWS
+
+
 def scan_head(
     head: Head,
     softmax: Softmax,
@@ -172,7 +178,7 @@ def scan_head(
     for these the product has no registers left."""
     hidden, weight, bias = head
     rows = hidden.shape[:-1].numel()
-    if weight is None or rows > FEW_ROWS or target is not None or begin > 0:
+    if weight is None or not fuses(head) or target is not None or begin > 0:
         return scan(head, softmax, target, key, skip, begin=begin)
     hidden = hidden.detach().to(torch.promote_types(hidden.dtype, weight.dtype))
     single = hidden.dtype == torch.float32

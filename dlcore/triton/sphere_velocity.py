@@ -15,7 +15,7 @@ from dlcore.reference.sphere_velocity import LOWEST_COSINE
 from dlcore.triton import sphere_series
 from dlcore.triton.functions import PI, exponential, slerp_series, slerp_series_slope
 from dlcore.triton.launch import ceil_div, launch, power_of_two
-from dlcore.triton.linear_logits import HeadGradient, matmul, parts, tile_width, tiles
+from dlcore.triton.linear_logits import HeadGradient, matmul, parts, splits, tile_width, tiles
 from dlcore.triton.rows import Rows, row_offset
 
 #: Columns of a program at most.
@@ -97,14 +97,14 @@ def sphere_peak_kernel(logits, inner, outer, step, peaks, count, spans, BLOCK: t
     tl.store(peaks + row * spans + tl.program_id(0) % spans, tl.max(x, 0))
 
 
-@triton.jit(do_not_specialize=["inner", "count", "spans", "terms"])
+@triton.jit(do_not_specialize=["inner", "count", "spans", "terms", "size"])
 def sphere_weights_kernel(
-    logits, inner, outer, step, reference, radial, radial_step, terms, cosines, high, low, sums, count, spans,
-    VMF: tl.constexpr, BLOCK: tl.constexpr,
+    logits, inner, outer, step, reference, radial, radial_step, terms, cosines, weights, size, sums, count,
+    spans, PARTS: tl.constexpr, VMF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """p·g(cosines) for p = exp(logits - reference), and the sums of p (rows, spans).
+    """weights <- p·g(cosines) for p = exp(logits - reference), and the sums of p (rows, spans).
 
-    The products go to `high`, what its dtype rounds off to `low`, if that is wanted.
+    `size` further on stands what the dtype of the weights rounds off, and so on for so many parts.
     """
     row, column, live = _place(count, spans, BLOCK)
     start = row_offset(row, inner, outer, step)
@@ -113,11 +113,11 @@ def sphere_weights_kernel(
     )
     at = row * count + column
     g, _ = _radial(tl.load(cosines + at, live, 0.0), radial + row * radial_step, terms, VMF, False)
-    weight = p * g
-    rounded = weight.to(high.dtype.element_ty)
-    tl.store(high + at, rounded, live)
-    if low is not None:
-        tl.store(low + at, (weight - rounded.to(tl.float32)).to(low.dtype.element_ty), live)
+    rest = p * g
+    for i in tl.static_range(PARTS):
+        part = rest.to(weights.dtype.element_ty)
+        tl.store(weights + i * size.to(tl.int64) + at, part, live)
+        rest -= part.to(tl.float32)
     tl.store(sums + row * spans + tl.program_id(0) % spans, tl.sum(p, 0))
 
 
@@ -236,9 +236,8 @@ def velocity(
     mean = torch.zeros((rows, dim), dtype=torch.float32, device=device)
     total = torch.zeros(rows, dtype=torch.float32, device=device)
     reference = torch.full((rows,), -torch.inf, dtype=torch.float32, device=device)
-    # Of a bfloat16 table's, weights are the sum of two such numbers.
-    halves = table.dtype == torch.bfloat16
-    planes = torch.empty((2, len(cosines.buffer)), dtype=table.dtype, device=device) if halves else None
+    split, size = splits(table.dtype), len(cosines.buffer)
+    room = torch.empty((split, size), dtype=table.dtype, device=device) if split > 1 else None
     if dense:
         ((_, count, tile),) = tiles(head)
         reference = _peaks(tile, rows, count)
@@ -253,7 +252,7 @@ def velocity(
             total *= factor
         sums = torch.empty((rows, spans), dtype=torch.float32, device=device)
         angles = cosines.tile(first, count)
-        weights = [angles] if planes is None else [x[: rows * count].view(rows, count) for x in planes]
+        weights = [angles] if room is None else [x[: rows * count].view(rows, count) for x in room]
         launch(
             sphere_weights_kernel,
             rows * spans,
@@ -263,10 +262,11 @@ def velocity(
             *radial.arguments(sums),
             angles,
             weights[0],
-            None if planes is None else weights[1],
+            size,
             sums,
             count,
             spans,
+            PARTS=split,
             VMF=kappa is not None,
             **constants,
         )
