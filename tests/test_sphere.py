@@ -48,7 +48,7 @@ def run(
     wide = torch.promote_types(dtype, torch.float32)
     leaves = [a.detach().to(dtype if a.dim() > 1 else wide, copy=True).requires_grad_() for a in arguments]
     result = function(*leaves)
-    grad = normal(*result.shape, seed=9, dtype=torch.float64).to(given or dtype).to(result.dtype)
+    grad = normal(*result.shape, seed=9, dtype=torch.float64).to(given or dtype).to(result)
     return (result.detach(), *torch.autograd.grad(result, leaves, grad))
 
 
