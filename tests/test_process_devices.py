@@ -52,8 +52,12 @@ class Inputs:
 
     def copy_(self, other: Inputs) -> None:
         """Other numbers in the same memory."""
-        for mine, new in zip(tree_leaves(vars(self)), tree_leaves(vars(other)), strict=True):
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
             mine.copy_(new)
+
+    def tensors(self) -> list[Tensor]:
+        heads = [x for head in (self.head, self.other_head) for x in (head.hidden, head.weight)]
+        return [x for x in vars(self).values() if isinstance(x, Tensor)] + heads
 
 
 def _rollout(i: Inputs) -> Tensor:
