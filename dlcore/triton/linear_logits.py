@@ -1,18 +1,21 @@
 """Linear heads on the GPU: logits tile by tile, and the gradients that come back from them.
 
-A tile is made by cuBLAS and read by the categorical kernels out of the second-level cache. Two bounds say how
-many tokens it has, in whole groups of 256:
+A tile is made by cuBLAS and read by the categorical kernels. How many tokens it has, in whole groups of 256, is
+bound by
 
-- 2^23 floats, 32 MiB, of 40 on an A100, 50 on an H100 and more since. Of 8192 rows that is 1024 tokens, two
-  waves of a product's tiles on 132 units; smaller ones would cost more launches than they save traffic.
-- One in 21 of the head's logits, which with what a scan says of every group is less than 5 % of what they
-  would take in float32. Up to 1390 rows of 126,464 tokens, or 2690 of 65,536, this one binds. Below 1024
-  tokens it is not kept: a product of fewer columns is not worth a launch, and so little memory no care.
+- one in 20.5 of the head's logits, which with what a scan says of every group is less than 5 % of what they
+  would take in float32. Below 1024 tokens it is not kept: a product of fewer columns is not worth a launch,
+  and so little memory no care;
+- 2^26 floats, from 10,923 rows of 126,464 tokens on.
+
+Larger than the second-level cache a tile costs a write and a read of memory, 1 ms for 8192 rows on an H200,
+but of 31 launches at 4096 tokens and 124 at 1024 every one costs tens of microseconds, of the device or of
+the host, and a product of 256 rows by 6144 tokens fills only two thirds of the units.
 
 A draw or a loss keeps one tile, a truncated draw the largest logits of groups and 4 KiB a row, too. A loss's
 gradient keeps two, as do a mean of a table, a drift and a KL of two heads; the gradients of these keep four.
-Dense logits, which are there anyway, come in pieces by the first bound alone, and only where another buffer
-goes along with them.
+Dense logits, which are there anyway, come in pieces of 2^24, and only where another buffer goes along with
+them.
 
 With thousands of rows such a product runs at the rate of the matrix units, which one fused with the reduction
 would not; of fewer rows it waits for the weights, each read once; where one read will do and rows are few,
@@ -30,10 +33,10 @@ from dlcore.triton.rows import Rows, rows_of
 
 Head = tuple[Tensor, Tensor | None, Tensor | None]
 
-#: Floats in a tile at most.
-_TILE = 1 << 23
-#: The part of a head's logits that a tile is at most, and the tokens that it may have in any case.
-_SHARE, _LEAST = 21, 1024
+#: Floats in a tile at most, and in what goes along with a piece of dense logits.
+_TILE, _PIECE = 1 << 26, 1 << 24
+#: Tokens of a head for two of a tile at most, and the tokens that a tile may have in any case.
+_SHARE, _LEAST = 41, 1024
 #: Tokens that share a Gumbel number; tiles start at its multiples.
 GROUP = 256
 
@@ -46,9 +49,11 @@ def vocab_size(head: Head) -> int:
 
 def tile_width(head: Head) -> int:
     """How many tokens a tile, or a piece of dense logits, has: whole groups, at least one."""
-    width = _TILE // max(head[0].shape[:-1].numel(), 1)
-    if head[1] is not None:
-        width = min(width, max(_LEAST, vocab_size(head) // _SHARE))
+    rows = max(head[0].shape[:-1].numel(), 1)
+    if head[1] is None:
+        width = min(_TILE, _PIECE) // rows
+    else:
+        width = min(_TILE // rows, max(_LEAST, 2 * vocab_size(head) // _SHARE))
     return max(GROUP, width // GROUP * GROUP)
 
 

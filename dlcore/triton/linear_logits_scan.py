@@ -198,10 +198,11 @@ def scan_head(
         KEY_PER_ROW=key is not None and key.dim() > 1,
         ROWS=block,
         DEPTH=32 if single else 64,
-        SLICES=1,
-        num_warps=block // 2,
-        num_stages=3,
-        maxnreg=None if single else 128,  # of up to 16 rows two programs a unit: one waits, the other draws
+        SLICES=2,
+        num_warps=16 if single and block == 32 else 8,
+        num_stages=4 if block == 32 and not single else 3,
+        # Of up to 16 rows two programs a unit: one waits, the other draws.
+        maxnreg=None if single or block == 32 else 128,
     )
     nothing = (None, 1, 0, 0)
     read = (*nothing, 0, vocab, *softmax.args, skip, None, None, None, summaries, rows)
