@@ -1,19 +1,21 @@
 """Linear heads on the GPU: logits tile by tile, and the gradients that come back from them.
 
-A tile is made by cuBLAS and read by the categorical kernels. How many tokens it has, in whole groups of 256, is
-bound by
+A tile is made by cuBLAS and read by the categorical kernels. Its tokens, in whole groups of 256, are bound by
 
 - one in 20.5 of the head's logits, which with what a scan says of every group is less than 5 % of what they
   would take in float32. Below 1024 tokens it is not kept: a product of fewer columns is not worth a launch,
   and so little memory no care;
 - 2^26 floats, from 10,923 rows of 126,464 tokens on.
 
-Larger than the second-level cache a tile costs a write and a read of memory, 1 ms for 8192 rows on an H200,
-but of 31 launches at 4096 tokens and 124 at 1024 every one costs tens of microseconds, of the device or of
-the host, and a product of 256 rows by 6144 tokens fills only two thirds of the units.
+A tile that outgrows the second-level cache costs a write and a read of memory. Smaller ones cost more: the
+products themselves take as long (8192 rows on an H200 12.4 to 12.8 ms by tiles of 1024 to 6144 tokens), but
+each tile brings launches, and of few rows its product leaves units idle (256 rows: 559 µs by 4096, 467 by
+6144, 381 whole).
 
 A draw or a loss keeps one tile, a truncated draw the largest logits of groups and 4 KiB a row, too. A loss's
-gradient keeps two, as do a mean of a table, a drift and a KL of two heads; the gradients of these keep four.
+gradient keeps two, as do a mean of a table, a drift and a KL of two heads; the gradients of these keep four,
+a drift of a bfloat16 table three and a half.
+
 Dense logits, which are there anyway, come in pieces of 2^24, and only where another buffer goes along with
 them.
 

