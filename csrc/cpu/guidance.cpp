@@ -75,13 +75,11 @@ class Stream {
     softmax_ = softmax;
     slope_ = softmax.inverse_temperature * kLog2E;
     with_dtype(logits_.dtype, [&](auto type) { sum_groups(logits_.row<const decltype(type)>(r)); });
-    top_ = largest(largest_.data(), static_cast<int64_t>(largest_.size()));
+    top_ = groups_ == 1 ? largest_[0] : largest(largest_.data(), static_cast<int64_t>(largest_.size()));
     if (top_ == kNone) return false;
-    Floats total = broadcast(0.0f);
-    for (int64_t g = 0; g < groups_; g += kLanes) total = fused(below_top(g), load(&sums_[g]), total);
-    const double whole = sum(total);
-    odds_ = row.odds(whole);
-    return whole == whole;
+    const float total = groups_ == 1 ? sums_[0] : total_below_top();
+    odds_ = row.odds(total);
+    return total == total;
   }
 
   template <bool noisy>
@@ -91,8 +89,9 @@ class Stream {
 
   // The entries of a group, -inf past the end.
   const float* group(int64_t g) {
-    with_dtype(logits_.dtype,
-               [&](auto type) { read_group_of(static_cast<const decltype(type)*>(data_), g); });
+    if (g != held_)
+      with_dtype(logits_.dtype,
+                 [&](auto type) { read_group_of(static_cast<const decltype(type)*>(data_), g); });
     return buffer_;
   }
 
@@ -108,8 +107,15 @@ class Stream {
     return exp2(max(kExponentFloor, (load(&largest_[g]) - top_) * slope_));
   }
 
+  float total_below_top() const {
+    Floats total = broadcast(0.0f);
+    for (int64_t g = 0; g < groups_; g += kLanes) total = fused(below_top(g), load(&sums_[g]), total);
+    return sum(total);
+  }
+
   template <class T>
   void read_group_of(const T* p, int64_t g) {
+    held_ = g;
     const int64_t at = g * kGroup;
     read_transformed(p + at, std::min(kGroup, logits_.columns - at), at, softmax_, buffer_);
   }
@@ -117,6 +123,7 @@ class Stream {
   template <class T>
   void sum_groups(const T* p) {
     data_ = p;
+    held_ = -1;
     for (int64_t g = 0; g < groups_; ++g) {
       const int64_t at = g * kGroup;
       if (at + kGroup <= logits_.columns && !softmax_.special(at)) {
@@ -137,7 +144,7 @@ class Stream {
 
   View logits_;
   const void* data_ = nullptr;
-  int64_t groups_;
+  int64_t groups_, held_ = -1;  // the group that the buffer holds
   RowSoftmax softmax_;
   float slope_ = 0, top_ = 0, odds_ = 0;
   std::vector<float> largest_, sums_;  // of groups: the sums over their own largest entries
@@ -215,7 +222,7 @@ class GuidedDraw {
 
   int64_t draw_in_group(int64_t g, Key key) {
     if (blended_ != g) blend(g);
-    const int64_t count = rounded_up(tokens_of(g), kStep);
+    const int64_t count = rounded_up(tokens_of(g), 2 * kLanes);
     alignas(64) float scores[kGroup];
     fill_gumbel(key, Domain::kToken, g * kGroup, count, scores);
     for (int64_t i = 0; i < count; i += kLanes) store(scores + i, load(guided_ + i) + load(scores + i));
