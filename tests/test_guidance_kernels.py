@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import levels
 from goodness import chi_square
 from torch import Tensor
 
 import dlcore
 from dlcore import rng
 from dlcore._ops.guidance import COEFFICIENTS
+from dlcore.cpu import choose_capability
 from dlcore.reference import categorical as reference
 
 OP = "guidance.cfg_uniform_step"
@@ -164,6 +166,102 @@ def test_keys_and_coefficients_of_rows(backend: str) -> None:
     split = step(c.view(*shape, -1), u.view(*shape, -1), z.view(shape), k.view(*shape, -1))
     assert split.equal(whole.view(shape))
     assert step(c[:0], u[:0], z[:0], k[:0]).shape == (0,)
+
+
+# --- the kernel against the reference in float64 ---
+
+EXCLUDES: list[int | None] = [None, 0, 700]
+#: Rows in each of which something else is at an end.
+EDGES = coefficients(
+    gamma=torch.tensor([2.0, 2, 2, 2, 0.3, 1, 0, -3, 40, 2, 2, 2]),
+    temperature=torch.tensor([1.0, 0.2, 3, 1, 1, 1, 1, 1, 1, 1, 1, 0.05]),
+    shift=torch.tensor([0.0, 0, 0, -9, -30, 5, 0, 0, 0, 0, 0, 0]),
+    alpha_s=torch.tensor([0.5, 0.5, 0.5, 0.5, 0.999, 1, 1, 1 - 1e-12, 0.9, 0, 1e-9, 1.0]),
+    bonus=torch.tensor([0.0, 0, 0, 12, 25, 1, 1, 1, 1, 3, -2, 0]),
+)
+#: Flat, common and peaked logits, and what is added to all of them.
+SHARPNESS = [(0.01, 0.0), (1.0, 0.0), (12.0, 0.0), (2.0, 3e4)]
+
+
+@pytest.mark.usefixtures("guarded")
+@pytest.mark.parametrize("sharpness", SHARPNESS)
+@pytest.mark.parametrize("vocab", [*VOCABS, 40_000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_kernel(dtype: torch.dtype, vocab: int, sharpness: tuple[float, float]) -> None:
+    scale, offset = sharpness
+    count = len(EDGES) * (2 if vocab > 5003 else 8)
+    c, u = ((scale * x + offset).to(dtype) for x in streams(vocab, count))
+    k = EDGES.repeat(count // len(EDGES), 1)
+    for exclude in (e for e in EXCLUDES if e is None or e < vocab - 1):
+        z = ids(vocab, count, exclude)
+        drawn = step(c, u, z, k, exclude)
+        assert dlcore.last_backend(OP) == "cpu"
+        assert drawn.equal(exact(c, u, z, k, exclude, KEY))
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_two_dtypes_and_any_strides() -> None:
+    """Rows lie apart, between NaN; a stream whose columns lie apart is copied."""
+    (c, u), z, k = streams(700), ids(700), coefficients()
+    wide = torch.full((ROWS, 703), torch.nan, dtype=torch.bfloat16)
+    wide[:, 1:701] = c
+    wanted = exact(wide[:, 1:701], u, z, k, None, KEY)
+    assert step(wide[:, 1:701], u, z, k).equal(wanted)
+    assert step(u, wide[:, 1:701], z, k).equal(exact(u, wide[:, 1:701], z, k, None, KEY))
+    assert step(wide[:, 1:701], u.T.contiguous().T, z, k).equal(wanted)
+    assert step(c[:1].expand(ROWS, -1), u, z, k).equal(step(c[:1].repeat(ROWS, 1), u, z, k))
+    apart = torch.stack([z, z + 1], -1)[:, 0]
+    assert step(c, u, apart, k.expand(ROWS, -1)).equal(step(c, u, z, k))
+
+
+def test_levels_agree_to_the_bit(restored_level: None) -> None:
+    """All of AVX-512, AVX2 and, but for rounding, the baseline; with every dtype's own loads."""
+    k = EDGES.repeat(40, 1)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        (c, u), z, found = streams(1000, len(k), dtype), ids(1000, len(k)), {}
+        for name in levels():
+            choose_capability(name)
+            found[name] = step(c, u, z, k)
+        baseline = found.pop("baseline")
+        assert all(x.equal(next(iter(found.values()))) for x in found.values())
+        assert all((x == baseline).float().mean() > 0.99 for x in found.values())
+        assert baseline.equal(exact(c, u, z, k, None, KEY))
+
+
+def test_threads_change_nothing() -> None:
+    (c, u), z, k = streams(3000, 50), ids(3000, 50), coefficients()
+    threads, found = torch.get_num_threads(), []
+    for n in (1, 3):
+        torch.set_num_threads(n)
+        found.append(step(c, u, z, k))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+def test_whatever_is_given_a_token_comes_back() -> None:
+    """Numbers that no caller checks, ids of no token: nothing is read elsewhere, and no other id is drawn."""
+    wild = torch.tensor([0.0, 1, -1, 2, 1e-320, 1e300, -1e300, torch.inf, -torch.inf, torch.nan]).double()
+    usual = coefficients()
+    rows = [usual.clone().index_fill(0, torch.tensor([i]), v) for i in range(5) for v in wild.tolist()]
+    rows += [torch.full((6,), v, dtype=torch.float64) for v in wild.tolist()]
+    k = torch.stack(rows)
+    for vocab in (5, 300, 1000):
+        (c, u), tokens = streams(vocab, len(k)), torch.tensor([-1, -(2**62), vocab, 2**62])
+        z = tokens.repeat(len(k))[: len(k)]
+        kept = k[:, -1] != 0
+        for exclude in (None, 3):
+            drawn = step(c, u, z, k, exclude)
+            assert drawn[kept].equal(z[kept])
+            assert bool(((drawn[~kept] >= -1) & (drawn[~kept] < vocab)).all())
+
+
+def test_ties_go_to_the_lowest_group() -> None:
+    """A weight so large that no noise shows: the first of the tokens that the condition favours most."""
+    u, z, k = torch.zeros(3, 2000), torch.zeros(3, dtype=torch.int64), coefficients(gamma=1e12)
+    c = torch.zeros(3, 2000)
+    c[0, [300, 1999]], c[1, [1999, 1900]], c[2, [5, 0]] = 1.0, 1.0, 1.0
+    drawn = step(c, u, z, k)
+    assert (drawn // 256).tolist() == [1, 7, 0]
 
 
 def test_float64_runs_on_the_reference() -> None:
