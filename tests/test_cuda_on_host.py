@@ -108,7 +108,9 @@ def test_no_kernel_leaves_its_buffers():
 
 @pytest.mark.slow
 def test_the_sanitizer_sees_a_read_past_the_end():
-    module = cuda_on_host.build([(SUMS, "if (column >= columns)", "if (column >= columns + 64)")], sanitize=True)
+    module = cuda_on_host.build(
+        [(SUMS, "if (column >= columns)", "if (column >= columns + 64)")], sanitize=True
+    )
     code = PROGRAM.format(module=str(module), vocab=2501).replace("room[32:-32]", "room[64:]")
     assert "heap-buffer-overflow" in run_python(code, **sanitizer())
 
