@@ -389,6 +389,10 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
         yield partial(summary, *head, *later)
         yield partial(sample, *head, *(None,) * 8, key)
         yield partial(sample, *head, *drawn)
+        # Of so many rows each is reduced by one warp.
+        yield partial(
+            sample, torch.empty(1024, vocab, dtype=dtype, device=device), None, None, *(None,) * 8, key
+        )
         yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)
         weight = torch.empty(narrow, 64, dtype=dtype, device=device)
         linear = (torch.empty(many, 64, dtype=dtype, device=device), weight, None)
