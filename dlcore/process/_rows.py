@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import rng
+from dlcore._shapes import broadcast
 from dlcore.categorical import Head, fresh_key, head
 from dlcore.linear_logits import LinearLogits
 
@@ -94,7 +95,7 @@ def together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, torc
     device = next((v.device for v in tensors.values()), torch.device("cpu"))
     try:
         shapes = (v.shape for v in tensors.values())
-        return torch.broadcast_shapes(*shapes), device
+        return broadcast(*shapes), device
     except RuntimeError as error:
         got = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
         raise ValueError(f"{op}: {', '.join(tensors)} must broadcast together, got {got}") from error

@@ -26,6 +26,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 from dlcore._beside import beside
+from dlcore._shapes import broadcast, expanded
 
 __all__ = ["angle", "exp_map", "log_map", "normalize", "project", "rotate", "slerp"]
 
@@ -40,21 +41,15 @@ def vectors(op: str, **named: Tensor) -> list[Tensor]:
         if x.shape[-1] != first.shape[-1]:
             shapes = f"{tuple(first.shape)} and {tuple(x.shape)}"
             raise ValueError(f"{op}: {first_name} and {name} must have the same last dimension, got {shapes}")
-    shape, dtype = first.shape, first.dtype
-    if any(x.shape != shape for _, x in others):
-        try:
-            shape = torch.broadcast_shapes(*(x.shape for x in named.values()))
-        except RuntimeError as error:
-            shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
-            raise ValueError(f"{op}: leading dimensions must broadcast, got {shapes}") from error
+    try:
+        shape = broadcast(*(x.shape for x in named.values()))
+    except RuntimeError as error:
+        shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
+        raise ValueError(f"{op}: leading dimensions must broadcast, got {shapes}") from error
+    dtype = first.dtype
     for _, x in others:
         dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
     return [expanded(x if x.dtype == dtype else x.to(dtype), shape) for x in named.values()]
-
-
-def expanded(x: Tensor, shape: torch.Size) -> Tensor:
-    """x expanded to a shape; itself, without a call of torch, if it has that."""
-    return x if x.shape == shape else x.expand(shape)
 
 
 def dimension(op: str, x: Tensor, name: str) -> int:

@@ -21,8 +21,11 @@ logger = logging.getLogger("dlcore")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-#: What was compiled and launched before, by kernel, device, kinds of arguments and options.
-_compiled: dict[Any, Any] = {}
+#: Compiled variants that were launched before.
+_compiled: set[Any] = set()
+
+#: The same by kernel, device, kinds of arguments and options.
+_ready: dict[Any, Any] = {}
 
 
 class Launch(NamedTuple):
@@ -99,26 +102,32 @@ def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, *
             _run(kernel, grid, device, args, meta)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]) -> None:
+def _run(
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]
+) -> None:
     """Run a kernel on the current device: what Triton compiled before for arguments of these kinds.
 
-    Triton would find it, too, but first looks whether a global of the kernel has changed, for longer than
-    all else takes.
+    Triton would find it, too, but looks over the kernel's globals first, which takes longer than all else.
     """
-    if not (hasattr(kernel, "device_caches") and _known()):  # the interpreter's has none
-        kernel[grid](*args, **meta)
-        return
-    bound, kinds, options = kernel.device_caches[device][-1](*args, **meta)
-    key = (kernel.fn, device, *kinds, *options.items())
-    compiled = _compiled.get(key)
-    if compiled is not None:
-        compiled[(*grid, 1, 1)](*bound.values())
-        return
+    key = None
+    if _known() and hasattr(kernel, "device_caches"):  # the interpreter's kernels have none
+        bound, kinds, options = kernel.device_caches[device][-1](*args, **meta)
+        key = (kernel.fn, device, *kinds, *options.items())
+        ready = _ready.get(key)
+        if ready is not None:
+            ready[(*grid, 1, 1)](*bound.values())
+            return
     start = time.perf_counter()
-    _compiled[key] = kernel[grid](*args, **meta)
-    took, constants = time.perf_counter() - start, variant(Launch(kernel, args, meta)).constants
-    shown = ", ".join(f"{k}={v}" for k, v in constants)
-    logger.info("triton: %s [%s] was made ready for its first call in %.2f s", kernel.__name__, shown, took)
+    compiled = kernel[grid](*args, **meta)
+    if key is not None:
+        _ready[key] = compiled
+    if compiled is not None and compiled not in _compiled:
+        _compiled.add(compiled)
+        took, constants = time.perf_counter() - start, variant(Launch(kernel, args, meta)).constants
+        shown = ", ".join(f"{k}={v}" for k, v in constants)
+        logger.info(
+            "triton: %s [%s] was made ready for its first call in %.2f s", kernel.__name__, shown, took
+        )
 
 
 @cache
