@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import summaries
 import torch
+from conftest import DEVICE
 from test_triton_categorical import CUTS
 from triton_calls import assert_same, call, quiet
 
@@ -144,9 +145,9 @@ def test_far_and_low_logits():
 
 
 def test_the_backend_can_be_asked_for():
-    x = torch.randn(2, 9)
+    x = torch.randn(2, 9, device=DEVICE)
     with dlcore.use_backend("cuda"):
-        categorical.sample(x, key=KEY)
+        categorical.sample(x, key=KEY.to(DEVICE))
     assert dlcore.last_backend("categorical.sample") == "cuda"
     with dlcore.use_backend("cuda"), pytest.raises(NotImplementedError, match=r"cuda: takes .*float64"):
         categorical.stats(x.double())

@@ -7,11 +7,27 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import DEVICE
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from triton_calls import captured, quiet
+from waiting import ON_GPU, nothing_waits
 
+import dlcore
 from dlcore import LinearLogits, rng
-from dlcore.process import d3pm, distill, duo, guidance, hybrid, masked, order, score
+from dlcore.process import (
+    absorbing_uniform,
+    d3pm,
+    distill,
+    duo,
+    guidance,
+    hybrid,
+    masked,
+    order,
+    score,
+    uniform,
+    unmask,
+)
 
 VOCAB, LEAD, MASK = 9, (3, 8), 8
 
@@ -19,20 +35,25 @@ VOCAB, LEAD, MASK = 9, (3, 8), 8
 class Inputs:
     """Tensors that are the same on every device."""
 
-    def __init__(self, device: str) -> None:
-        def normal(*shape: int, seed: int) -> Tensor:
-            return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    def __init__(self, device: str, seed: int = 0) -> None:
+        def normal(*shape: int, seed: int, start: int = seed) -> Tensor:
+            return torch.randn(shape, generator=torch.Generator().manual_seed(start + seed)).to(device)
 
         self.logits, self.other, self.third = (normal(*LEAD, VOCAB, seed=seed) for seed in range(3))
         self.head, self.other_head = (
             LinearLogits(normal(*LEAD, 5, seed=seed), normal(VOCAB, 5, seed=7)) for seed in (3, 4)
         )
-        self.x = torch.randint(MASK, LEAD, generator=torch.Generator().manual_seed(5)).to(device)
+        self.x = torch.randint(MASK, LEAD, generator=torch.Generator().manual_seed(seed + 5)).to(device)
         self.alpha = torch.linspace(0.2, 0.6, LEAD[0], dtype=torch.float64).unsqueeze(1).to(device)
         self.alpha_s = self.alpha + 0.2
-        self.key = rng.key(6).to(device)
+        self.key = rng.key(6 + seed).to(device)
         self.z = torch.where(torch.arange(LEAD[1]).to(device) % 3 == 0, self.x, MASK)
         self.table = normal(VOCAB, 4, seed=8)
+
+    def copy_(self, other: Inputs) -> None:
+        """Other numbers in the same memory."""
+        for mine, new in zip(tree_leaves(vars(self)), tree_leaves(vars(other)), strict=True):
+            mine.copy_(new)
 
 
 def _rollout(i: Inputs) -> Tensor:
@@ -126,3 +147,49 @@ def test_the_same_on_every_device(name: str, device: str) -> None:
     assert {x.device.type for x in found} == {device}
     for a, b in zip(found, wanted, strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+
+
+#: Steps that a sampling loop captures once: with their levels and keys as tensors they never wait for a GPU.
+STEPS: dict[str, Callable[[Inputs], Any]] = {
+    "masked.step": lambda i: masked.step(i.logits, i.z, i.alpha, i.alpha_s, MASK, key=i.key),
+    "masked.corrupt": lambda i: masked.corrupt(i.x, i.alpha, MASK, key=i.key),
+    "uniform.step": lambda i: uniform.step(i.logits, i.x, i.alpha, i.alpha_s, exclude=MASK, key=i.key),
+    "uniform.step of a denoiser": lambda i: uniform.step(
+        i.head, i.x, i.alpha, i.alpha_s, parameterization="denoiser", kappa=0.5, key=i.key
+    ),
+    "uniform.corrupt": lambda i: uniform.corrupt(i.x, i.alpha, VOCAB, exclude=MASK, key=i.key),
+    "uniform.correct": lambda i: uniform.correct(i.logits, i.x, i.alpha_s, 2, key=i.key),
+    "absorbing_uniform.step": lambda i: absorbing_uniform.step(
+        i.logits, i.x, i.x, i.alpha, i.alpha_s, key=i.key
+    ),
+    "unmask.select": lambda i: unmask.select(i.logits[..., 0], i.z == MASK, top_k=2),
+    "hybrid": _hybrid,
+    "order": _order,
+    "score.step": lambda i: score.step(i.logits, i.z, i.alpha, i.alpha_s, mask_id=MASK, key=i.key),
+    "d3pm.step": lambda i: d3pm.step(i.logits, i.z, i.alpha, i.alpha_s, mask_id=MASK, key=i.key),
+    "guidance.cfg": CASES["guidance.cfg"],
+    "guidance.cfg_uniform_step": CASES["guidance.cfg_uniform_step"],
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_are_captured(name: str) -> None:
+    """A replay gives what the call gives, also of other inputs."""
+    inputs, others = Inputs("cuda"), Inputs("cuda", seed=100)
+    replay = captured(lambda: tuple(tree_leaves(STEPS[name](inputs))))
+    for wanted in (tuple(tree_leaves(STEPS[name](inputs))), tuple(tree_leaves(STEPS[name](others)))):
+        for a, b in zip(replay(), wanted, strict=True):
+            torch.testing.assert_close(a, b)
+        inputs.copy_(others)
+
+
+@quiet
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_wait_for_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = Inputs(DEVICE)
+    with dlcore.use_backend("triton"):
+        if ON_GPU:
+            STEPS[name](inputs)
+        with nothing_waits(monkeypatch):
+            STEPS[name](inputs)

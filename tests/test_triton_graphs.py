@@ -6,9 +6,7 @@ CPU's kernels; a second test makes them without their kernels, where nothing may
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,13 +14,11 @@ import torch
 from conftest import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map_only
-from triton_calls import captured, quiet
+from triton_calls import as_tuple, captured, quiet
+from waiting import ON_GPU, nothing_waits
 
 import dlcore
 from dlcore import LinearLogits, attention, bits, categorical, rng, similarity, sphere
-from dlcore import _checks as checks
 from dlcore._dispatch import run
 from dlcore._registry import TRITON
 from dlcore.process import uniform
@@ -31,7 +27,6 @@ from dlcore.triton import launch, linear_logits_scan
 
 pytestmark = quiet
 
-ON_GPU = DEVICE == "cuda"
 #: Rows of logits, rows of a head read tile by tile, the vocabulary, the depth of heads and of points.
 ROWS, MANY, VOCAB, DEPTH = (64, 200, 20_011, 64) if ON_GPU else (3, 3, 600, 16)
 #: Bits of a sequence; rows of a cache, tokens of a training sequence, and the width of a head of attention.
@@ -369,10 +364,6 @@ def values(case: Case, number: int) -> dict[str, Tensor]:
     return {name: fresh(name, shape, number) for name, shape in case.inputs.items()}
 
 
-def as_tuple(result: Result) -> tuple[Tensor, ...]:
-    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
-
-
 def test_replays_follow_their_inputs(case):
     """Every input, the key included, is changed in place; the result is that of a call, and another one."""
     inputs = {name: x.to(DEVICE) for name, x in values(case, 0).items()}
@@ -393,53 +384,7 @@ def test_replays_follow_their_inputs(case):
         before = tuple(x.clone() for x in found)
 
 
-#: Ops of torch that wait for a GPU: their result, or its shape, is read on the host.
-WAITING = (
-    *("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "_linalg_check_errors"),
-    *("_unique2", "unique_dim", "unique_consecutive", "unique_dim_consecutive", "repeat_interleave"),
-)
-
-
-class Watch(TorchDispatchMode):
-    """Refuses what would wait, inside dlcore's own ops, too."""
-
-    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        space, name = op._schema.name.split("::")
-        if space == "dlcore":
-            with self:
-                found = run(name.replace("_", ".", 1), *args)
-            # No kernel has written the ids.
-            return tree_map_only(Tensor, lambda x: x if x.is_floating_point() else x.zero_(), found)
-        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
-        masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in masks)
-        if masked or name in WAITING:
-            raise AssertionError(f"{name} would wait for the GPU")
-        return op(*args, **(kwargs or {}))
-
-
-@contextmanager
-def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """On a GPU torch tells; without one, what would ask a tensor for its numbers raises, and nothing runs."""
-    if ON_GPU:
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        return
-
-    def refuse(*_: Any, what: str, **__: Any) -> Any:
-        raise AssertionError(f"{what} would wait for the GPU")
-
-    with monkeypatch.context() as patch, launch.recording(), Watch():
-        # What no op of torch tells of.
-        for name in ("tolist", "cpu", "numpy"):
-            patch.setattr(Tensor, name, partial(refuse, what=name))
-        yield
-
-
 def test_nothing_waits_for_numbers(case, monkeypatch):
-    monkeypatch.setattr(checks, "reads_data", lambda x: False)  # as of a GPU's tensors
     inputs = {name: x.to(DEVICE) for name, x in values(case, 0).items()}
     with dlcore.use_backend("triton"):
         if ON_GPU:
@@ -458,6 +403,7 @@ def test_what_waits_is_told_of(monkeypatch):
         lambda: x[x > 0],
         lambda: x.masked_select(x > 0),
         lambda: x.unique(),
+        lambda: torch.tensor([1.0], device=DEVICE),
     ):
         with nothing_waits(monkeypatch), pytest.raises(error):
             call()

@@ -35,6 +35,10 @@ def call(op: str, backend: str, *args: Any, wide: bool = False) -> tuple[Tensor,
     return tuple(x.cpu() for x in (result if isinstance(result, (tuple, list)) else (result,)))
 
 
+def as_tuple(result: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(result) if isinstance(result, (tuple, list)) else (result,)
+
+
 def captured(call: Callable[[], tuple[Tensor, ...]], warm: bool = True) -> Callable[[], tuple[Tensor, ...]]:
     """Replays of a CUDA graph of the call, which give what it gave, anew; without a GPU, the call.
 

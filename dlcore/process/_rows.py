@@ -16,8 +16,8 @@ from dlcore.categorical import Head, fresh_key, head
 from dlcore.linear_logits import LinearLogits
 
 PARAMETERIZATIONS = ("loo", "denoiser")
-#: The coefficients of `categorical.sample_mixture` that keep z without a read of the logits.
-KEEP = (1.0, 0.0, 1.0, 0.0, 0.0, 0.0)
+#: The coefficients of `categorical.sample_mixture` that are 1, the others being 0, where z is kept unread.
+KEEP = slice(0, 3, 2)
 
 
 def tokens(op: str, name: str, x: Tensor, h: Head) -> None:
@@ -132,11 +132,17 @@ def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor
     """Columns stacked last; rows in `keep` keep z and are not read."""
     like = next(c for c in columns if isinstance(c, Tensor))
     whole = (c if isinstance(c, Tensor) else like.new_full((), c) for c in columns)
-    stacked = torch.stack(torch.broadcast_tensors(*whole), -1)
     if keep is None:
-        return stacked
-    kept = stacked.new_tensor((*KEEP, *(0.0 for _ in columns[len(KEEP) :])))
-    return torch.where(keep.unsqueeze(-1), kept, stacked)
+        return torch.stack(torch.broadcast_tensors(*whole), -1)
+    *shared, keep = torch.broadcast_tensors(*whole, keep)
+    stacked = torch.stack(shared, -1).masked_fill(keep.unsqueeze(-1), 0)
+    stacked[..., KEEP].masked_fill_(keep.unsqueeze(-1), 1)
+    return stacked
+
+
+def column(token: int, like: Tensor) -> Tensor:
+    """A token's index, for index_fill; filled on the device, where a copy would wait."""
+    return torch.full((1,), token, device=like.device)
 
 
 def vocabulary(op: str, vocab_size: int, exclude: int | None) -> int:
@@ -227,7 +233,7 @@ def total_variation(p: Tensor, q: Tensor) -> Tensor:
 def without(op: str, logits: Tensor | LinearLogits, exclude: int | None, name: str = "logits") -> Tensor:
     """Dense logits with -inf at `exclude`."""
     x = dense(op, logits, name)
-    return x if exclude is None else x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
+    return x if exclude is None else x.index_fill(-1, column(exclude, x), -torch.inf)
 
 
 def over(logits: Tensor | LinearLogits, change: Callable[[Tensor], Tensor]) -> Tensor | LinearLogits:

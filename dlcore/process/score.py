@@ -92,7 +92,7 @@ def denoiser_to_log_score(logits: Logits, z: Tensor, alpha: float | Tensor, mask
     a = rows.level(op, "alpha", alpha, z.shape, z.device)
     is_masked = z == mask_id
     _below_one(op, a, is_masked)
-    column = torch.tensor([mask_id], device=z.device)
+    column = rows.column(mask_id, z)
     log_p = torch.log_softmax(rows.dense(op, logits).index_fill(-1, column, -torch.inf), -1)
     log_k = torch.where(a < 1, a.log() - torch.log1p(-torch.where(a < 1, a, 0)), 0)
     scores = (log_p + log_k.to(log_p.dtype).unsqueeze(-1)).index_fill(-1, column, 0)
@@ -231,7 +231,7 @@ def bridge_log_probs(
     scores = rows.dense(op, log_score, "log_score")
     if mask_id is None:
         return _tweedie(scores, z, rows.ratio(t, s))
-    column = torch.tensor([mask_id], device=z.device)
+    column = rows.column(mask_id, z)
     raw = scores.index_fill(-1, column, -torch.inf)
     total = torch.logsumexp(raw, -1)
     reveal = _reveal(total.double(), t, s, vocab, scaled).to(raw.dtype)

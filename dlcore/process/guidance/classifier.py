@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -336,7 +337,7 @@ def cbg_uniform_step(
     else:
         scaled = _scaled(rows.dense(op, guide, "guide"), g)
     noise = categorical.sample(scaled, z, shift=bonus, exclude=exclude, key=keys)
-    odds = s.log() - (1 - s).log() + terms.log(size).to(z.device)
+    odds = s.log() - (1 - s).log() + math.log(size)
     odds = odds + (signal.stats.logsumexp - lse).double() - noise.stats.logsumexp.double()
     # Of the two draws one is taken, by a number of its own: they may share their noise.
     (route,) = rows.uniforms(keys, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -146,7 +147,7 @@ def _tempered(op: str, name: str, logits: Logits, b: _Bridge, exclude: int | Non
 def _log_mass(x: Tensor, b: _Bridge) -> Tensor:
     """log(α_s·p(y) + (1-α_s)/V): what of the bridge depends on the predictor; finite at either end of α_s."""
     signal = b.alpha_s.log() - torch.logsumexp(x, -1).double()
-    noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
+    noise = torch.log1p(-b.alpha_s) - math.log(b.size)
     return rows.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
 
 
@@ -193,7 +194,7 @@ def cfg_uniform_log_probs(
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
     law = terms.add_at(_guided(op, rows.flat(cond), rows.flat(uncond), b, exclude), b.z, b.bonus)
     if exclude is not None:
-        law = law.index_fill(-1, torch.tensor([exclude], device=law.device), -torch.inf)
+        law = law.index_fill(-1, rows.column(exclude, law), -torch.inf)
     log_q = torch.log_softmax(law, -1)
     return torch.where(b.settled.unsqueeze(-1), rows.point(log_q, b.z), log_q).view(*z.shape, -1)
 
@@ -285,7 +286,7 @@ def _log_masses(logits: Logits, b: _Bridge, unread: Tensor, exclude: int | None)
     if b.shift is not None:
         x.scatter_add_(-1, b.z.unsqueeze(-1), (b.shift / b.heat).to(x.dtype).unsqueeze(-1))
     signal = b.alpha_s.log() - categorical.stats(x, exclude=exclude).logsumexp
-    noise = torch.log1p(-b.alpha_s) - terms.log(b.size).to(x.device)
+    noise = torch.log1p(-b.alpha_s) - math.log(b.size)
     noise = torch.where(unread, noise.clamp(min=_NEVER), noise)
     x.add_(signal.to(x.dtype).unsqueeze(-1))
     return torch.logaddexp(x, noise.to(x.dtype).unsqueeze(-1), out=x)

@@ -32,7 +32,3 @@ def shift(parameterization: str, alpha: Tensor, size: int) -> Tensor | None:
 
 def add_at(x: Tensor, z: Tensor, shift: Tensor) -> Tensor:
     return x.scatter_add(-1, z.unsqueeze(-1), shift.to(x.dtype).expand(z.shape).unsqueeze(-1))
-
-
-def log(n: int) -> Tensor:
-    return torch.log(torch.tensor(n, dtype=torch.float64))

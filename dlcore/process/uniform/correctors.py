@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -22,9 +23,7 @@ def _selection_score(score: str, numbers: Tensor, at_argmax: Tensor, alpha: Tens
     """How ill a token fits its conditional π = α·p + (1-α)/V, in nats."""
 
     def log_pi(log_p: Tensor) -> Tensor:
-        return rows.logaddexp(
-            alpha.log() + log_p.double(), torch.log1p(-alpha) - terms.log(size).to(alpha.device)
-        )
+        return rows.logaddexp(alpha.log() + log_p.double(), torch.log1p(-alpha) - math.log(size))
 
     _, top, _, _, at, runner_up = numbers.unbind(0)
     if score == "current":

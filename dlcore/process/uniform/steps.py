@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,17 +116,17 @@ def bridge_log_probs(
         x = terms.add_at(x, z, shift)
     x = x / heat.to(x.dtype).unsqueeze(-1)
     if exclude is not None:
-        x = x.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
+        x = x.index_fill(-1, rows.column(exclude, x), -torch.inf)
     log_p = torch.log_softmax(x, -1)
     log_pz = rows.gather(log_p, z).double()
     constant, slope = torch.unflatten(_routes(t, s, k, size).log(), -1, (4, 2)).unbind(-1)
     total, keep, draw, prior = rows.logaddexp(constant, slope + log_pz.unsqueeze(-1)).unbind(-1)
     keep, draw, prior = (
-        w.to(log_p.dtype) for w in (keep - total, draw - total, prior - total - terms.log(size))
+        w.to(log_p.dtype) for w in (keep - total, draw - total, prior - total - math.log(size))
     )
     moved = rows.logaddexp(draw.unsqueeze(-1) + log_p, prior.unsqueeze(-1).expand_as(log_p))
     if exclude is not None:
-        moved = moved.index_fill(-1, torch.tensor([exclude], device=x.device), -torch.inf)
+        moved = moved.index_fill(-1, rows.column(exclude, x), -torch.inf)
     return moved.scatter(-1, z.unsqueeze(-1), rows.logaddexp(rows.gather(moved, z), keep).unsqueeze(-1))
 
 
