@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import DTYPES, keyed, rows_contiguous, threads, view
 
 #: What drawing a normal costs, in elements read.

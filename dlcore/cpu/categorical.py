@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, scratch, strided, threads, view, workspace
 

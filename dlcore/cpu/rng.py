@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import threads
 
 _UNIFORM, _GUMBEL = range(2)

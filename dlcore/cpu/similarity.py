@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import rows_contiguous, threads, view
 
 

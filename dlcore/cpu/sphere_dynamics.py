@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, threads, view
 from dlcore.reference import sphere_dynamics as reference
 

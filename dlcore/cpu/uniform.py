@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.categorical import Softmax, scan
 from dlcore.cpu.linear_logits import HeadGradient, tiles, vocab_size
 from dlcore.cpu.tensors import per_row, strided, threads, view

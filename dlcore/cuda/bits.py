@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.bits import Rows
 from dlcore.cpu.tensors import keyed, rows_contiguous, view
 from dlcore.cuda.tensors import call, scratch

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cuda.tensors import call
 
 _UNIFORM, _GUMBEL, _NORMAL = range(3)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, view
 from dlcore.cuda.tensors import call
 from dlcore.reference import sphere_dynamics as reference

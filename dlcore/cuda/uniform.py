@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.cpu.categorical import Softmax
 from dlcore.cpu.linear_logits import vocab_size
 from dlcore.cpu.tensors import per_row, strided, view

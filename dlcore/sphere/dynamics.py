@@ -12,7 +12,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore._beside import beside, keys_beside
 from dlcore._ops.declare import result_dtype
-from dlcore._shapes import expanded
+from dlcore._tensors import expanded
 from dlcore.sphere.geometry import dimension, exp_map, normalize, vectors
 
 RETRACTIONS = ("exp", "normalize")

@@ -26,7 +26,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 from dlcore._beside import beside
-from dlcore._shapes import broadcast, expanded
+from dlcore._tensors import broadcast, expanded
 
 __all__ = ["angle", "exp_map", "log_map", "normalize", "project", "rotate", "slerp"]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.triton.functions import exponential, normals
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.noise import ELEMENT, log1p, row_key

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.triton.attention_shapes import rows_contiguous
 from dlcore.triton.functions import power_of_two_below
 from dlcore.triton.launch import launch, power_of_two

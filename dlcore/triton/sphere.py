@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlcore._ops.sphere import MAPS
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.triton.functions import over, power_of_two_below
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.rows import per_row, row_offset, rows_of

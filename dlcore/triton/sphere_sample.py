@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.reference.vmf import CANDIDATES
 from dlcore.triton.functions import exponential, normals, one_minus_exponential, over, power_of_two_below
 from dlcore.triton.launch import launch

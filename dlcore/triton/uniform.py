@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore._shapes import empty
+from dlcore._tensors import empty
 from dlcore.triton import noise
 from dlcore.triton.categorical_losses import probability, split
 from dlcore.triton.categorical_scan import INDEX_LOGIT, TARGET_LOGIT, load_state, log_prob, scan
