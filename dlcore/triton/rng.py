@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch
 
@@ -88,7 +89,7 @@ def fold_in_kernel(keys, data, out, total, BLOCK: tl.constexpr):
 
 def _fill(kind: tl.constexpr, key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     key = key.contiguous()
-    out = torch.empty((*key.shape[:-1], *shape), dtype=dtype, device=key.device)
+    out = empty((*key.shape[:-1], *shape), dtype, key.device)
     count = math.prod(shape)
     pairs = ceil_div(count, 2)
     total = key.numel() // 2 * pairs
@@ -115,7 +116,7 @@ def gumbel(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
 def fold_in(key: Tensor, data: Tensor) -> Tensor:
     """Keys (..., 2) with data (...) hashed into their offsets."""
     key, data = key.contiguous(), data.contiguous()
-    out = torch.empty((*data.shape, 2), dtype=torch.int64, device=key.device)
+    out = empty((*data.shape, 2), torch.int64, key.device)
     total = data.numel()
     launch(fold_in_kernel, ceil_div(total, _BLOCK), key, key, data, out, total, BLOCK=_BLOCK)
     return out
