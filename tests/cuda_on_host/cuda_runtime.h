@@ -31,6 +31,7 @@
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
+#define __constant__
 #define __shared__ static
 
 struct dim3 {
