@@ -15,7 +15,7 @@ from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 
 #: Keys of a program of fold_in, and pairs of draws of a program that fills.
-_BLOCK, _PAIRS = 256, 512
+_BLOCK, _PAIRS = 256, 1024
 _UNIFORM = tl.constexpr(0)
 _NORMAL = tl.constexpr(1)
 _GUMBEL = tl.constexpr(2)
