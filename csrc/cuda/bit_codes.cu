@@ -97,6 +97,60 @@ __global__ void __launch_bounds__(kTileThreads)
   });
 }
 
+// Elements of a thread at a time: a byte of bits.
+constexpr int kByte = 8;
+
+// Rows side by side, as one: first the bits of a block's tokens, eight elements a byte, then the tokens.
+template <int WIDTH>
+__global__ void __launch_bounds__(kTileThreads)
+    decode_packed_kernel(const __grid_constant__ BitDecodeArguments a) {
+  // A token's bits may begin in a word's last bit: it is cut out of three words.
+  constexpr int kWords = kTileThreads * static_cast<int>(kMostBits) / 32 + 2;
+  __shared__ uint32_t set[kWords], broken[kWords];
+  const int thread = static_cast<int>(threadIdx.x), width = static_cast<int>(a.x.columns);
+  Row row;
+  row.data = a.x.data;
+  row.dtype = a.x.dtype;
+  for (int64_t first = int64_t{blockIdx.x} * kTileThreads; first < a.x.rows;
+       first += int64_t{gridDim.x} * kTileThreads) {
+    const int64_t rest = a.x.rows - first;
+    const int tokens = static_cast<int>(rest < kTileThreads ? rest : kTileThreads), elements = tokens * width;
+    __syncthreads();  // the bits before have been read
+    for (int at = thread * kByte; at < elements; at += kTileThreads * kByte) {
+      Run<WIDTH> runs[kByte / kRun];
+#pragma unroll
+      for (int k = 0; k < kByte / kRun; ++k)
+        row.load(first * width + at + k * kRun, elements - at - k * kRun, runs[k]);
+      unsigned ones = 0, nans = 0;
+#pragma unroll
+      for (int k = 0; k < kByte / kRun; ++k) {
+        float x[kRun];
+        row.widened(runs[k], x);
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          ones |= unsigned{x[i] > a.threshold} << (k * kRun + i);
+          nans |= unsigned{x[i] != x[i]} << (k * kRun + i);
+        }
+      }
+      reinterpret_cast<uint8_t*>(set)[at / kByte] = static_cast<uint8_t>(ones);
+      reinterpret_cast<uint8_t*>(broken)[at / kByte] = static_cast<uint8_t>(nans);
+    }
+    __syncthreads();
+    if (thread >= tokens) continue;
+    const uint64_t mask = ~uint64_t{0} >> (kMostBits - width);
+    const auto cut = [&](const uint32_t* words) {
+      const int word = thread * width / 32, bit = thread * width % 32;
+      const uint64_t low = words[word] | static_cast<uint64_t>(words[word + 1]) << 32;
+      const uint64_t high = bit ? static_cast<uint64_t>(words[word + 2]) << (64 - bit) : 0;
+      return (low >> bit | high) & mask;
+    };
+    uint64_t code = cut(set);
+    if (a.msb) code = __brevll(code) >> (kMostBits - width);
+    if (a.gray) code = from_gray(code);
+    a.tokens[first + thread] = cut(broken) ? -1 : wrapped(static_cast<int64_t>(code), a.vocab);
+  }
+}
+
 }  // namespace
 
 void bit_encode(const BitEncodeArguments& a, cudaStream_t stream) {
@@ -110,6 +164,16 @@ void bit_encode(const BitEncodeArguments& a, cudaStream_t stream) {
 
 void bit_decode(const BitDecodeArguments& a, cudaStream_t stream) {
   check_width("bits.decode", a.x.columns);
+  const bool packed = a.x.lead_dims == 0 || (a.x.lead_dims == 1 && a.x.lead_stride[0] == a.x.columns);
+  if (packed) {
+    View all = a.x;
+    all.lead_dims = 0;
+    const auto run = [&](auto abreast) {
+      launch("bits.decode", decode_packed_kernel<abreast>, ceil_div(a.x.rows, kTileThreads), kTileThreads,
+             stream, a);
+    };
+    return with_width(narrowest(kRun, all), run);
+  }
   const Tiling t(a.x.rows, a.x.columns);
   const auto run = [&](auto abreast) {
     launch("bits.decode", decode_kernel<abreast>, t.tiles, kTileThreads, stream, a, t);

@@ -181,7 +181,7 @@ def tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, dict[str,
     whole = columns <= _TILE
     block = power_of_two(columns, 16, _TILE) if whole else _TILE >> noise
     height = max(1, (_WARP >> noise) // block)
-    warps = max(1, height * block // _WARP) if whole else min(8, max(1, block // 128))
+    warps = max(1, height * block // (2 * _WARP)) if whole else min(8, max(1, block // 128))
     constants = {"ROWS": height, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
     return ceil_div(rows, height), constants
 

@@ -31,6 +31,7 @@
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
+#define __constant__
 #define __shared__ static
 
 struct dim3 {
@@ -332,6 +333,11 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return cuda_on_host::fold(mask, mine, [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned long long __brevll(unsigned long long x) {
+  unsigned long long reversed = 0;
+  for (int i = 0; i < 64; ++i) reversed |= (x >> i & 1) << (63 - i);
+  return reversed;
+}
 template <class T>
 T atomicAdd(T* p, T value) {
   const T before = *p;
