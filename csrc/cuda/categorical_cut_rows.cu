@@ -1,10 +1,9 @@
 // Where a truncated draw of whole rows ends: one kernel, a block a row, no sort.
 //
-// Entries are put in order by keys that differ: the logit's ordered bits, then the token. The last kept entry
-// is the first at which the sum of weights (1 each to count, masses for top_p) exceeds a limit. A pass over
-// the row sums the weights of a range of keys in bins, and narrows the range to one bin; as soon as what is
-// in the range fits into shared memory, the row is read no more. Masses are integers, so that no sum depends
-// on its order.
+// The last kept entry is the first, in order, at which the sum of weights (1 each to count, masses for top_p)
+// exceeds a limit. A pass over the row sums up the weights of a range of the order in bins, and narrows the
+// range to one bin; as soon as what is in the range fits into shared memory, the row is read no more. Masses
+// are integers, so that no sum depends on its order.
 #include "../common/categorical_cut.h"
 #include "categorical.h"
 #include "launch.h"
@@ -24,41 +23,59 @@ constexpr int kFew = 128;    // entries that are compared each with each
 // What a mass of 1, that of the largest entry, counts; sums of 2^23 of them fit.
 constexpr float kOne = 0x1p40f;
 
+// An entry's place in the order: its logit's ordered bits, then its token. The larger the key, the earlier.
 using Key = uint64_t;
 using Weight = uint64_t;
 
-__device__ constexpr Key key_of(uint32_t bits, uint32_t token) { return Key{bits} << 32 | ~token; }
-// Zeros of both signs are equals.
-__device__ Key key_of(float x, int token) { return key_of(ordered(x + 0.0f), static_cast<uint32_t>(token)); }
+__device__ Key key_of(uint32_t bits, int token) { return Key{bits} << 32 | ~static_cast<uint32_t>(token); }
 __device__ uint32_t bits_of(Key key) { return static_cast<uint32_t>(key >> 32); }
-__device__ float logit_of(uint32_t bits) {
-  return float_of(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits);
-}
+__device__ int token_of(Key key) { return static_cast<int>(~static_cast<uint32_t>(key)); }
+__device__ float logit_of(uint32_t bits) { return float_of(bits & 0x80000000u ? bits & 0x7FFFFFFFu : ~bits); }
+// Zeros of both signs are equals.
+__device__ uint32_t bits_of_logit(float x) { return ordered(x + 0.0f); }
 
 struct Count {
+  static constexpr bool kWide = false;
   __device__ Weight operator()(float) const { return 1; }
 };
 struct Mass {
+  static constexpr bool kWide = true;  // a sum may take more than 32 bits
   float top, slope;
   __device__ Weight operator()(float x) const {
     return static_cast<Weight>(exp2_fast((x - top) * slope) * kOne);
   }
 };
 
-// Keys from the first in order, the largest, to the last one.
+// Entries from the first in order to the last: of logits with bits in between, or, where all are equals, of
+// tokens.
 struct Range {
-  Key first, last;
-  __device__ bool holds(Key key) const { return key <= first && key >= last; }
+  uint32_t first, last;
+  bool equals = false;
+  uint32_t bits = 0;
+
+  // How far behind the first an entry lies; more than the length if it is not in the range.
+  __device__ uint32_t behind(uint32_t of_logit, int token) const {
+    if (!equals) return first - of_logit;
+    return of_logit == bits ? static_cast<uint32_t>(token) - ~first : ~0u;
+  }
+  __device__ uint32_t behind(Key key) const { return behind(bits_of(key), token_of(key)); }
+  __device__ uint32_t length() const { return first - last; }
   __device__ int shift() const {
-    const Key width = first - last;
-    const int bits = width >> 32 ? 64 - __clz(static_cast<int>(width >> 32))
-                                 : 32 - __clz(static_cast<int>(static_cast<uint32_t>(width)));
+    const int bits = 32 - __clz(static_cast<int>(length()));
     return bits > kDigitBits ? bits - kDigitBits : 0;
   }
-  __device__ Range part(int digit) const {
-    const int by = shift();
-    const Key from = first - (static_cast<Key>(digit) << by), most = (Key{1} << by) - 1;
-    return {from, from - last > most ? from - most : last};
+  // The part that has a digit; equals are told apart by tokens below `tokens`.
+  __device__ Range part(int digit, int tokens) const {
+    const uint32_t from = first - (static_cast<uint32_t>(digit) << shift()), most = (1u << shift()) - 1;
+    return Range{from, from - last > most ? from - most : last, equals, bits}.apart(tokens);
+  }
+  __device__ Range within(uint32_t least, uint32_t most, int tokens) const {
+    if (equals) return *this;
+    return Range{min(first, most), max(last, least)}.apart(tokens);
+  }
+  __device__ Range apart(int tokens) const {
+    if (equals || first != last) return *this;
+    return {~0u, ~static_cast<uint32_t>(tokens), true, first};
   }
 };
 
@@ -70,9 +87,9 @@ struct Room {
   Weight sums[kWarps];
   uint32_t least[kWarps], most[kWarps];
   unsigned held_count, few_count;
-  int digit;      // where the limit is exceeded, -1 if nowhere
-  Weight before;  // the sum before it
-  Key found;
+  int digit;             // where the limit is exceeded, -1 if nowhere
+  Weight before, limit;  // the sum before it
+  Key last;              // kept, as found so far; 0: all are
 };
 
 template <class T>
@@ -85,37 +102,33 @@ class Search {
         columns_(static_cast<int>(a.logits.columns)) {
     const auto top = static_cast<float>(a.state[r].top / row_.inverse_temperature);
     mass_ = {top, row_.inverse_temperature * kLog2E};
-    kept_ = {key_of(top, 0), key_of(ordered(kNone) + 1, ~0u)};
+    if (threadIdx.x == 0) room_.last = 0;
   }
 
   // Leaves the `most` first.
   __device__ void by_count(int64_t most) {
-    Range range = kept_;
-    if (most <= kThreads) range.last = max(range.last, key_of(floor_by_count(most), ~0u));
+    Range range = all();
+    if (most <= kThreads) range.last = max(range.last, floor_by_count(most));
     find(range, static_cast<Weight>(most - 1), Count{});
   }
 
   // Of what is left leaves those before which the mass is at most a share of it.
   __device__ void by_mass(float share, const Summary& state) {
-    Selection limit{INT64_MAX, share * state.sum};
-    Range range = kept_;
-    if (cut_)
-      limit.max_mass = share * (static_cast<double>(mass()) / kOne);
-    else
-      range.last = max(range.last, key_of(ordered(floor_by_mass(state, limit, columns_,
-                                                                row_.inverse_temperature)),
-                                          ~0u));
+    const Key last = room_.last;
+    Range range = all();
+    Selection limit{INT64_MAX, share * (last ? static_cast<double>(mass(last)) / kOne : state.sum)};
+    const float floor = floor_by_mass(state, limit, columns_, row_.inverse_temperature);
+    range.last = max(range.last, last ? bits_of(last) : bits_of_logit(floor));
     find(range, static_cast<Weight>(fmax(0.0, limit.max_mass * kOne)), mass_);
   }
 
-  // Whether anything is left out, and the last that is not.
-  __device__ bool cut() const { return cut_; }
-  __device__ Key last() const { return kept_.last; }
-
  private:
-  // Calls f(logit, token) for every entry, from all threads.
+  // What has a mass.
+  __device__ Range all() const { return {bits_of_logit(mass_.top), ordered(kNone) + 1}; }
+
+  // Calls f(logits, first token) for every run of entries, -inf where the row has none, from all threads.
   template <class F>
-  __device__ void for_entries(F f) const {
+  __device__ void for_runs(F f) const {
     constexpr int N = 16 / sizeof(T);
     using Run = Packed<T, N>;
     const auto fetch = [&](int at) {
@@ -136,14 +149,19 @@ class Search {
     for (; at < columns_; at += kThreads * N) {
       const Run run = next;
       next = fetch(at + kThreads * N);
-      const bool special = row_.special(at, N), whole = at >= 0 && at + N <= columns_;
+      float x[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) {
-        float x = widen(run.elements[k]);
-        if (special) x = row_.transform(x, at + k);
-        if (!whole && (at + k < 0 || at + k >= columns_)) x = kNone;
-        f(x, at + k);
+      for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
+      if (row_.special(at, N)) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = row_.transform(x[k], at + k);
       }
+      if (at < 0 || at + N > columns_) {
+#pragma unroll
+        for (int k = 0; k < N; ++k)
+          if (at + k < 0 || at + k >= columns_) x[k] = kNone;
+      }
+      f(x, at);
     }
   }
 
@@ -151,23 +169,28 @@ class Search {
   // the most-th, found bit by bit.
   __device__ uint32_t floor_by_count(int64_t most) const {
     float largest = kNone;
-    for_entries([&](float x, int) { largest = fmaxf(largest, x); });
-    const uint32_t key = ordered(largest + 0.0f);
+    for_runs([&](const auto& x, int) {
+#pragma unroll
+      for (float v : x) largest = fmaxf(largest, v);
+    });
+    const uint32_t key = bits_of_logit(largest);
     uint32_t found = 0;
     for (uint32_t bit = 0x80000000u; bit != 0; bit >>= 1)
       if (__syncthreads_count(key >= (found | bit)) >= most) found |= bit;
     return found;
   }
 
-  // The mass of what is left.
-  __device__ Weight mass() {
+  // The mass of what is left up to the last.
+  __device__ Weight mass(Key last) {
     Weight sum = 0;
     if (holds_) {
       for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads)
-        if (room_.held[i] >= kept_.last) sum += mass_(logit_of(bits_of(room_.held[i])));
+        if (room_.held[i] >= last) sum += mass_(logit_of(bits_of(room_.held[i])));
     } else {
-      for_entries([&](float x, int token) {
-        if (kept_.holds(key_of(x, token))) sum += mass_(x);
+      for_runs([&](const auto& x, int token) {
+#pragma unroll
+        for (const float& v : x)
+          if (key_of(bits_of_logit(v), token + static_cast<int>(&v - x)) >= last) sum += mass_(v);
       });
     }
     sum = sum_lanes(sum);
@@ -182,25 +205,33 @@ class Search {
   // The last kept entry is the first at which the sum of weights exceeds the limit.
   template <class W>
   __device__ void find(Range range, Weight limit, W weigh) {
-    Weight before = 0;
+    if (threadIdx.x == 0) {
+      room_.before = 0;
+      room_.limit = limit;
+    }
+    range = range.apart(columns_);
     for (bool first = true; !holds_; first = false) {
-      const Range seen = read(range, weigh);
+      uint32_t least, most;
+      read(range, weigh, least, most);
       const bool fits = room_.held_count <= kHeld;
-      if (!narrow(range, before, limit)) return;
+      if (!narrow(range)) return;
       if (fits) {
         holds_ = first;
         break;
       }
-      range = {min(range.first, seen.first), max(range.last, seen.last)};
+      range = range.within(least, most, columns_);
     }
     while (!gather(range, weigh)) {
       clear();
-      for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads)
-        if (range.holds(room_.held[i])) add(range, room_.held[i], weigh(logit_of(bits_of(room_.held[i]))));
+      for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads) {
+        const uint32_t behind = range.behind(room_.held[i]);
+        if (behind <= range.length())
+          add<W>(behind >> range.shift(), weigh(logit_of(bits_of(room_.held[i]))));
+      }
       __syncthreads();
-      if (!narrow(range, before, limit)) return;
+      if (!narrow(range)) return;
     }
-    settle(before, limit);
+    settle();
   }
 
   __device__ void clear() {
@@ -209,28 +240,61 @@ class Search {
     __syncthreads();
   }
 
-  __device__ void add(const Range& range, Key key, Weight weight) {
-    const auto digit = static_cast<unsigned>((range.first - key) >> range.shift());
+  template <class W>
+  __device__ void add(uint32_t digit, Weight weight) {
     const auto low = static_cast<unsigned>(weight);
-    const unsigned high = static_cast<unsigned>(weight >> 32) + (atomicAdd(&room_.low[digit], low) > ~low);
+    const unsigned before = atomicAdd(&room_.low[digit], low);
+    if constexpr (W::kWide) carry(digit, weight, before);
+  }
+  __device__ void carry(uint32_t digit, Weight weight, unsigned before) {
+    const unsigned high = static_cast<unsigned>(weight >> 32) + (before > ~static_cast<unsigned>(weight));
     if (high != 0) atomicAdd(&room_.high[digit], high);
   }
 
-  // Sums up the range's weights, and holds its entries as long as there is room; the range that they span.
+  // Sums up the range's weights, and holds its entries as long as there is room. The least and the largest
+  // bits in it.
   template <class W>
-  __device__ Range read(const Range& range, W weigh) {
-    uint32_t least = ~0u, most = 0;
+  __device__ void read(const Range& range, W weigh, uint32_t& least, uint32_t& most) {
+    constexpr int kAbreast = 4;
+    const uint32_t length = range.length();
+    const int shift = range.shift();
+    least = ~0u;
+    most = 0;
     if (threadIdx.x == 0) room_.held_count = 0;
     clear();
-    for_entries([&](float x, int token) {
-      const Key key = key_of(x, token);
-      if (!range.holds(key)) return;
-      least = min(least, bits_of(key));
-      most = max(most, bits_of(key));
-      add(range, key, weigh(x));
-      if (*static_cast<volatile unsigned*>(&room_.held_count) > kHeld) return;
-      const unsigned at = atomicAdd(&room_.held_count, 1u);
-      if (at < kHeld) room_.held[at] = key;
+    for_runs([&](const auto& x, int token) {
+      constexpr int N = sizeof x / sizeof(float);
+      bool any = false;
+#pragma unroll
+      for (int at = 0; at < N; at += kAbreast) {
+        uint32_t behind[kAbreast];
+        bool some = false;
+#pragma unroll
+        for (int k = 0; k < kAbreast; ++k) {
+          const uint32_t bits = bits_of_logit(x[at + k]);
+          behind[k] = range.behind(bits, token + at + k);
+          if (behind[k] > length) continue;
+          some = true;
+          least = min(least, bits);
+          most = max(most, bits);
+        }
+        if (!some) continue;
+        any = true;
+        Weight weight[kAbreast];
+        unsigned before[kAbreast];
+#pragma unroll
+        for (int k = 0; k < kAbreast; ++k) {
+          weight[k] = weigh(x[at + k]);
+          if (behind[k] <= length)
+            before[k] = atomicAdd(&room_.low[behind[k] >> shift], static_cast<unsigned>(weight[k]));
+        }
+        if constexpr (W::kWide) {
+#pragma unroll
+          for (int k = 0; k < kAbreast; ++k)
+            if (behind[k] <= length) carry(behind[k] >> shift, weight[k], before[k]);
+        }
+      }
+      if (any && *static_cast<volatile unsigned*>(&room_.held_count) <= kHeld) hold(range, x, token);
     });
     least = fold_lanes(least, [](uint32_t a, uint32_t b) { return min(a, b); });
     most = fold_lanes(most, [](uint32_t a, uint32_t b) { return max(a, b); });
@@ -243,12 +307,23 @@ class Search {
       least = min(least, room_.least[warp]);
       most = max(most, room_.most[warp]);
     }
-    return {key_of(most, 0u), key_of(least, static_cast<uint32_t>(columns_))};
+  }
+
+  template <class X>
+  __device__ void hold(const Range& range, const X& x, int token) {
+#pragma unroll
+    for (const float& v : x) {
+      const Key key = key_of(bits_of_logit(v), token + static_cast<int>(&v - x));
+      if (range.behind(key) > range.length()) continue;
+      const unsigned at = atomicAdd(&room_.held_count, 1u);
+      if (at < kHeld) room_.held[at] = key;
+    }
   }
 
   // Narrows a range to the bin in which the sum exceeds the limit; false if it nowhere does.
-  __device__ bool narrow(Range& range, Weight& before, Weight limit) {
-    const int first = static_cast<int>(threadIdx.x) * kOwnDigits, warp = static_cast<int>(threadIdx.x) / kWarp;
+  __device__ bool narrow(Range& range) {
+    const int first = static_cast<int>(threadIdx.x) * kOwnDigits,
+              warp = static_cast<int>(threadIdx.x) / kWarp;
     Weight own[kOwnDigits], sum = 0;
 #pragma unroll
     for (int i = 0; i < kOwnDigits; ++i) {
@@ -263,8 +338,9 @@ class Search {
     }
     if (lane_id() == kWarp - 1) room_.sums[warp] = upto;
     if (threadIdx.x == 0) room_.digit = -1;
+    Weight at = room_.before + upto - sum;
+    const Weight limit = room_.limit;
     __syncthreads();
-    Weight at = before + upto - sum;
     for (int i = 0; i < warp; ++i) at += room_.sums[i];
     if (at <= limit && at + sum > limit) {
       int digit = 0;
@@ -279,8 +355,7 @@ class Search {
     }
     __syncthreads();
     const int digit = room_.digit;
-    before = room_.before;
-    if (digit >= 0) range = range.part(digit);
+    if (digit >= 0) range = range.part(digit, columns_);
     return digit >= 0;
   }
 
@@ -292,7 +367,7 @@ class Search {
     __syncthreads();
     for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads) {
       const Key key = room_.held[i];
-      if (!range.holds(key)) continue;
+      if (range.behind(key) > range.length()) continue;
       const unsigned at = atomicAdd(&room_.few_count, 1u);
       if (at >= kFew) continue;
       room_.few[at] = key;
@@ -302,19 +377,16 @@ class Search {
     return room_.few_count <= kFew;
   }
 
-  __device__ void settle(Weight before, Weight limit) {
-    if (threadIdx.x == 0) room_.found = 0;
-    __syncthreads();
+  __device__ void settle() {
     if (threadIdx.x < room_.few_count) {
       const Key key = room_.few[threadIdx.x];
+      Weight before = room_.before;
       for (unsigned i = 0; i < room_.few_count; ++i)
         if (room_.few[i] > key) before += room_.few_weights[i];
-      if (before <= limit && before + room_.few_weights[threadIdx.x] > limit) room_.found = key;
+      if (before <= room_.limit && before + room_.few_weights[threadIdx.x] > room_.limit)
+        room_.last = max(room_.last, key);
     }
     __syncthreads();
-    if (room_.found == 0) return;
-    kept_.last = room_.found;
-    cut_ = true;
   }
 
   Room& room_;
@@ -322,42 +394,34 @@ class Search {
   const T* entries_;
   int columns_;
   Mass mass_;
-  Range kept_;
-  bool cut_ = false;
   bool holds_ = false;  // whether all that may be kept is held
 };
+
+// All up to the last key are kept, or, if it is 0, all.
+__device__ void finish(const CutArguments& a, int64_t r, Key last) {
+  Selection selection{1, kInfinity};
+  selection.everything = last == 0;
+  selection.prefix = bits_of(last);
+  const Cut cut = finish_selection(a.state[r], a.min_p, a.softmax.temperature, &selection, r);
+  a.cuts[r] = cut;
+  a.ends[r] = cut.ties == 0 ? 0 : last == 0 ? INT64_MAX : token_of(last) + int64_t{1};
+}
 
 template <class T>
 __global__ void __launch_bounds__(kThreads, kResident)
     cut_rows_kernel(const __grid_constant__ CutArguments a) {
   __shared__ Room room;
   for (int64_t r = blockIdx.x; r < a.logits.rows; r += gridDim.x) {
-    const Summary& state = a.state[r];
-    Selection selection{1, kInfinity};
-    selection.everything = true;
-    int64_t end = INT64_MAX;
-    if (!state.empty()) {
+    if (threadIdx.x == 0) room.last = 0;
+    __syncthreads();
+    const int64_t most = a.top_k ? a.top_k[r] : INT64_MAX;
+    if (!a.state[r].empty() && most > 0) {
       Search<T> search(room, a, r);
-      const int64_t most = a.top_k ? a.top_k[r] : INT64_MAX;
-      if (most < 1) {
-        selection.prefix = ordered(-kNone);
-        selection.everything = false;
-        end = 0;
-      } else {
-        if (most < a.logits.columns) search.by_count(most);
-        if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], state);
-      }
-      if (search.cut()) {
-        selection.prefix = bits_of(search.last());
-        selection.everything = false;
-        end = int64_t{~static_cast<uint32_t>(search.last())} + 1;
-      }
+      if (most < a.logits.columns) search.by_count(most);
+      if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], a.state[r]);
     }
     __syncthreads();
-    if (threadIdx.x != 0) continue;
-    const Cut cut = finish_selection(state, a.min_p, a.softmax.temperature, &selection, r);
-    a.cuts[r] = cut;
-    a.ends[r] = cut.ties == 0 ? 0 : end;
+    if (threadIdx.x == 0) finish(a, r, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
   }
 }
 
