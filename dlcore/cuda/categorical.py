@@ -143,16 +143,22 @@ def _cuts(
     top_k keeps."""
     lead, like = head[0].shape[:-1], head[0]
     top_k, top_p, min_p = per_row(top_k, lead), per_row(top_p, lead), per_row(min_p, lead)
+    rows = lead.numel()
+    cuts = scratch(rows * _cuda.CUT_BYTES, like)
+    ends = torch.empty(rows, dtype=torch.int64, device=like.device)
+    if head[1] is None:
+        limits = (strided(top_k), strided(top_p), strided(min_p), cuts.data_ptr(), ends.data_ptr())
+        ((_, dense),) = tiles(head)
+        call(_cuda.cut_rows, like, view(dense), softmax.packed, state.data_ptr(), *limits)
+        return cuts, ends
     selections = None
     if top_k is not None:
         selections = _select(head, softmax, state, top_k, None, None)
     if top_p is not None:
         selections = _select(head, softmax, state, top_k, top_p, selections)
-    rows, found = lead.numel(), 0 if selections is None else selections.data_ptr()
-    cuts = scratch(rows * _cuda.CUT_BYTES, like)
+    found = 0 if selections is None else selections.data_ptr()
     known = (strided(min_p), softmax.packed[2], found, cuts.data_ptr())
     call(_cuda.finish_selections, like, state.data_ptr(), rows, *known)
-    ends = torch.empty(rows, dtype=torch.int64, device=like.device)
     for first, tile in tiles(head):
         places = (cuts.data_ptr(), ends.data_ptr())
         call(_cuda.find_ends, like, view(tile), first, softmax.packed, *places)

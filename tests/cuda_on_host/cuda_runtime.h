@@ -338,6 +338,15 @@ inline unsigned long long __brevll(unsigned long long x) {
   for (int i = 0; i < 64; ++i) reversed |= (x >> i & 1) << (63 - i);
   return reversed;
 }
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 template <class T>
 T atomicAdd(T* p, T value) {
   const T before = *p;
@@ -351,6 +360,10 @@ template <class T>
 T __ldcs(const T* p) {
   cuda_on_host::aligned(p);
   return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return __ldcs(p);
 }
 template <class T>
 void __stcs(T* p, T value) {
