@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlcore import triton as package
 from dlcore.triton.launch import Launch, interpreting, kernels, recording
@@ -103,6 +104,8 @@ def _source(x: Launch) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, A
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:
