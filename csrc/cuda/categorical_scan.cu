@@ -14,10 +14,9 @@ namespace {
 constexpr int kThreads = 256, kRowThreads = 128;
 // Blocks a multiprocessor at least: so many warps that some wait for memory while others compute.
 template <class T, int N, bool CHANGED>
-constexpr int kResident = CHANGED              ? 4
-                          : N * sizeof(T) == 2 ? 2
-                          : sizeof(T) == 2     ? 4
-                                               : 3;
+constexpr int kResident = CHANGED || (sizeof(T) < 4 && N > 1) ? 4
+                          : sizeof(T) < 4                     ? 2
+                                                              : 3;
 constexpr int kRowsResident = 5;
 // So many steps of four groups leave a group for each lane.
 constexpr int kRound = kGroupLanes;

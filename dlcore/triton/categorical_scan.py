@@ -186,14 +186,6 @@ def _group(data, group, columns, first, at, bonus, softcap, exclude, row, thresh
     return tl.where(inside, x, NONE)
 
 
-@triton.jit
-def _gumbel(seed, offset, DOMAIN: tl.constexpr, draw):
-    """The Gumbel number of some draws of a row's key."""
-    even_low, even_high, odd_low, odd_high = noise.block(seed, offset, DOMAIN, draw >> 1)
-    odd = (draw & 1) != 0
-    return noise.gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
-
-
 @triton.jit(do_not_specialize=["first", "groups", "anew", "rows", "exclude"])
 def reduce_kernel(
     logits,
@@ -268,7 +260,7 @@ def reduce_kernel(
         part_top = largest.to(tl.float64) * scale
         others = tl.max(tl.where(tl.arange(0, BLOCK) == leader, NONE, m), 0).to(tl.float64) * scale
         if keys is not None:
-            drawn = _gumbel(seed, offset, noise.GROUP, first // _SIZE + group.to(tl.int64))
+            drawn = noise.gumbel_at(seed, offset, noise.GROUP, first // _SIZE + group.to(tl.int64))
             logs = (m - reference) * inverse + noise.log(tl.maximum(s, 1.0)) + drawn
             value, place = tl.max(tl.where(s > 0.0, logs, NONE), 0, return_indices=True)
             part_score = part_top + value.to(tl.float64)
@@ -305,7 +297,7 @@ def reduce_kernel(
     tl.store(tokens + row, tl.where(found, first + best * _SIZE + place, -1), found | (anew != 0))
     if keys is not None:
         if places is None:
-            drawn = _gumbel(seed, offset, noise.TOKEN, first + winner * _SIZE + ids)
+            drawn = noise.gumbel_at(seed, offset, noise.TOKEN, first + winner * _SIZE + ids)
             scores = tl.fma(drawn_from - tl.max(drawn_from, 0), inverse, drawn)
             _, place = tl.max(tl.where(winner >= 0, scores, 0.0), 0, return_indices=True)
             entry = tl.max(tl.where(ids == place, drawn_from, NONE), 0)
