@@ -217,7 +217,8 @@ def _tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, int, dic
     """
     block = power_of_two(columns, 16, _TILE)
     spans, height = ceil_div(columns, block), _TILE // block
-    return ceil_div(rows, height) * spans, spans, {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4}
+    constants = {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4}
+    return ceil_div(rows, height) * spans, spans, constants
 
 
 def _parameters(values: Tensor, x: Tensor) -> tuple[Tensor, int]:

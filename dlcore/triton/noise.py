@@ -102,7 +102,7 @@ def unit(low, high):
 
 @triton.jit
 def _lesser(low, high):
-    """Whether 64 bits u are more than 1 - u, and the lesser of both: the latter from the complemented bits."""
+    """Whether 64 bits u are the greater of u and 1 - u, and the lesser: the latter from complemented bits."""
     large = high >= 0x80000000
     flipped = tl.where(large, 0xFFFFFFFF, 0).to(tl.uint32)
     return large, unit(low ^ flipped, high ^ flipped)
