@@ -45,7 +45,9 @@ __device__ inline double inverse_root_about(double x) {
 #endif
 }
 
-// Polynomials, the highest power first; where constants are, an instruction takes them from.
+// -4·artanh(s)/s, sin(½πg)/g and cos(½πg) of the squares of s up to 0.1717 and g up to ½: their Chebyshev
+// interpolants, to 2^-52; the highest power first. In a device's constants an instruction finds them by
+// itself.
 static __constant__ double kArtanh[] = {-0x1.58e186aaa2517p-2, -0x1.73222e42b7993p-2, -0x1.c722d43b2bbb2p-2,
                                         -0x1.249240ab9cb6ep-1, -0x1.999999a449295p-1, -0x1.5555555552cf5p+0,
                                         -0x1.0000000000001p+2};

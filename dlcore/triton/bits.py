@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dlcore._tensors import empty
 from dlcore.triton.functions import exponential, normals
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.noise import ELEMENT, log1p, row_key
@@ -218,11 +217,8 @@ def _tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, int, dic
     """
     block = power_of_two(columns, 16, _TILE)
     spans, height = ceil_div(columns, block), _TILE // block
-    return (
-        ceil_div(rows, height) * spans,
-        spans,
-        {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4},
-    )
+    constants = {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4}
+    return ceil_div(rows, height) * spans, spans, constants
 
 
 def _parameters(values: Tensor, x: Tensor) -> tuple[Tensor, int]:
@@ -239,7 +235,7 @@ def _parameters(values: Tensor, x: Tensor) -> tuple[Tensor, int]:
 
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:
     tokens = tokens.contiguous()
-    out = empty((*tokens.shape, width), torch.float32, tokens.device)
+    out = torch.empty((*tokens.shape, width), dtype=torch.float32, device=tokens.device)
     programs, _, constants = _tiling(tokens.numel(), width)
     launch(
         bits_encode_kernel,
@@ -259,7 +255,7 @@ def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: 
 
 
 def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Tensor:
-    tokens = empty(x.shape[:-1], torch.int64, x.device)
+    tokens = torch.empty(x.shape[:-1], dtype=torch.int64, device=x.device)
     programs, _, constants = _tiling(tokens.numel(), x.shape[-1])
     launch(
         bits_decode_kernel,
@@ -282,7 +278,7 @@ def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Te
 def _logits(
     x: Tensor, residual: Tensor | None, slope: Tensor, center: float, clip: float, sigmoid: bool
 ) -> Tensor:
-    out = empty(x.shape, torch.float32, x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     slopes, form = _parameters(slope.unsqueeze(0), x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     programs, spans, constants = _tiling(rows, columns)
@@ -324,7 +320,7 @@ def step(
     clip: float,
     key: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    moved, probs = (empty(x.shape, torch.float32, x.device) for _ in range(2))
+    moved, probs = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     values, form = _parameters(coefficients, x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     programs, spans, constants = _tiling(rows, columns, noise=key is not None)
@@ -354,7 +350,7 @@ def step(
 
 
 def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
-    out = empty(x.shape, torch.float32, x.device)
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     spreads, form = _parameters(spread.unsqueeze(0), x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
     programs, spans, constants = _tiling(rows, columns, noise=True)
@@ -444,8 +440,8 @@ def loss_backward(
     squared: bool,
     with_x: bool,
 ) -> tuple[Tensor, Tensor]:
-    residual_grad = empty(x.shape, residual.dtype, x.device)
-    x_grad = empty(x.shape if with_x else (0,), x.dtype, x.device)
+    residual_grad = torch.empty(x.shape, dtype=residual.dtype, device=x.device)
+    x_grad = torch.empty(x.shape if with_x else (0,), dtype=x.dtype, device=x.device)
     grads = (residual_grad, x_grad)
     _loss((residual, x, bits), slope, (low, high, clip), squared, grad.contiguous(), grads, with_x)
     return grads

@@ -102,7 +102,7 @@ def unit(low, high):
 
 @triton.jit
 def _lesser(low, high):
-    """Whether 64 bits u are more than 1 - u, and the lesser of both, the latter from complemented bits."""
+    """Whether 64 bits u are the greater of u and 1 - u, and the lesser: the latter from complemented bits."""
     large = high >= 0x80000000
     flipped = tl.where(large, 0xFFFFFFFF, 0).to(tl.uint32)
     return large, unit(low ^ flipped, high ^ flipped)
@@ -144,18 +144,12 @@ def gumbel(low, high):
 
 
 @triton.jit
-def gumbel_at(seed, offset, DOMAIN: tl.constexpr, draw):
-    """The Gumbel number of some draws of a key."""
-    even_low, even_high, odd_low, odd_high = block(seed, offset, DOMAIN, draw >> 1)
-    odd = (draw & 1) != 0
-    return gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
-
-
-@triton.jit
 def gumbel_of(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
     """The Gumbel number of some draws of a row."""
     seed, offset = row_key(keys, row, KEY_PER_ROW)
-    return gumbel_at(seed, offset, DOMAIN, draw)
+    even_low, even_high, odd_low, odd_high = block(seed, offset, DOMAIN, draw >> 1)
+    odd = (draw & 1) != 0
+    return gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
 
 
 @triton.jit

