@@ -4,6 +4,8 @@
 // exceeds a limit. A pass over the row sums up the weights of a range of the order in bins, and narrows the
 // range to one bin; as soon as what is in the range fits into shared memory, the row is read no more. Masses
 // are integers, so that no sum depends on its order.
+#include <climits>
+
 #include "../common/categorical_cut.h"
 #include "categorical.h"
 #include "launch.h"
@@ -97,12 +99,18 @@ class Search {
  public:
   __device__ Search(Room& room, const CutArguments& a, int64_t r)
       : room_(room),
-        row_(a.softmax, r),
+        softmax_(a.softmax),
+        r_(r),
         entries_(a.logits.row<const T>(r)),
         columns_(static_cast<int>(a.logits.columns)) {
-    const auto top = static_cast<float>(a.state[r].top / row_.inverse_temperature);
-    mass_ = {top, row_.inverse_temperature * kLog2E};
-    if (threadIdx.x == 0) room_.last = 0;
+    const RowSoftmax row(a.softmax, r);
+    const auto place = [this](int64_t token) {
+      return token >= 0 && token < columns_ ? static_cast<int>(token) : INT_MIN;
+    };
+    index_ = place(row.index);
+    exclude_ = place(row.exclude);
+    const auto top = static_cast<float>(a.state[r].top / row.inverse_temperature);
+    mass_ = {top, row.inverse_temperature * kLog2E};
   }
 
   // Leaves the `most` first.
@@ -117,7 +125,7 @@ class Search {
     const Key last = room_.last;
     Range range = all();
     Selection limit{INT64_MAX, share * (last ? static_cast<double>(mass(last)) / kOne : state.sum)};
-    const float floor = floor_by_mass(state, limit, columns_, row_.inverse_temperature);
+    const float floor = floor_by_mass(state, limit, columns_, RowSoftmax(softmax_, r_).inverse_temperature);
     range.last = max(range.last, last ? bits_of(last) : bits_of_logit(floor));
     find(range, static_cast<Weight>(fmax(0.0, limit.max_mass * kOne)), mass_);
   }
@@ -126,42 +134,45 @@ class Search {
   // What has a mass.
   __device__ Range all() const { return {bits_of_logit(mass_.top), ordered(kNone) + 1}; }
 
-  // Calls f(logits, first token) for every run of entries, -inf where the row has none, from all threads.
+  // Whether one of `count` tokens from `token` on is not taken as it is.
+  __device__ bool special(int token, int count) const {
+    const auto inside = [=](int id) { return id >= token && id < token + count; };
+    return softmax_.softcap > 0 || inside(index_) || inside(exclude_);
+  }
+
+  // Calls f(logits, first token) for runs of entries, from all threads: what must be transformed, or does not
+  // fill a load, comes one by one.
   template <class F>
   __device__ void for_runs(F f) const {
     constexpr int N = 16 / sizeof(T);
     using Run = Packed<T, N>;
-    const auto fetch = [&](int at) {
-      Run run;
-      if (at >= 0 && at + N <= columns_) {
-        run.word = __ldcg(reinterpret_cast<const typename Run::Word*>(entries_ + at));
-        return run;
-      }
-#pragma unroll
-      for (int k = 0; k < N; ++k) run.elements[k] = at + k >= 0 && at + k < columns_ ? entries_[at + k] : T{};
-      return run;
+    using Word = typename Run::Word;
+    const auto whole = [&](int at) { return at >= 0 && at + N <= columns_; };
+    const auto load = [&](int at) {
+      return whole(at) ? __ldcg(reinterpret_cast<const Word*>(entries_ + at)) : Word{};
     };
-    // Runs begin where an address is a multiple of their size.
+    // Loads begin where an address is a multiple of their size.
     const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(entries_) / sizeof(T) % N);
     int at = static_cast<int>(threadIdx.x) * N - skew;
-    Run next = fetch(at);
+    Word next = load(at);
 #pragma unroll 1
     for (; at < columns_; at += kThreads * N) {
-      const Run run = next;
-      next = fetch(at + kThreads * N);
-      float x[N];
+      Run run;
+      run.word = next;
+      next = load(at + kThreads * N);
+      if (whole(at) && !special(at, N)) {
+        float x[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
-      if (row_.special(at, N)) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = row_.transform(x[k], at + k);
+        for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
+        f(x, at);
+        continue;
       }
-      if (at < 0 || at + N > columns_) {
-#pragma unroll
-        for (int k = 0; k < N; ++k)
-          if (at + k < 0 || at + k >= columns_) x[k] = kNone;
+      const RowSoftmax row(softmax_, r_);
+#pragma unroll 1
+      for (int token = max(at, 0); token < min(at + N, columns_); ++token) {
+        const float x[1] = {row.transform(widen(entries_[token]), token)};
+        f(x, token);
       }
-      f(x, at);
     }
   }
 
@@ -255,7 +266,6 @@ class Search {
   // bits in it.
   template <class W>
   __device__ void read(const Range& range, W weigh, uint32_t& least, uint32_t& most) {
-    constexpr int kAbreast = 4;
     const uint32_t length = range.length();
     const int shift = range.shift();
     least = ~0u;
@@ -263,7 +273,7 @@ class Search {
     if (threadIdx.x == 0) room_.held_count = 0;
     clear();
     for_runs([&](const auto& x, int token) {
-      constexpr int N = sizeof x / sizeof(float);
+      constexpr int N = sizeof x / sizeof(float), kAbreast = N < 4 ? N : 4;
       bool any = false;
 #pragma unroll
       for (int at = 0; at < N; at += kAbreast) {
@@ -390,9 +400,10 @@ class Search {
   }
 
   Room& room_;
-  RowSoftmax row_;
+  const Softmax& softmax_;
+  int64_t r_;
   const T* entries_;
-  int columns_;
+  int columns_, index_, exclude_;
   Mass mass_;
   bool holds_ = false;  // whether all that may be kept is held
 };
