@@ -91,6 +91,7 @@ struct Room {
   unsigned held_count, few_count;
   int digit;             // where the limit is exceeded, -1 if nowhere
   Weight before, limit;  // the sum before it
+  double top, sum;       // as the scan found them
   Key last;              // kept, as found so far; 0: all are
 };
 
@@ -99,8 +100,7 @@ class Search {
  public:
   __device__ Search(Room& room, const CutArguments& a, int64_t r)
       : room_(room),
-        softmax_(a.softmax),
-        r_(r),
+        softcap_(a.softmax.softcap),
         entries_(a.logits.row<const T>(r)),
         columns_(static_cast<int>(a.logits.columns)) {
     const RowSoftmax row(a.softmax, r);
@@ -109,7 +109,8 @@ class Search {
     };
     index_ = place(row.index);
     exclude_ = place(row.exclude);
-    const auto top = static_cast<float>(a.state[r].top / row.inverse_temperature);
+    shift_ = row.shift;
+    const auto top = static_cast<float>(room.top / row.inverse_temperature);
     mass_ = {top, row.inverse_temperature * kLog2E};
   }
 
@@ -121,11 +122,14 @@ class Search {
   }
 
   // Of what is left leaves those before which the mass is at most a share of it.
-  __device__ void by_mass(float share, const Summary& state) {
+  __device__ void by_mass(float share, float inverse_temperature) {
+    Summary state;
+    state.top = room_.top;
+    state.sum = room_.sum;
     const Key last = room_.last;
     Range range = all();
     Selection limit{INT64_MAX, share * (last ? static_cast<double>(mass(last)) / kOne : state.sum)};
-    const float floor = floor_by_mass(state, limit, columns_, RowSoftmax(softmax_, r_).inverse_temperature);
+    const float floor = floor_by_mass(state, limit, columns_, inverse_temperature);
     range.last = max(range.last, last ? bits_of(last) : bits_of_logit(floor));
     find(range, static_cast<Weight>(fmax(0.0, limit.max_mass * kOne)), mass_);
   }
@@ -137,7 +141,13 @@ class Search {
   // Whether one of `count` tokens from `token` on is not taken as it is.
   __device__ bool special(int token, int count) const {
     const auto inside = [=](int id) { return id >= token && id < token + count; };
-    return softmax_.softcap > 0 || inside(index_) || inside(exclude_);
+    return softcap_ > 0 || inside(index_) || inside(exclude_);
+  }
+
+  __device__ float transform(float x, int token) const {
+    if (softcap_ > 0) x = softcapped(x, softcap_);
+    if (token == index_) x += shift_;
+    return token == exclude_ ? kNone : x;
   }
 
   // Calls f(logits, first token) for runs of entries, from all threads: what must be transformed, or does not
@@ -167,10 +177,9 @@ class Search {
         f(x, at);
         continue;
       }
-      const RowSoftmax row(softmax_, r_);
 #pragma unroll 1
       for (int token = max(at, 0); token < min(at + N, columns_); ++token) {
-        const float x[1] = {row.transform(widen(entries_[token]), token)};
+        const float x[1] = {transform(widen(entries_[token]), token)};
         f(x, token);
       }
     }
@@ -273,7 +282,7 @@ class Search {
     if (threadIdx.x == 0) room_.held_count = 0;
     clear();
     for_runs([&](const auto& x, int token) {
-      constexpr int N = sizeof x / sizeof(float), kAbreast = N < 4 ? N : 4;
+      constexpr int N = sizeof x / sizeof(float), kAbreast = N < 2 ? N : 2;
       bool any = false;
 #pragma unroll
       for (int at = 0; at < N; at += kAbreast) {
@@ -330,18 +339,16 @@ class Search {
     }
   }
 
+  __device__ Weight weight_of(int digit) const { return Weight{room_.high[digit]} << 32 | room_.low[digit]; }
+
   // Narrows a range to the bin in which the sum exceeds the limit; false if it nowhere does.
   __device__ bool narrow(Range& range) {
     const int first = static_cast<int>(threadIdx.x) * kOwnDigits,
               warp = static_cast<int>(threadIdx.x) / kWarp;
-    Weight own[kOwnDigits], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwnDigits; ++i) {
-      own[i] = static_cast<Weight>(room_.high[first + i]) << 32 | room_.low[first + i];
-      sum += own[i];
-    }
+    Weight sum = 0;
+    for (int i = 0; i < kOwnDigits; ++i) sum += weight_of(first + i);
     Weight upto = sum;
-#pragma unroll
+#pragma unroll 1
     for (int by = 1; by < kWarp; by *= 2) {
       const Weight other = __shfl_sync(kAllLanes, upto, max(lane_id() - by, 0));
       if (lane_id() >= by) upto += other;
@@ -353,14 +360,9 @@ class Search {
     __syncthreads();
     for (int i = 0; i < warp; ++i) at += room_.sums[i];
     if (at <= limit && at + sum > limit) {
-      int digit = 0;
-#pragma unroll
-      for (int i = 0; i + 1 < kOwnDigits; ++i)
-        if (digit == i && at + own[i] <= limit) {
-          at += own[i];
-          ++digit;
-        }
-      room_.digit = first + digit;
+      int digit = first;
+      for (Weight own; at + (own = weight_of(digit)) <= limit; ++digit) at += own;
+      room_.digit = digit;
       room_.before = at;
     }
     __syncthreads();
@@ -400,8 +402,7 @@ class Search {
   }
 
   Room& room_;
-  const Softmax& softmax_;
-  int64_t r_;
+  float softcap_, shift_;
   const T* entries_;
   int columns_, index_, exclude_;
   Mass mass_;
@@ -423,13 +424,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
     cut_rows_kernel(const __grid_constant__ CutArguments a) {
   __shared__ Room room;
   for (int64_t r = blockIdx.x; r < a.logits.rows; r += gridDim.x) {
-    if (threadIdx.x == 0) room.last = 0;
+    if (threadIdx.x == 0) {
+      room.last = 0;
+      room.top = a.state[r].top;
+      room.sum = a.state[r].sum;
+    }
     __syncthreads();
     const int64_t most = a.top_k ? a.top_k[r] : INT64_MAX;
     if (!a.state[r].empty() && most > 0) {
       Search<T> search(room, a, r);
       if (most < a.logits.columns) search.by_count(most);
-      if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], a.state[r]);
+      if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], RowSoftmax(a.softmax, r).inverse_temperature);
     }
     __syncthreads();
     if (threadIdx.x == 0) finish(a, r, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
