@@ -123,14 +123,14 @@ class Search {
 
   // Of what is left leaves those before which the mass is at most a share of it.
   __device__ void by_mass(float share, float inverse_temperature) {
+    const double total = room_.last ? static_cast<double>(mass()) / kOne : room_.sum;
+    Selection limit{INT64_MAX, share * total};
+    Range range = all();
     Summary state;
     state.top = room_.top;
     state.sum = room_.sum;
-    const Key last = room_.last;
-    Range range = all();
-    Selection limit{INT64_MAX, share * (last ? static_cast<double>(mass(last)) / kOne : state.sum)};
     const float floor = floor_by_mass(state, limit, columns_, inverse_temperature);
-    range.last = max(range.last, last ? bits_of(last) : bits_of_logit(floor));
+    range.last = max(range.last, room_.last ? bits_of(room_.last) : bits_of_logit(floor));
     find(range, static_cast<Weight>(fmax(0.0, limit.max_mass * kOne)), mass_);
   }
 
@@ -201,7 +201,8 @@ class Search {
   }
 
   // The mass of what is left up to the last.
-  __device__ Weight mass(Key last) {
+  __device__ Weight mass() {
+    const Key last = room_.last;
     Weight sum = 0;
     if (holds_) {
       for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads)
@@ -218,6 +219,7 @@ class Search {
     if (lane_id() == 0) room_.sums[threadIdx.x / kWarp] = sum;
     __syncthreads();
     sum = 0;
+#pragma unroll 1
     for (const Weight part : room_.sums) sum += part;
     return sum;
   }
@@ -322,6 +324,7 @@ class Search {
       room_.most[threadIdx.x / kWarp] = most;
     }
     __syncthreads();
+#pragma unroll 1
     for (int warp = 0; warp < kWarps; ++warp) {
       least = min(least, room_.least[warp]);
       most = max(most, room_.most[warp]);
@@ -358,6 +361,7 @@ class Search {
     Weight at = room_.before + upto - sum;
     const Weight limit = room_.limit;
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < warp; ++i) at += room_.sums[i];
     if (at <= limit && at + sum > limit) {
       int digit = first;
@@ -410,11 +414,13 @@ class Search {
 };
 
 // All up to the last key are kept, or, if it is 0, all.
-__device__ void finish(const CutArguments& a, int64_t r, Key last) {
+__device__ void finish(const CutArguments& a, int64_t r, const Room& room, Key last) {
+  Summary state;
+  state.top = room.top;
   Selection selection{1, kInfinity};
   selection.everything = last == 0;
   selection.prefix = bits_of(last);
-  const Cut cut = finish_selection(a.state[r], a.min_p, a.softmax.temperature, &selection, r);
+  const Cut cut = finish_selection(state, a.min_p, a.softmax.temperature, &selection, r);
   a.cuts[r] = cut;
   a.ends[r] = cut.ties == 0 ? 0 : last == 0 ? INT64_MAX : token_of(last) + int64_t{1};
 }
@@ -437,7 +443,7 @@ __global__ void __launch_bounds__(kThreads, kResident)
       if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], RowSoftmax(a.softmax, r).inverse_temperature);
     }
     __syncthreads();
-    if (threadIdx.x == 0) finish(a, r, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
+    if (threadIdx.x == 0) finish(a, r, room, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
   }
 }
 
