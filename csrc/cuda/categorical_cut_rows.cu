@@ -4,6 +4,8 @@
 // exceeds a limit. A pass over the row sums up the weights of a range of the order in bins, and narrows the
 // range to one bin; as soon as what is in the range fits into shared memory, the row is read no more. Masses
 // are integers, so that no sum depends on its order.
+#include <climits>
+
 #include "../common/categorical_cut.h"
 #include "categorical.h"
 #include "launch.h"
@@ -89,6 +91,7 @@ struct Room {
   unsigned held_count, few_count;
   int digit;             // where the limit is exceeded, -1 if nowhere
   Weight before, limit;  // the sum before it
+  double top, sum;       // as the scan found them
   Key last;              // kept, as found so far; 0: all are
 };
 
@@ -97,12 +100,18 @@ class Search {
  public:
   __device__ Search(Room& room, const CutArguments& a, int64_t r)
       : room_(room),
-        row_(a.softmax, r),
+        softcap_(a.softmax.softcap),
         entries_(a.logits.row<const T>(r)),
         columns_(static_cast<int>(a.logits.columns)) {
-    const auto top = static_cast<float>(a.state[r].top / row_.inverse_temperature);
-    mass_ = {top, row_.inverse_temperature * kLog2E};
-    if (threadIdx.x == 0) room_.last = 0;
+    const RowSoftmax row(a.softmax, r);
+    const auto place = [this](int64_t token) {
+      return token >= 0 && token < columns_ ? static_cast<int>(token) : INT_MIN;
+    };
+    index_ = place(row.index);
+    exclude_ = place(row.exclude);
+    shift_ = row.shift;
+    const auto top = static_cast<float>(room.top / row.inverse_temperature);
+    mass_ = {top, row.inverse_temperature * kLog2E};
   }
 
   // Leaves the `most` first.
@@ -113,12 +122,15 @@ class Search {
   }
 
   // Of what is left leaves those before which the mass is at most a share of it.
-  __device__ void by_mass(float share, const Summary& state) {
-    const Key last = room_.last;
+  __device__ void by_mass(float share, float inverse_temperature) {
+    const double total = room_.last ? static_cast<double>(mass()) / kOne : room_.sum;
+    Selection limit{INT64_MAX, share * total};
     Range range = all();
-    Selection limit{INT64_MAX, share * (last ? static_cast<double>(mass(last)) / kOne : state.sum)};
-    const float floor = floor_by_mass(state, limit, columns_, row_.inverse_temperature);
-    range.last = max(range.last, last ? bits_of(last) : bits_of_logit(floor));
+    Summary state;
+    state.top = room_.top;
+    state.sum = room_.sum;
+    const float floor = floor_by_mass(state, limit, columns_, inverse_temperature);
+    range.last = max(range.last, room_.last ? bits_of(room_.last) : bits_of_logit(floor));
     find(range, static_cast<Weight>(fmax(0.0, limit.max_mass * kOne)), mass_);
   }
 
@@ -126,42 +138,50 @@ class Search {
   // What has a mass.
   __device__ Range all() const { return {bits_of_logit(mass_.top), ordered(kNone) + 1}; }
 
-  // Calls f(logits, first token) for every run of entries, -inf where the row has none, from all threads.
+  // Whether one of `count` tokens from `token` on is not taken as it is.
+  __device__ bool special(int token, int count) const {
+    const auto inside = [=](int id) { return id >= token && id < token + count; };
+    return softcap_ > 0 || inside(index_) || inside(exclude_);
+  }
+
+  __device__ float transform(float x, int token) const {
+    if (softcap_ > 0) x = softcapped(x, softcap_);
+    if (token == index_) x += shift_;
+    return token == exclude_ ? kNone : x;
+  }
+
+  // Calls f(logits, first token) for runs of entries, from all threads: what must be transformed, or does not
+  // fill a load, comes one by one.
   template <class F>
   __device__ void for_runs(F f) const {
     constexpr int N = 16 / sizeof(T);
     using Run = Packed<T, N>;
-    const auto fetch = [&](int at) {
-      Run run;
-      if (at >= 0 && at + N <= columns_) {
-        run.word = __ldcg(reinterpret_cast<const typename Run::Word*>(entries_ + at));
-        return run;
-      }
-#pragma unroll
-      for (int k = 0; k < N; ++k) run.elements[k] = at + k >= 0 && at + k < columns_ ? entries_[at + k] : T{};
-      return run;
+    using Word = typename Run::Word;
+    const auto whole = [&](int at) { return at >= 0 && at + N <= columns_; };
+    const auto load = [&](int at) {
+      return whole(at) ? __ldcg(reinterpret_cast<const Word*>(entries_ + at)) : Word{};
     };
-    // Runs begin where an address is a multiple of their size.
+    // Loads begin where an address is a multiple of their size.
     const int skew = static_cast<int>(reinterpret_cast<uintptr_t>(entries_) / sizeof(T) % N);
     int at = static_cast<int>(threadIdx.x) * N - skew;
-    Run next = fetch(at);
+    Word next = load(at);
 #pragma unroll 1
     for (; at < columns_; at += kThreads * N) {
-      const Run run = next;
-      next = fetch(at + kThreads * N);
-      float x[N];
+      Run run;
+      run.word = next;
+      next = load(at + kThreads * N);
+      if (whole(at) && !special(at, N)) {
+        float x[N];
 #pragma unroll
-      for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
-      if (row_.special(at, N)) {
-#pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = row_.transform(x[k], at + k);
+        for (int k = 0; k < N; ++k) x[k] = widen(run.elements[k]);
+        f(x, at);
+        continue;
       }
-      if (at < 0 || at + N > columns_) {
-#pragma unroll
-        for (int k = 0; k < N; ++k)
-          if (at + k < 0 || at + k >= columns_) x[k] = kNone;
+#pragma unroll 1
+      for (int token = max(at, 0); token < min(at + N, columns_); ++token) {
+        const float x[1] = {transform(widen(entries_[token]), token)};
+        f(x, token);
       }
-      f(x, at);
     }
   }
 
@@ -181,7 +201,8 @@ class Search {
   }
 
   // The mass of what is left up to the last.
-  __device__ Weight mass(Key last) {
+  __device__ Weight mass() {
+    const Key last = room_.last;
     Weight sum = 0;
     if (holds_) {
       for (unsigned i = threadIdx.x; i < room_.held_count; i += kThreads)
@@ -198,6 +219,7 @@ class Search {
     if (lane_id() == 0) room_.sums[threadIdx.x / kWarp] = sum;
     __syncthreads();
     sum = 0;
+#pragma unroll 1
     for (const Weight part : room_.sums) sum += part;
     return sum;
   }
@@ -255,7 +277,6 @@ class Search {
   // bits in it.
   template <class W>
   __device__ void read(const Range& range, W weigh, uint32_t& least, uint32_t& most) {
-    constexpr int kAbreast = 4;
     const uint32_t length = range.length();
     const int shift = range.shift();
     least = ~0u;
@@ -263,7 +284,7 @@ class Search {
     if (threadIdx.x == 0) room_.held_count = 0;
     clear();
     for_runs([&](const auto& x, int token) {
-      constexpr int N = sizeof x / sizeof(float);
+      constexpr int N = sizeof x / sizeof(float), kAbreast = N < 2 ? N : 2;
       bool any = false;
 #pragma unroll
       for (int at = 0; at < N; at += kAbreast) {
@@ -303,6 +324,7 @@ class Search {
       room_.most[threadIdx.x / kWarp] = most;
     }
     __syncthreads();
+#pragma unroll 1
     for (int warp = 0; warp < kWarps; ++warp) {
       least = min(least, room_.least[warp]);
       most = max(most, room_.most[warp]);
@@ -320,18 +342,16 @@ class Search {
     }
   }
 
+  __device__ Weight weight_of(int digit) const { return Weight{room_.high[digit]} << 32 | room_.low[digit]; }
+
   // Narrows a range to the bin in which the sum exceeds the limit; false if it nowhere does.
   __device__ bool narrow(Range& range) {
     const int first = static_cast<int>(threadIdx.x) * kOwnDigits,
               warp = static_cast<int>(threadIdx.x) / kWarp;
-    Weight own[kOwnDigits], sum = 0;
-#pragma unroll
-    for (int i = 0; i < kOwnDigits; ++i) {
-      own[i] = static_cast<Weight>(room_.high[first + i]) << 32 | room_.low[first + i];
-      sum += own[i];
-    }
+    Weight sum = 0;
+    for (int i = 0; i < kOwnDigits; ++i) sum += weight_of(first + i);
     Weight upto = sum;
-#pragma unroll
+#pragma unroll 1
     for (int by = 1; by < kWarp; by *= 2) {
       const Weight other = __shfl_sync(kAllLanes, upto, max(lane_id() - by, 0));
       if (lane_id() >= by) upto += other;
@@ -341,16 +361,12 @@ class Search {
     Weight at = room_.before + upto - sum;
     const Weight limit = room_.limit;
     __syncthreads();
+#pragma unroll 1
     for (int i = 0; i < warp; ++i) at += room_.sums[i];
     if (at <= limit && at + sum > limit) {
-      int digit = 0;
-#pragma unroll
-      for (int i = 0; i + 1 < kOwnDigits; ++i)
-        if (digit == i && at + own[i] <= limit) {
-          at += own[i];
-          ++digit;
-        }
-      room_.digit = first + digit;
+      int digit = first;
+      for (Weight own; at + (own = weight_of(digit)) <= limit; ++digit) at += own;
+      room_.digit = digit;
       room_.before = at;
     }
     __syncthreads();
@@ -390,19 +406,21 @@ class Search {
   }
 
   Room& room_;
-  RowSoftmax row_;
+  float softcap_, shift_;
   const T* entries_;
-  int columns_;
+  int columns_, index_, exclude_;
   Mass mass_;
   bool holds_ = false;  // whether all that may be kept is held
 };
 
 // All up to the last key are kept, or, if it is 0, all.
-__device__ void finish(const CutArguments& a, int64_t r, Key last) {
+__device__ void finish(const CutArguments& a, int64_t r, const Room& room, Key last) {
+  Summary state;
+  state.top = room.top;
   Selection selection{1, kInfinity};
   selection.everything = last == 0;
   selection.prefix = bits_of(last);
-  const Cut cut = finish_selection(a.state[r], a.min_p, a.softmax.temperature, &selection, r);
+  const Cut cut = finish_selection(state, a.min_p, a.softmax.temperature, &selection, r);
   a.cuts[r] = cut;
   a.ends[r] = cut.ties == 0 ? 0 : last == 0 ? INT64_MAX : token_of(last) + int64_t{1};
 }
@@ -412,16 +430,20 @@ __global__ void __launch_bounds__(kThreads, kResident)
     cut_rows_kernel(const __grid_constant__ CutArguments a) {
   __shared__ Room room;
   for (int64_t r = blockIdx.x; r < a.logits.rows; r += gridDim.x) {
-    if (threadIdx.x == 0) room.last = 0;
+    if (threadIdx.x == 0) {
+      room.last = 0;
+      room.top = a.state[r].top;
+      room.sum = a.state[r].sum;
+    }
     __syncthreads();
     const int64_t most = a.top_k ? a.top_k[r] : INT64_MAX;
     if (!a.state[r].empty() && most > 0) {
       Search<T> search(room, a, r);
       if (most < a.logits.columns) search.by_count(most);
-      if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], a.state[r]);
+      if (a.top_p && a.top_p[r] < 1) search.by_mass(a.top_p[r], RowSoftmax(a.softmax, r).inverse_temperature);
     }
     __syncthreads();
-    if (threadIdx.x == 0) finish(a, r, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
+    if (threadIdx.x == 0) finish(a, r, room, most < 1 ? key_of(ordered(-kNone), -1) : room.last);
   }
 }
 
