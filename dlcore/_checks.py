@@ -204,9 +204,11 @@ def number(
 def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor:
     """x itself, every value between low and high; `ends` says which of the two belong. Reads data."""
     if reads_data(x):
-        ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
-        if not bool(ok.all()):
-            got = first(x, ~ok)
+        # Of one number, so in Python: each small operation of tensors takes microseconds.
+        v = x.item() if x.numel() == 1 else x
+        ok = (v >= low if ends[0] == "[" else v > low) & (v <= high if ends[1] == "]" else v < high)
+        if not (ok if isinstance(ok, bool) else bool(ok.all())):
+            got = v if isinstance(ok, bool) else first(x, ~ok)
             raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
     return x
 

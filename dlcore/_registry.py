@@ -147,6 +147,7 @@ def _compiled() -> tuple[dict[str, Any], Callable[..., list[str]]]:
             attention,
             bits,
             categorical,
+            guidance,
             rng,
             similarity,
             sphere,

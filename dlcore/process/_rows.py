@@ -77,7 +77,7 @@ def levels(
     t, s = level(op, "alpha_t", alpha_t, lead, device), level(op, "alpha_s", alpha_s, lead, device)
     if checks.reads_data(t) and checks.reads_data(s):
         wrong = s < t
-        if bool(wrong.any()):
+        if bool(wrong if wrong.numel() == 1 else wrong.any()):
             got = f"alpha_s {checks.first(s, wrong)!r} below alpha_t {checks.first(t, wrong)!r}"
             raise ValueError(f"{op}: alpha_s must be at least alpha_t, got {got}")
     return t, s
