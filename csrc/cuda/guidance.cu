@@ -125,6 +125,11 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
+// Over the noise: the logarithms of the mass of a group's largest entry, and of all.
+struct GroupMasses {
+  float largest, total;
+};
+
 // A stream of a row, in every lane.
 template <class T>
 class Stream {
@@ -151,11 +156,7 @@ class Stream {
                  : fmaxf((x - top_) * inverse_temperature_, kNever);
   }
 
-  struct Masses {
-    float largest, total;
-  };
-  // Over the noise: the logarithms of the mass of a group's largest entry, and of all.
-  __device__ Masses masses(int64_t group) const {
+  __device__ GroupMasses masses(int64_t group) const {
     const GroupSum s = sums_[group];
     const float largest = below_top(s.top) * odds_;
     return {log_near(largest + 1.0f), log_near(fmaf(largest, s.sum, static_cast<float>(kGroup)))};
@@ -242,7 +243,7 @@ class Draw {
   // At least the score of a group; without noise there is no such bound.
   __device__ float bound_of(int64_t group, float noise) const {
     if (!row_.noisy()) return -kNone;
-    const auto c = cond_.masses(group), u = uncond_.masses(group);
+    const GroupMasses c = cond_.masses(group), u = uncond_.masses(group);
     float bound = row_.bound(row_.nearer_is_cond() ? c.largest : u.largest, c.total, u.total);
     if (group == softmax_.index / kGroup) bound += fmaxf(row_.bonus, 0);
     return fmaf(bound, 1.0f + kSlackPart, noise + kSlack);
