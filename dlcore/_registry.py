@@ -215,6 +215,7 @@ TRITON: dict[str, tuple[str, ...]] = {
         "categorical.expectation_backward",
         "categorical.sample_expectation",
     ),
+    "guidance": ("guidance.cfg_uniform_step",),
     "rng": ("rng.fold_in", "rng.uniform", "rng.normal", "rng.gumbel"),
     "similarity": ("similarity.cosine",),
     "sphere": (
@@ -241,6 +242,7 @@ CUDA: dict[str, tuple[str, ...]] = {
         "categorical.kl",
         "categorical.kl_backward",
     ),
+    "guidance": TRITON["guidance"],
     "rng": TRITON["rng"],
     "sphere": (*TRITON["sphere"], *TRITON["sphere_dynamics"], "sphere.sample"),
     "uniform": ("uniform.nelbo", "uniform.nelbo_backward"),

@@ -32,7 +32,7 @@ from dlcore.triton.launch import Launch, interpreting, kernels, recording
 #: Compute capabilities, and the shared memory a program may have there.
 TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 #: Families whose kernels hold a few numbers a thread: none may be spilled.
-NO_SPILLS = ("bits", "categorical", "linear_logits", "rng", "similarity", "sphere", "uniform")
+NO_SPILLS = ("bits", "categorical", "guidance", "linear_logits", "rng", "similarity", "sphere", "uniform")
 
 _TYPES = {
     torch.float32: "fp32",
