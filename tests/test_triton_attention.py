@@ -99,6 +99,7 @@ CASES = {
     "noisy rows alone": (training(4, num_noisy=2, rows="noisy"), (60, 90), (2, 1), (16, 16)),
     "documents": (training(SIZES, cu_seqlens=DOCUMENTS), (40, 40), (3, 1), (16, 32)),
     "softcap": (training(4, softcap=1.5, softmax_scale=-0.7), (48, 48), (2, 1), (32, 16)),
+    "negative scale": (training(4, softmax_scale=-0.7), (48, 48), (2, 1), (32, 16)),
     "softcap, ragged": (training(4, softcap=1.5), (20, 20), (2, 1), (24, 32)),
     "capped far out": (training(4, softcap=0.3, softmax_scale=4.0), (48, 48), (2, 1), (32, 16)),
     "intervals": (intervals_call(*random_intervals(2, 23, 70)), (23, 70), (4, 2), (17, 40)),
