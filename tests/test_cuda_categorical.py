@@ -150,6 +150,17 @@ def test_entries_far_from_the_others(temperature, dtype):
     assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_single_entries_of_whole_groups(dtype):
+    """The largest is excluded, and another becomes it by a shift: in its group, and in another."""
+    x = torch.randn(3, 2048, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[:, 700] = 20
+    index, shift = torch.tensor([600, 3, 2047]), torch.tensor(15.0)
+    args = (x, None, None, index, shift, None, None, 700, None, None, None, KEY)
+    expected = call("categorical.sample", "cpu", *args)
+    assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
 def test_far_and_low_logits():
     """All below -1e4: a lane past the end that were not masked would win."""
     x = -1e4 - torch.rand(4, 259, generator=torch.Generator().manual_seed(0))

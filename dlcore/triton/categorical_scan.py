@@ -31,8 +31,9 @@ from dlcore.triton.softmax import (
 
 #: Groups that a program, which is a warp, reads at once: a quarter of its lanes each.
 _GROUPS = 4
-#: Registers that leave room for as many warps as a multiprocessor can take programs.
-_REGISTERS = 64
+#: Registers that leave room for nearly as many programs as a multiprocessor takes; more where every entry
+#: is other than it is stored.
+_REGISTERS, _MORE_REGISTERS = 72, 128
 #: So many programs fill a device, and keep all of it busy to the end.
 _ENOUGH = 131072
 #: A tile of so many groups a row, or so many rows, is reduced by one warp a row, so that more run side by
@@ -390,7 +391,8 @@ def scan_tile(
     parts = ceil_div(steps, min(steps, max(1, rows * steps // _ENOUGH)))
     read = (*logits, first, columns, *softmax.args, skip, target, *(cuts or (None, None)), summaries, rows)
     shape = (groups, ceil_div(steps, parts), parts)
-    meta = {"GROUPS": _GROUPS, "num_warps": 1, "maxnreg": _REGISTERS}
+    plain = softmax.entry[3] is None and cuts is None
+    meta = {"GROUPS": _GROUPS, "num_warps": 1, "maxnreg": _REGISTERS if plain else _MORE_REGISTERS}
     launch(scan_kernel, rows * parts, summaries, *read, *shape, **meta)
     reduce(read, rows, groups, key, state, anew)
     if tops is not None:
