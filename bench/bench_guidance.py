@@ -15,7 +15,6 @@ from dlcore.process import guidance
 #: Sequences, tokens of each, V; D of a head.
 SHAPE, SMALL, TINY, WIDTH = (8, 128, 50_257), (8, 128, 32), (2, 3, 11), 768
 ALPHA_T, ALPHA_S, GAMMA = 0.4, 0.5, 2.0
-KERNEL = "categorical.sample_mixture"
 
 
 def posteriors(cond: Tensor, uncond: Tensor, z: Tensor) -> Tensor:
@@ -73,9 +72,9 @@ def _linear(shape: Shape) -> Work:
 
 
 CASES = (
-    Case("guidance.cfg_uniform_step", SHAPE, TINY, _dense, "float32", KERNEL),
-    Case("guidance.cfg_uniform_step", SMALL, TINY, _dense, "float32", KERNEL),
-    Case("guidance.cfg_uniform_step", SHAPE, TINY, _linear, f"linear heads, D = {WIDTH}", KERNEL),
+    Case("guidance.cfg_uniform_step", SHAPE, TINY, _dense, "float32"),
+    Case("guidance.cfg_uniform_step", SMALL, TINY, _dense, "float32"),
+    Case("guidance.cfg_uniform_step", SHAPE, TINY, _linear, f"linear heads, D = {WIDTH}"),
 )
 
 

@@ -22,6 +22,7 @@ PYBIND11_MODULE(_C, m) {
   bind_attention(m);
   bind_bits(m);
   bind_categorical(m);
+  bind_guidance(m);
   bind_linear_logits(m);
   bind_rng(m);
   bind_similarity(m);

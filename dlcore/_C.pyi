@@ -172,6 +172,18 @@ def row_cosine(
     threads: int,
 ) -> None: ...
 
+# guidance
+def guided_step(
+    cond: View,
+    uncond: View,
+    z: int,
+    coefficients: tuple[int, int],
+    exclude: int | None,
+    key: tuple[int, bool],
+    tokens: int,
+    threads: int,
+) -> None: ...
+
 # sphere
 def sphere_map(
     map: int,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -201,13 +202,32 @@ def number(
     return x
 
 
-def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor:
+@overload
+def within(op: str, name: str, x: Tensor, low: float, high: float, ends: str = "[]") -> Tensor: ...
+
+
+@overload
+def within(op: str, name: str, x: float, low: float, high: float, ends: str = "[]") -> float: ...
+
+
+@overload
+def within(
+    op: str, name: str, x: float | Tensor, low: float, high: float, ends: str = "[]"
+) -> float | Tensor: ...
+
+
+def within(
+    op: str, name: str, x: float | Tensor, low: float, high: float, ends: str = "[]"
+) -> float | Tensor:
     """x itself, every value between low and high; `ends` says which of the two belong. Reads data."""
-    if reads_data(x):
-        ok = (x >= low if ends[0] == "[" else x > low) & (x <= high if ends[1] == "]" else x < high)
-        if not bool(ok.all()):
-            got = first(x, ~ok)
-            raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
+    if isinstance(x, Tensor) and not reads_data(x):
+        return x
+    # One number is compared in Python: each small operation of tensors takes microseconds.
+    v = x.item() if isinstance(x, Tensor) and x.numel() == 1 else x
+    ok = (v >= low if ends[0] == "[" else v > low) & (v <= high if ends[1] == "]" else v < high)
+    if not bool(ok.all() if isinstance(ok, Tensor) else ok):
+        got = first(x, ~ok) if isinstance(x, Tensor) and isinstance(ok, Tensor) else v
+        raise ValueError(f"{op}: {name} must lie in {ends[0]}{low:g}, {high:g}{ends[1]}, got {got!r}")
     return x
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 from dlcore._beside import beside
+from dlcore._tensors import broadcast, expanded
 
 __all__ = ["fold_in", "gumbel", "key", "normal", "split", "uniform"]
 
@@ -50,11 +51,11 @@ def fold_in(key: Tensor, data: int | Tensor) -> Tensor:
         raise TypeError(f"{op}: data must be an int or an int64 Tensor, got {checks.describe(data)}")
     checks.on_device(op, "data", data, key.device)
     try:
-        lead = torch.broadcast_shapes(key.shape[:-1], data.shape)
+        lead = broadcast(key.shape[:-1], data.shape)
     except RuntimeError as error:
         got = f"{tuple(data.shape)}"
         raise ValueError(f"{op}: data must broadcast with {tuple(key.shape[:-1])}, got {got}") from error
-    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), beside(key, data.expand(lead)))
+    folded: Tensor = torch.ops.dlcore.rng_fold_in(key.expand(*lead, 2), beside(key, expanded(data, lead)))
     return folded
 
 

@@ -89,6 +89,13 @@ def _similarity(c: Library) -> Any:
     return c.similarity(**sizes, fresh=c.heads(data=x), cached=c.heads(data=x))
 
 
+def _guided(c: Library) -> Any:
+    row = torch.tensor([2.0, 1, 0, 0.5, 1, 0], dtype=torch.float64)
+    coefficients = c.doubles(data=row.repeat(ROWS, 1), stride=6)
+    streams = {"cond": _matrix(c), "uncond": _matrix(c)}
+    return c.guided_step(**streams, z=_ids(0, 1, 2), coefficients=coefficients, keys=_keys(c))
+
+
 def _out(dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.zeros(512, dtype=dtype)
 
@@ -199,6 +206,7 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
     "attention_intervals": lambda c: [_attention(c), _bounds(), _bounds() + 2, 1, _out(), _out()],
     "attention_decode": lambda c: [_attention(c), _cache(c), _out(), _out()],
     "similarity_cosine": lambda c: [_similarity(c), _out()],
+    "guidance_cfg_uniform_step": lambda c: [_guided(c), _out(torch.int64)],
 }
 calls = pytest.mark.parametrize("name", CALLS)
 QUESTIONS = {"version", "last_error", "cpu_capability"}
@@ -331,6 +339,12 @@ def _set(place: int, path: str, value: Any) -> Change:
         setattr(struct, last, made.data_ptr() if isinstance(made, Tensor) else made)
 
     return change
+
+
+def _coefficient(place: int, value: float) -> Change:
+    row = torch.tensor([2.0, 1, 0, 0.5, 1, 0], dtype=torch.float64)
+    row[place] = value
+    return _set(0, "coefficients", lambda c: c.doubles(data=row, stride=0))
 
 
 def _numbers(*values: float) -> Callable[[Library], Any]:
@@ -512,6 +526,35 @@ CASES += [
     ),
     ("attention_intervals", _set(1, "", _bounds() * 0), "INVALID_VALUE", "must not overlap"),
     ("attention_intervals", _set(3, "", 2), "INVALID_VALUE", "shared_bounds must lie in"),
+    ("guidance_cfg_uniform_step", _set(0, "cond.dtype", 3), "INVALID_DTYPE", "cond.dtype must be"),
+    ("guidance_cfg_uniform_step", _set(0, "uncond.columns", 5), "INVALID_SHAPE", "uncond"),
+    ("guidance_cfg_uniform_step", _set(0, "z", None), "NULL_POINTER", "z must not be NULL"),
+    (
+        "guidance_cfg_uniform_step",
+        _set(0, "z", _ids(0, 6, 0)),
+        "INVALID_VALUE",
+        r"z must lie in \[0, 6\)",
+    ),
+    ("guidance_cfg_uniform_step", _set(0, "exclude", _ids(6)), "INVALID_VALUE", "exclude must lie in"),
+    ("guidance_cfg_uniform_step", _set(0, "coefficients.stride", 5), "INVALID_SHAPE", "at least 6, got 5"),
+    (
+        "guidance_cfg_uniform_step",
+        _set(0, "coefficients.data", None),
+        "NULL_POINTER",
+        "coefficients must not",
+    ),
+    *(
+        ("guidance_cfg_uniform_step", _coefficient(place, value), "INVALID_VALUE", f"coefficients: {name}")
+        for place, name, value in (
+            (0, "gamma", torch.inf),
+            (1, "temperature", 0.0),
+            (2, "shift", torch.nan),
+            (3, "alpha_s", 1.5),
+            (4, "bonus", torch.inf),
+            (5, "keep", torch.nan),
+        )
+    ),
+    ("guidance_cfg_uniform_step", _set(0, "threads", -1), "INVALID_VALUE", "threads must"),
     ("similarity_cosine", _set(0, "dtype", 3), "INVALID_DTYPE", "dtype must be DLCORE_FLOAT32, .*, got 3"),
     ("similarity_cosine", _set(0, "batch", -1), "INVALID_SHAPE", "batch must be at least 0, got -1"),
     ("similarity_cosine", _set(0, "rows", 2**60), "INVALID_SHAPE", "too large for any memory"),

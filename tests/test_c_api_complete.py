@@ -68,6 +68,7 @@ SHARED = {
     "sphere_velocity_backward": ("sphere_velocity_backward",),
     "largest": ("sphere_largest",),
     "row_cosine": ("similarity_cosine",),
+    "guided_step": ("guidance_cfg_uniform_step",),
     "capability": ("cpu_capability",),
     "choose_capability": ("choose_cpu_capability",),
 }

@@ -478,6 +478,31 @@ def test_decode(c: Library, page_size: int | None, given: dict[str, Any]) -> Non
         same(a, b)
 
 
+# --- guidance ---
+
+
+@pytest.mark.parametrize("each", [False, True], ids=["one key", "a key per row"])
+@pytest.mark.parametrize("vocab", [1, 33, 700])
+def test_guided_step(c: Library, vocab: int, each: bool) -> None:
+    cond = strided(normal(5, ROWS, vocab, dtype=torch.bfloat16))
+    uncond, z = strided(normal(6, ROWS, vocab)), torch.arange(ROWS) % vocab
+    table = torch.tensor([[2.0, 0.7, -1, 0.4, 3, 0]], dtype=torch.float64).repeat(ROWS, 1)
+    table[0, 3], table[1, 5], table[2, 0] = 1, 1, -0.5
+    key, exclude = rng.split(KEY, ROWS) if each else KEY, None if vocab == 1 else 3
+    for coefficients in (table, table[3]):
+        step = c.guided_step(
+            cond=c.matrix_of(cond),
+            uncond=c.matrix_of(uncond),
+            z=z,
+            coefficients=c.doubles(data=coefficients, stride=6 if coefficients.dim() > 1 else 0),
+            exclude=None if exclude is None else torch.tensor(exclude),
+            keys=c.keys_of(key),
+        )
+        tokens = empty(ROWS, dtype=torch.int64)
+        c.guidance_cfg_uniform_step(step, tokens)
+        same(tokens, torch.ops.dlcore.guidance_cfg_uniform_step(cond, uncond, z, coefficients, exclude, key))
+
+
 # --- similarity ---
 
 

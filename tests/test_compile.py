@@ -36,6 +36,7 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
     level, slope = torch.full(LEAD, 0.4, dtype=torch.float64), torch.full((), -1.0, dtype=torch.float64)
     row = (z, shift, temperature, 5.0, 2)
     coefficients = torch.tensor([1.0, 1, 0.2, 1, 0.5, 0], dtype=torch.float64)
+    guided = torch.tensor([1.5, 0.7, -0.5, 0.4, 2.0, 0.0], dtype=torch.float64)
     starts = torch.tensor([[0, 0], [1, 4], [3, 3], [0, 2], [5, 0]], dtype=torch.int32).unsqueeze(0)
     stops = torch.tensor([[6, 0], [3, 6], [3, 3], [1, 5], [6, 4]], dtype=torch.int32).unsqueeze(0)
     step = (torch.tensor([2, 3], dtype=torch.int32), None, 7, 2, torch.tensor([True, False]), 4, True)
@@ -70,14 +71,15 @@ def arguments(op: str, dtype: torch.dtype, linear: bool, grad: bool) -> tuple[An
         "categorical.kl": (*head(), *head(), temperature),
         "categorical.expectation": (*head(), normal(VOCAB, 4), temperature, 5.0, 2),
         "categorical.sample_expectation": (*head(), normal(VOCAB, 4), temperature, 5.0, 2, z, KEY),
+        "guidance.cfg_uniform_step": (normal(*LEAD, VOCAB), normal(*LEAD, VOCAB), z, guided, 2, KEY),
         "uniform.nelbo": (*head(), z, (z + 1) % VOCAB, level, slope, shift),
     }
     return packs[op]
 
 
-FAMILIES = ("attention", "categorical", "rng", "uniform")
+FAMILIES = ("attention", "categorical", "guidance", "rng", "uniform")
 FORWARD = [op for op in _dispatch.ops() if op.split(".")[0] in FAMILIES and not op.endswith("_backward")]
-HEADLESS = [op for op in FORWARD if op.startswith(("rng.", "attention."))]
+HEADLESS = [op for op in FORWARD if op.startswith(("rng.", "attention.", "guidance."))]
 LOSSES = ["categorical.log_probs", "categorical.kl", "categorical.expectation", "uniform.nelbo"]
 DIFFERENTIABLE = [*LOSSES, "categorical.sample_expectation", "attention.intervals"]
 

@@ -200,6 +200,9 @@ def test_codes(width, order, gray):
     (decoded,) = cuda("decode", noisy, vocab_size=vocab, **options)
     assert torch.equal(decoded, bits.decode(noisy, vocab_size=vocab, **options))
     assert decoded[1, 7] == -1
+    # The same, each row apart from the next.
+    apart = torch.cat([noisy, torch.full_like(noisy, math.nan)], -1)[..., :width]
+    assert torch.equal(*cuda("decode", apart, vocab_size=vocab, **options), decoded)
 
 
 def test_more_bits_than_a_token_has():

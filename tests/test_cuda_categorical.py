@@ -136,6 +136,20 @@ def test_strided_rows(offset):
     assert_same(call("categorical.sample", "cuda", x, *args), expected, 3e-6, 3e-6)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("temperature", [None, 0.004])
+def test_entries_far_from_the_others(temperature, dtype):
+    """-inf or the lowest number among others, alone in a lane's share or in a group; large numbers."""
+    x = 4 * torch.randn(6, 2048, generator=torch.Generator().manual_seed(0))
+    lowest = torch.finfo(dtype).min
+    x[0, ::3], x[1, :700], x[2, ::3], x[3, 5:] = float("-inf"), float("-inf"), lowest, lowest
+    x[4], x[5] = lowest, (1e4 * x[5]).clamp(-6e4, 6e4)
+    scale = None if temperature is None else torch.tensor(temperature)
+    args = (x.to(dtype), None, None, None, None, scale, None, None, None, None, None, KEY)
+    expected = call("categorical.sample", "cpu", *args)
+    assert_same(call("categorical.sample", "cuda", *args), expected, 3e-6, 3e-6)
+
+
 def test_far_and_low_logits():
     """All below -1e4: a lane past the end that were not masked would win."""
     x = -1e4 - torch.rand(4, 259, generator=torch.Generator().manual_seed(0))

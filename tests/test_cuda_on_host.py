@@ -14,7 +14,7 @@ from conftest import DEVICE, run_python
 pytestmark = pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the kernels run there")
 
 ROOT = Path(__file__).resolve().parents[1]
-SCAN = "csrc/cuda/categorical_scan.cu"
+SCAN, SUMS = "csrc/cuda/categorical_scan.cu", "csrc/cuda/group_sums.h"
 
 #: Draws of the CUDA kernels beside the CPU's, as a program of its own.
 PROGRAM = f"""
@@ -25,42 +25,53 @@ from pathlib import Path
 cuda_on_host.load(Path({{module!r}}))
 import dlcore
 from dlcore import categorical, rng
-logits = 4 * torch.randn(3, 2501, generator=torch.Generator().manual_seed(0))
-room = torch.full((3 * 2501 + 64,), 99.0)
-logits = room[32:-32].view(3, 2501).copy_(logits)
+logits = 4 * torch.randn(3, {{vocab}}, generator=torch.Generator().manual_seed(0))
+room = torch.full((3 * {{vocab}} + 64,), 99.0)
+logits = room[32:-32].view(3, {{vocab}}).copy_(logits)
 expected = categorical.sample(logits, key=rng.key(1))
 with dlcore.use_backend("cuda"):
     found = categorical.sample(logits, key=rng.key(1))
+def numbers(x):
+    return torch.stack([x.logprob, x.stats.logsumexp, x.stats.margin, x.stats.entropy])
+
 same = torch.equal(found.tokens, expected.tokens)
-print("same" if same and torch.allclose(found.logprob, expected.logprob, atol=1e-5) else "different")
+print("same" if same and torch.allclose(numbers(found), numbers(expected), atol=1e-5) else "different")
 """
 
 
-def run(module: Path) -> str:
-    return run_python(PROGRAM.format(module=str(module)))
+def run(module: Path, vocab: int = 2501) -> str:
+    return run_python(PROGRAM.format(module=str(module), vocab=vocab))
 
 
 def test_the_kernels_draw_as_the_cpu_does():
     assert run(cuda_on_host.build()) == "same\n"
 
 
-START = "const RowSoftmax row(a.softmax, r);\n    const RowCut"
+@pytest.mark.parametrize("enough", [4096, 1])
+def test_a_warp_may_read_much_of_a_row(enough):
+    """Eight steps of four groups, or several rounds of them, of which the last is short."""
+    few, many = f"kEnoughChunks = {enough}", f"kManyChunks = {16 if enough == 1 else 1}"
+    edits = [(SCAN, "kEnoughChunks = 4096", few), (SCAN, "kManyChunks = 32768", many)]
+    assert run(cuda_on_host.build(edits), 40_003) == "same\n"
+
+
+START = "const RowSoftmax row(a.softmax, r);\n    const float"
 
 FAULTS = {
     "an entry past the row's end, the largest of all": (
-        ("x[i] = column < columns ?", "x[i] = column <= columns ?"),
+        (SUMS, "if (column >= columns)", "if (column > columns)"),
         "different",
     ),
     "lanes that keep another's group": (
-        ("if (place == step) kept = s;", "if (place == step + 1) kept = s;"),
+        (SCAN, "if (place == step) own = s;", "if (place == step + 1) own = s;"),
         "different",
     ),
     "four entries at once where rows are 2501 apart": (
-        ("else if (abreast == kMost)", "else if (abreast > 0)"),
+        (SCAN, "if (abreast == kMost)", "if (abreast > 0)"),
         "misaligned",
     ),
     "half a warp that waits for the other": (
-        (START, f"if (lane > 15) continue;\n    {START}"),
+        (SCAN, START, f"if (lane > 15) continue;\n    {START}"),
         "never come",
     ),
 }
@@ -68,7 +79,7 @@ FAULTS = {
 
 @pytest.mark.parametrize(("edit", "said"), FAULTS.values(), ids=FAULTS)
 def test_an_injected_fault_shows(edit, said):
-    assert said in run(cuda_on_host.build([(SCAN, *edit)]))
+    assert said in run(cuda_on_host.build([edit]))
 
 
 def sanitizer(*options: str) -> dict[str, str]:
@@ -97,8 +108,10 @@ def test_no_kernel_leaves_its_buffers():
 
 @pytest.mark.slow
 def test_the_sanitizer_sees_a_read_past_the_end():
-    module = cuda_on_host.build([(SCAN, "column < columns ?", "column < columns + 64 ?")], sanitize=True)
-    code = PROGRAM.format(module=str(module)).replace("room[32:-32]", "room[64:]")
+    module = cuda_on_host.build(
+        [(SUMS, "if (column >= columns)", "if (column >= columns + 64)")], sanitize=True
+    )
+    code = PROGRAM.format(module=str(module), vocab=2501).replace("room[32:-32]", "room[64:]")
     assert "heap-buffer-overflow" in run_python(code, **sanitizer())
 
 

@@ -40,7 +40,7 @@ def test_stream_v1_is_frozen() -> None:
         torch.testing.assert_close(drawn, expected, rtol=1e-14, atol=0)
 
 
-# An even count is written in pairs, unless there is an odd one of several keys.
+# Numbers are written four at a time, unless several keys have a number that is no multiple of it.
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (5, 57), (600,), (0,)], ids=str)
 @pytest.mark.parametrize("lead", [(), (1,), (2, 3), (0,)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -59,12 +59,20 @@ def test_the_same_bits_as_on_the_cpu(
         torch.testing.assert_close(drawn, expected, **close)
 
 
+def test_normals_are_the_doubles_of_the_cpu() -> None:
+    """Of relative error 2e-15, next to their zeros absolute; so rounded they are all but surely the same."""
+    wide = _elsewhere("normal", _keys(3), (20_001,), torch.float64)
+    drawn = rng.normal(_keys(3).to(DEVICE), 20_001, dtype=torch.float64).cpu()
+    torch.testing.assert_close(drawn, wide, rtol=2e-15, atol=2e-15)
+    assert torch.equal(rng.normal(_keys(3).to(DEVICE), 20_001).cpu(), wide.float())
+
+
 def test_more_pairs_than_a_grid_has_threads() -> None:
     drawn = rng.uniform(_keys(3).to(DEVICE), 300_001).cpu()
     assert torch.equal(drawn, _elsewhere("uniform", _keys(3), (300_001,), torch.float32))
 
 
-def test_a_result_that_does_not_lie_at_a_multiple_of_a_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_result_that_does_not_lie_at_a_multiple_of_16_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     room = torch.full((12,), torch.nan, dtype=torch.float64, device=DEVICE)
     monkeypatch.setattr(torch, "empty", lambda *_, **__: room[1:11])
     rng.normal(rng.key(1, device=DEVICE), 10, dtype=torch.float64)

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 import dlcore
 from dlcore import _dispatch, attention, bits, categorical, rng, sphere
 from dlcore.distributed import rules
-from dlcore.process import masked, uniform
+from dlcore.process import guidance, masked, uniform
 
 B, L, V, D, S = 4, 6, 300, 8, 16
 KEY = rng.key(20261126)
@@ -143,6 +143,23 @@ CASES: dict[str, tuple[dict[str, Tensor], Callable[..., Any], tuple[str, ...]]] 
     "masked.step": (
         dense(z=torch.where(ids(B, L) % 2 == 0, V - 1, ids(B, L))),
         of_logits(masked.step, alpha_t=0.4, alpha_s=0.6, mask_id=V - 1, key=KEY),
+        (),
+    ),
+    "guidance.cfg_uniform_step": (
+        {"cond": normal(B, L, V), "uncond": normal(B, L, V, seed=12), "z": ids(B, L)},
+        lambda x: guidance.cfg_uniform_step(**x, alpha_t=0.4, alpha_s=0.6, gamma=2.0, key=KEY),
+        (),
+    ),
+    "guidance.cfg_uniform_step, per row": (
+        {"cond": normal(B, L, V), "uncond": normal(B, L, V, seed=12), "z": ids(B, L)},
+        lambda x: guidance.cfg_uniform_step(
+            **x,
+            alpha_t=0.4,
+            alpha_s=torch.linspace(0.5, 1, L),
+            gamma=2.0,
+            parameterization="denoiser",
+            key=KEY,
+        ),
         (),
     ),
     "bits.encode": ({"tokens": ids(B, L)}, lambda x: bits.encode(x["tokens"], 9), ()),

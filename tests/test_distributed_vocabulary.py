@@ -36,7 +36,7 @@ from vocabulary_shards import (
 import dlcore
 from dlcore import LinearLogits, categorical
 from dlcore.distributed import ShardedLogits, shard_sizes
-from dlcore.process import absorbing_uniform, d3pm, distill, masked, uniform
+from dlcore.process import absorbing_uniform, d3pm, distill, guidance, masked, uniform
 
 
 def equal_statistics(group: dist.ProcessGroup, sizes: tuple[int, ...], kind: str) -> list[Any]:
@@ -202,6 +202,8 @@ def refusals(group: dist.ProcessGroup) -> None:
             uniform.nelbo(there, z, x, 0.4, -1.0)
         with pytest.raises(NotImplementedError, match="takes no logits over ranks"):
             uniform.bridge_log_probs(there, z, 0.3, 0.6)
+        with pytest.raises(NotImplementedError, match="takes no logits over ranks"):
+            guidance.cfg_uniform_step(there, there, z, 0.3, 0.6, 2.0)
         with pytest.raises(ValueError, match=r"kl: p_logits and q_logits must both lie over ranks"):
             categorical.kl(there, inputs("dense", torch.float32)[0])
         with pytest.raises(ValueError, match=r"stats: index must lie in \[0, 1000\), got 1000"):

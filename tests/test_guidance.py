@@ -20,8 +20,10 @@ from torch import Tensor
 
 import dlcore
 from dlcore import LinearLogits
+from dlcore.cpu import linear_logits
 from dlcore.process import _rows as rows
 from dlcore.process import guidance, masked
+from dlcore.process.guidance import classifier_free
 
 MASK = V
 LEVELS = [(0.4, 0.7), (0.0, 0.3), (0.2, 1.0), (0.5, 0.5), (0.0, 0.0), (0.0, 1.0), (0.3, 1 - 1e-12)]
@@ -251,21 +253,64 @@ def bilinear(seed: int, length: int, vocab: int) -> Callable[[Tensor], Tensor]:
     return lambda e: (e * weight).sum((-2, -1))
 
 
-def test_guided_uniform_step_multiplies_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    g = torch.Generator().manual_seed(41)
-    cond, uncond = (LinearLogits(torch.randn(2, 3, 4, generator=g), torch.eye(5, 4)) for _ in range(2))
-    z, dense = torch.zeros(2, 3, dtype=torch.int64), LinearLogits.materialize
-    made: list[LinearLogits] = []
-    monkeypatch.setattr(LinearLogits, "materialize", lambda x: made.append(x) or dense(x))
-    stats = dlcore.categorical.stats
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_guided_uniform_step_multiplies_out_once(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Each stream's rows once, few at a time, by the CPU's product where it takes them."""
+    one, two = (heads(700, 2, 3, seed=s, bias=True) for s in (45, 46))
+    one, two = (LinearLogits(*(x.to(dtype) for x in (h.hidden, h.weight, h.bias))) for h in (one, two))
+    z, key = torch.arange(6).view(2, 3), dlcore.rng.key(47)
+    gamma = torch.tensor([0.5, 2.0, 1.0])
+    dense = [x.materialize() for x in (one, two)]
+    wanted = guidance.cfg_uniform_step(*dense, z, 0.4, 0.6, gamma, exclude=699, key=key)
+    made: list[int] = []
+    product, plain = linear_logits.matmul, LinearLogits.materialize
 
-    def of_dense_rows(x: Tensor | LinearLogits, **options: int | None) -> dlcore.categorical.Stats:
-        assert isinstance(x, Tensor), "multiplied out once more"
-        return stats(x, **options)
+    def multiply(a: Tensor, *args: Tensor, **options: Tensor | None) -> None:
+        made.append(len(a))
+        product(a, *args, **options)
 
-    monkeypatch.setattr(dlcore.categorical, "stats", of_dense_rows)
-    guidance.cfg_uniform_step(cond, uncond, z, 0.4, 0.6, 2.0)
-    assert len(made) == 2
+    def materialize(head: LinearLogits) -> Tensor:
+        made.append(-len(head.hidden))
+        return plain(head)
+
+    monkeypatch.setattr(linear_logits, "matmul", multiply)
+    monkeypatch.setattr(LinearLogits, "materialize", materialize)
+    monkeypatch.setattr(classifier_free, "_LINEAR_CHUNK", 4 * 700)
+    assert guidance.cfg_uniform_step(one, two, z, 0.4, 0.6, gamma, exclude=699, key=key).equal(wanted)
+    sign = -1 if dtype == torch.float64 else 1
+    assert made == [4 * sign, 4 * sign, 2 * sign, 2 * sign]
+    # One stream linear, the other not; one row's keys instead of one for all.
+    keys = dlcore.rng.split(key, (2, 3))
+    mixed = guidance.cfg_uniform_step(one, dense[1], z, 0.4, 0.6, gamma, exclude=699, key=keys)
+    assert mixed.equal(wanted)
+
+
+def test_streams_of_two_dtypes() -> None:
+    c, u, z = law((4, 9), seed=48).log(), law((4, 9), seed=49).log().bfloat16(), torch.arange(4)
+    key = dlcore.rng.key(50)
+    for one, two in ((c, u), (u, c), (c.float(), u), (u, c.half())):
+        both = (x.double() for x in (one, two))
+        drawn = guidance.cfg_uniform_step(one, two, z, 0.3, 0.6, 1.5, key=key)
+        assert drawn.equal(guidance.cfg_uniform_step(*both, z, 0.3, 0.6, 1.5, key=key))
+
+
+@pytest.mark.parametrize("parameterization", PARAMETERIZATIONS)
+def test_uniform_step_compiles(parameterization: str) -> None:
+    """One graph, dense and linear, for any levels, weight and temperature."""
+    c, u = (torch.randn(2, 3, 9, generator=torch.Generator().manual_seed(i)) for i in (51, 52))
+    weight, z, key = torch.eye(11, 9), torch.tensor([[1, 2, 3], [4, 5, 6]]), dlcore.rng.key(53)
+
+    def everything(t: Tensor, gamma: Tensor, heat: Tensor) -> tuple[Tensor, ...]:
+        options = {"parameterization": parameterization, "temperature": heat, "exclude": 8, "key": key}
+        at = (z, t, t + 0.2, gamma)
+        heads = (LinearLogits(c, weight), LinearLogits(u, weight))
+        return (
+            guidance.cfg_uniform_step(c, u, *at, **options),
+            guidance.cfg_uniform_step(*heads, *at, **options),
+        )
+
+    levels = [torch.tensor(x) for x in (0.1, 0.3, 0.8)]
+    check_compiled(everything, [(t, 2 * t, t + 1) for t in levels])
 
 
 def test_exact_guide_tries_every_token_everywhere() -> None:
@@ -476,6 +521,8 @@ def test_no_rows() -> None:
     for step in (guidance.cfg_uniform_step, guidance.cbg_uniform_step):
         assert step(none, none, z, 0.2, 0.4, 2.0).shape == (0, 3)
     assert guidance.cbg_masked_step(none, none, z, 0.2, 0.4, 4, 2.0).shape == (0, 3)
+    head = LinearLogits(torch.zeros(0, 3, 2), torch.eye(5, 2))
+    assert guidance.cfg_uniform_step(head, head, z, 0.2, 0.4, 2.0).shape == (0, 3)
     assert guidance.exact_guide(lambda t: t[:, 0].float(), z, 5).shape == (0, 3, 5)
     assert guidance.taylor_guide(lambda e: e.sum((1, 2)), z, torch.eye(5)).shape == (0, 3, 5)
 

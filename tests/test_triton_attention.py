@@ -199,7 +199,7 @@ def test_only_what_is_seen_is_visited_and_only_the_ragged_is_masked(which, small
     keys = 160 if which == "training" else 128
     whole, partial = tile_counts(mask_of(starts, stops, keys)[0])
     names = (
-        (attention_forward, "_absorb", 10),
+        (attention_forward, "_absorb", 11),
         (attention_grad_q, "_add_keys", 15),
         (attention_grad_kv, "_add_rows", 17),
     )
@@ -327,15 +327,16 @@ def test_splits(window, dtype, splits):
     stops[0] = 0
     if window is not None:
         starts[..., 0] = (stops[..., 0] - window).clamp(min=0)
-    tensors = qkv(3, 4, 303, (6, 2), (32, 16), dtype)
+    tensors = qkv(3, 4, 303, (6, 2), (32, 16) if dtype == torch.float32 else (24, 24), dtype)
     with watched() as seen:
         agrees(intervals_call(starts, stops), tensors)
     assert "merge_kernel" in {v.kernel for v in seen}
 
 
-def test_two_intervals_over_splits(splits):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_two_intervals_over_splits(dtype, splits):
     starts, stops = random_intervals(2, 5, 200, 2)
-    agrees(intervals_call(starts, stops, softcap=2.0), qkv(2, 5, 200, (2, 1), (24, 16), torch.float32))
+    agrees(intervals_call(starts, stops, softcap=2.0), qkv(2, 5, 200, (2, 1), (24, 16), dtype))
 
 
 @pytest.mark.parametrize("page_size", [None, 1, 5, 16])

@@ -18,6 +18,7 @@ SIZES = {
     **dict.fromkeys(("ROWS", "DEPTH", "GROUPS", "SIZE", "TILES"), "rows, columns or tiles of a program"),
     **dict.fromkeys(("PARTS", "TOGETHER"), "splits of the keys that are merged at a time"),
     **dict.fromkeys(("DIM", "VALUE_DIM", "HEADS", "GROUP"), "a model's dimensions and heads"),
+    "PAGE_SIZE": "rows of a page of a cache",
 }
 #: Compiled variants that no test launches, and why.
 EXCEPTIONS: dict[tuple[str, str], str] = {}
@@ -43,6 +44,8 @@ def _asked(kernel: str, constants: dict[str, Any]) -> Iterator[tuple[str, bool]]
     for columns, block in (("DIM", "BLOCK_D"), ("VALUE_DIM", "BLOCK_V")):
         if columns in constants and block in constants:
             yield f"{columns} < {block}", constants[columns] < constants[block]
+    if "PAGE_SIZE" in constants:
+        yield "PAGE_SIZE > 0", constants["PAGE_SIZE"] > 0
     if kernel == "sphere_sample_kernel" and constants["WHOLE"]:
         yield "BLOCK <= 256", constants["BLOCK"] <= 256
 

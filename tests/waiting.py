@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from dlcore import _checks as checks
+from dlcore import _tensors
 from dlcore._dispatch import run
 from dlcore.triton import launch
 
@@ -67,4 +68,6 @@ def nothing_waits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         # What no op of torch tells of.
         for name in ("tolist", "cpu", "numpy"):
             patch.setattr(Tensor, name, partial(refuse, what=name))
+        # The one copy from the host that does not wait.
+        patch.setattr(_tensors, "_of_host", partial(_tensors.filled, device=torch.device("cpu")))
         yield

@@ -4,6 +4,7 @@
 #include <functional>
 
 #include "../common/bits.h"
+#include "../common/guidance.h"
 #include "../common/sphere.h"
 #include "../common/sphere_correct.h"
 #include "attention.h"
@@ -46,6 +47,7 @@ struct Kernels {
   void (*sphere_velocity_backward)(const SphereVelocityBackwardArguments&);
   void (*largest)(const LargestArguments&);
   void (*row_cosine)(const CosineArguments&);
+  void (*guided_step)(const GuidedStepArguments&);
 };
 
 // Each level's sources are the same, compiled with other flags into a namespace of its own.
@@ -82,6 +84,7 @@ void sphere_weights(const SphereWeightsArguments&);
 void sphere_velocity_backward(const SphereVelocityBackwardArguments&);
 void largest(const LargestArguments&);
 void row_cosine(const CosineArguments&);
+void guided_step(const GuidedStepArguments&);
 }  // namespace DLCORE_ISA
 #endif
 

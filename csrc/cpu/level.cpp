@@ -37,6 +37,7 @@ const Kernels& level() {
       sphere_velocity_backward,
       largest,
       row_cosine,
+      guided_step,
   };
   return table;
 }

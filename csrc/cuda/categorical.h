@@ -45,6 +45,18 @@ struct EndsArguments {
 };
 void find_ends(const EndsArguments&, cudaStream_t);
 
+// All of that for whole rows of up to 2^23 tokens, by one kernel.
+struct CutArguments {
+  View logits;
+  Softmax softmax;
+  const Summary* state = nullptr;
+  PerRow<int64_t> top_k;
+  PerRow<float> top_p, min_p;
+  Cut* cuts = nullptr;
+  int64_t* ends = nullptr;
+};
+void cut_rows(const CutArguments&, cudaStream_t);
+
 void log_probs_backward(const LogProbsBackwardArguments&, cudaStream_t);
 
 // Bytes of workspace that `kl` takes.

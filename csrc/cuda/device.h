@@ -17,6 +17,7 @@ constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f;
+constexpr float kLeastPower = -126;  // of 2 that a normal number is
 constexpr double kLn2 = 0.6931471805599453;
 
 __device__ inline int64_t global_warp() {
@@ -56,6 +57,63 @@ __device__ inline Float16 narrow_to<Float16>(float x) {
   return __float2half_rn(x);
 }
 
+// Elements of four bytes together: a register's.
+template <class T>
+constexpr int kInWord = 4 / static_cast<int>(sizeof(T));
+
+// The k-th element of a word.
+template <class T>
+__device__ float element(uint32_t word, int k);
+template <>
+__device__ inline float element<float>(uint32_t word, int) {
+  return float_of(word);
+}
+template <>
+__device__ inline float element<BFloat16>(uint32_t word, int k) {
+  return float_of(k == 0 ? word << 16 : word & 0xFFFF0000u);
+}
+template <>
+__device__ inline float element<Float16>(uint32_t word, int k) {
+  const auto bits = static_cast<uint16_t>(word >> 16 * k);
+  Float16 x;
+  memcpy(&x, &bits, sizeof x);
+  return widen(x);
+}
+
+// The bits of a word's k-th element, and a word of nothing but an element there.
+template <class T>
+__device__ constexpr uint32_t word_mask(int k) {
+  return kInWord<T> == 1 ? 0xFFFFFFFFu : 0xFFFFu << 16 * k;
+}
+template <class T>
+__device__ uint32_t word_of(T x, int k) {
+  std::conditional_t<kInWord<T> == 1, uint32_t, uint16_t> bits;
+  memcpy(&bits, &x, sizeof x);
+  return static_cast<uint32_t>(bits) << 16 * k;
+}
+
+// The larger of the elements of two words, each with its like; of a NaN and a number the number.
+template <class T>
+__device__ inline uint32_t larger(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  uint32_t r;
+  if constexpr (std::is_same_v<T, float>)
+    r = bits_of(fmaxf(float_of(a), float_of(b)));
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+#else
+  uint32_t r = 0;
+  for (int k = 0; k < kInWord<T>; ++k) {
+    const float x = element<T>(a, k), y = element<T>(b, k);
+    r |= (x >= y || y != y ? a : b) & word_mask<T>(k);
+  }
+  return r;
+#endif
+}
+
 // N elements side by side, moved at once: their address must be a multiple of their size, 16 bytes at most.
 template <class T, int N>
 struct Packed {
@@ -79,6 +137,14 @@ struct Packed {
   // (The compiler would take an assignment apart.)
   __device__ void store(T* p) const { __stwb(reinterpret_cast<Word*>(p), word); }
 };
+
+// Words side by side, moved at once.
+template <int WORDS>
+__device__ void load_words(const void* p, uint32_t* words) {
+  const auto run = Packed<uint32_t, WORDS>::load(static_cast<const uint32_t*>(p));
+#pragma unroll
+  for (int i = 0; i < WORDS; ++i) words[i] = run.elements[i];
+}
 
 // The N entries from `at` on of a row that ends at `columns`, `past` beyond: at once, or the row's last few
 // one by one.

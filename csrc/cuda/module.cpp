@@ -14,6 +14,7 @@ PYBIND11_MODULE(_cuda, m) {
   dlcore::py::register_exception<dlcore::cuda::Error>(m, "Error", PyExc_RuntimeError);
   dlcore::cuda::bind_bits(m);
   dlcore::cuda::bind_categorical(m);
+  dlcore::cuda::bind_guidance(m);
   dlcore::cuda::bind_rng(m);
   dlcore::cuda::bind_sphere(m);
   dlcore::cuda::bind_uniform(m);

@@ -64,6 +64,20 @@ void bind_categorical(py::module_& m) {
     a.ends = at<int64_t>(ends);
     find_ends(a, stream_at(stream));
   });
+  m.def("cut_rows",
+        [](const py::tuple& logits, const py::tuple& parameters, Address state, const py::object& top_k,
+           const py::object& top_p, const py::object& min_p, Address cuts, Address ends, Address stream) {
+          CutArguments a;
+          a.logits = view(logits);
+          a.softmax = softmax(parameters);
+          a.state = at<const Summary>(state);
+          a.top_k = per_row<int64_t>(top_k);
+          a.top_p = per_row<float>(top_p);
+          a.min_p = per_row<float>(min_p);
+          a.cuts = at<Cut>(cuts);
+          a.ends = at<int64_t>(ends);
+          cut_rows(a, stream_at(stream));
+        });
   m.def("finish_stats", [](Address state, int64_t rows, Address argmax, Address numbers, Address stream) {
     finish_stats(at<Summary>(state), rows, at<int64_t>(argmax), at<float>(numbers), stream_at(stream));
   });

@@ -9,7 +9,7 @@
 namespace dlcore::cuda {
 
 // Packets of each vector that a thread keeps.
-constexpr int kPackets = 4;
+constexpr int kPackets = 6;
 
 // A map's vectors, the gradient last, and what becomes of them. Bit k of `aligned`: vector k; from bit
 // sphere::kMostVectors on: outputs.
@@ -131,7 +131,7 @@ __device__ void map_row(const MapRows& a, Team& team, int64_t r) {
 // So few registers that 24, 18, 12 or 10 warps are under way: each keeps 2 KB of every vector, so that memory
 // has enough to do while rows are solved.
 constexpr int most_registers(int vectors) {
-  return vectors == 1 ? 80 : vectors == 2 ? 112 : vectors == 3 ? 160 : 184;
+  return vectors == 1 ? 80 : vectors == 2 ? 128 : vectors == 3 ? 168 : 200;
 }
 
 template <class Map>

@@ -105,6 +105,7 @@ void run(void (*kernel)(const Arguments&), Arguments arguments, int threads) {
 void bind_attention(py::module_& m);
 void bind_bits(py::module_& m);
 void bind_categorical(py::module_& m);
+void bind_guidance(py::module_& m);
 void bind_linear_logits(py::module_& m);
 void bind_rng(py::module_& m);
 void bind_similarity(py::module_& m);

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import DTYPES, keyed, rows_contiguous, threads, view
 
 #: What drawing a normal costs, in elements read.
@@ -52,7 +53,7 @@ def _result(x: Tensor) -> Tensor:
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:
     """A fresh float32 (..., width), contiguous; tokens are copied unless contiguous."""
     tokens = tokens.contiguous()
-    out = torch.empty((*tokens.shape, width), dtype=torch.float32)
+    out = empty((*tokens.shape, width), torch.float32)
     used = threads(out.numel())
     _C.bit_encode(tokens.data_ptr(), tokens.numel(), width, msb, gray, (low, high), out.data_ptr(), used)
     return out
@@ -61,7 +62,7 @@ def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: 
 def decode(x: Tensor, msb: bool, gray: bool, threshold: float, vocab: int) -> Tensor:
     """A fresh int64 (...), contiguous; x may have any strides but in its last dimension."""
     x = rows_contiguous(x)
-    tokens = torch.empty(x.shape[:-1], dtype=torch.int64)
+    tokens = empty(x.shape[:-1], torch.int64)
     _C.bit_decode(view(x), msb, gray, threshold, vocab, tokens.data_ptr(), threads(x.numel()))
     return tokens
 
@@ -132,7 +133,7 @@ def loss(
 ) -> Tensor:
     """Float32 means (...) from float64 sums of spans, added in one order, whatever the threads."""
     rows = Rows(slope.unsqueeze(0), residual, x, bits)
-    sums = torch.empty((*x.shape[:-1], _C.bit_spans(x.shape[-1])), dtype=torch.float64)
+    sums = empty((*x.shape[:-1], _C.bit_spans(x.shape[-1])), torch.float64)
     _C.bit_loss(
         (rows.views, rows.parameters, (low, high, clip), squared), sums.data_ptr(), threads(x.numel())
     )
@@ -154,8 +155,8 @@ def loss_backward(
     """Contiguous gradients in the dtypes of residual and x; that of x is empty unless `with_x`."""
     rows = Rows(slope.unsqueeze(0), residual, x, bits)
     grad = (grad / x.shape[-1]).contiguous()
-    residual_grad = torch.empty(x.shape, dtype=residual.dtype)
-    x_grad = torch.empty(x.shape if with_x else (0,), dtype=x.dtype)
+    residual_grad = empty(x.shape, residual.dtype)
+    x_grad = empty(x.shape if with_x else (0,), x.dtype)
     _C.bit_loss_backward(
         (rows.views, rows.parameters, (low, high, clip), squared),
         grad.data_ptr(),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, scratch, strided, threads, view, workspace
 
@@ -121,7 +122,7 @@ def stats(
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax = Softmax(head, index, shift, temperature, softcap, exclude)
     state = scan(head, softmax)
-    argmax = torch.empty(lead, dtype=torch.int64)
+    argmax = empty(lead, torch.int64)
     numbers = torch.empty(6, *lead, dtype=torch.float32)
     _C.finish_stats(state, argmax.numel(), argmax.data_ptr(), numbers.data_ptr())
     return argmax, numbers
@@ -274,7 +275,7 @@ def sample_mixture(
     skip = scratch("skip", rows)
     _C.plan_mixture(mixture, rows, skip)
     state = scan(head, softmax, key=key, skip=skip)
-    tokens = torch.empty(lead, dtype=torch.int64)
+    tokens = empty(lead, torch.int64)
     _C.finish_mixture(mixture, rows, state, skip, tokens.data_ptr())
     return tokens
 
@@ -407,7 +408,7 @@ def _weigh(
     lead = head[0].shape[:-1]
     rows, width = lead.numel(), tile_width(lead.numel())
     mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32)
-    references = torch.empty((2, rows), dtype=torch.float64)
+    references = empty((2, rows), torch.float64)
     factor = torch.empty((rows, 1), dtype=torch.float32)
     summaries = _summaries(head)
     for first, tile in scanned_tiles(head, softmax, summaries, key=key, width=width):
@@ -418,7 +419,7 @@ def _weigh(
         used = threads(tile.numel())
         _C.softmax_tile(view(tile), first, softmax.packed_capped, references[1].data_ptr(), view(p), used)
         matmul(p, table[first : first + p.shape[1]], mean, add=True)
-    lse = torch.empty(lead, dtype=torch.float64)
+    lse = empty(lead, torch.float64)
     _C.finish_logsumexp(summaries, rows, -math.inf, lse.data_ptr())
     # NaN where there is nothing but -inf.
     mean.mul_((references[0] - lse.view(rows)).exp().float().unsqueeze(-1))
@@ -478,7 +479,7 @@ def expectation_backward(
     mean = (flat * output.reshape(flat.shape)).sum(-1, keepdim=True)
     inverse = None if temperature is None else 1 / temperature.expand(lead).reshape(-1, 1)
     result = HeadGradient(head)
-    table_grad = torch.empty(table.shape, dtype=torch.float32)
+    table_grad = empty(table.shape, torch.float32)
     for first, tile in tiles(head, width=tile_width(rows)):
         tokens = slice(first, first + tile.shape[-1])
         p = workspace("probabilities", tile.numel()).view(rows, tile.shape[-1])

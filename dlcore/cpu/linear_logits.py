@@ -56,6 +56,15 @@ def tiles(
         yield first, tile
 
 
+def multiply_out(head: Head, out: Tensor) -> Tensor:
+    """`out` (rows, V) float32, filled with a linear head's logits."""
+    hidden, weight, bias = head
+    assert weight is not None
+    shift = None if bias is None else bias.detach().float().contiguous()
+    matmul(flat_hidden(hidden.detach()), weight.detach().mT, out, bias=shift)
+    return out
+
+
 def flat_hidden(hidden: Tensor) -> Tensor:
     """(rows, D) float32."""
     return hidden.reshape(-1, hidden.shape[-1]).float()

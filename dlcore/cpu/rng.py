@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import threads
 
 _UNIFORM, _GUMBEL = range(2)
@@ -17,7 +18,7 @@ _UNIFORM, _GUMBEL = range(2)
 
 def _fill(fill: Callable[..., None], key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
     key = key.contiguous()
-    out = torch.empty((*key.shape[:-1], *shape), dtype=dtype)
+    out = empty((*key.shape[:-1], *shape), dtype)
     keys, wide = key.numel() // 2, dtype == torch.float64
     # One draw costs about as much as reading sixteen floats.
     fill(key.data_ptr(), keys, math.prod(shape), wide, out.data_ptr(), threads(16 * out.numel()))
@@ -42,6 +43,6 @@ def gumbel(key: Tensor, shape: list[int], dtype: torch.dtype) -> Tensor:
 def fold_in(key: Tensor, data: Tensor) -> Tensor:
     """Keys (..., 2) with data (...) hashed into their offsets."""
     key, data = key.contiguous(), data.contiguous()
-    out = torch.empty((*data.shape, 2), dtype=torch.int64)
+    out = empty((*data.shape, 2), torch.int64)
     _C.fold_in(key.data_ptr(), 2, data.data_ptr(), 1, data.numel(), out.data_ptr())
     return out

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import rows_contiguous, threads, view
 
 
@@ -14,7 +15,7 @@ def cosine(new: Tensor, cached: Tensor, rows: Tensor | None, page_table: Tensor 
     new, cached = rows_contiguous(new), rows_contiguous(cached)
     rows = None if rows is None else rows.contiguous()
     table = None if page_table is None else page_table.contiguous()
-    out = torch.empty(new.shape[:2], dtype=torch.float32)
+    out = empty(new.shape[:2], torch.float32)
     _C.row_cosine(
         view(new),
         view(cached),

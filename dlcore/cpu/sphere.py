@@ -9,20 +9,21 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, threads, view
 
 _NORMALIZE, _PROJECT, _ANGLE, _SLERP, _LOG, _EXP, _ROTATE, _STEP, _RETRACT = range(9)
 
 
 def _empty_like(x: Tensor) -> Tensor:
-    return torch.empty(x.shape, dtype=x.dtype)
+    return empty(x.shape, x.dtype)
 
 
 def _map(code: int, *vectors: Tensor, t: Tensor | None = None) -> Tensor:
     """A result of the first vector's shape, or for the angle a number per row."""
     vectors, t = _packed(vectors, t)
     lead = vectors[0].shape[:-1]
-    out = torch.empty(lead, dtype=torch.float32) if code == _ANGLE else _empty_like(vectors[0])
+    out = empty(lead, torch.float32) if code == _ANGLE else _empty_like(vectors[0])
     number = out.data_ptr() if code == _ANGLE else 0
     outputs = [None if code == _ANGLE else view(out)]
     used = threads(vectors[0].numel())
@@ -38,7 +39,7 @@ def _map_backward(
     lead = vectors[0].shape[:-1]
     grads = [_empty_like(x) if n else x.new_empty(0) for x, n in zip(vectors, needed, strict=False)]
     outputs = [view(g) if n else None for g, n in zip(grads, needed, strict=False)]
-    number = torch.empty(lead if t is not None and needed[-1] else 0, dtype=torch.float32)
+    number = torch.empty(lead if t is not None and needed[-1] else (0,), dtype=torch.float32)
     of_angle = code == _ANGLE
     grad = grad.float().contiguous() if of_angle else rows_contiguous(grad)
     _C.sphere_map(

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _C
+from dlcore._tensors import empty
 from dlcore.cpu.categorical import Softmax, scan
 from dlcore.cpu.linear_logits import HeadGradient, tiles, vocab_size
 from dlcore.cpu.tensors import per_row, strided, threads, view
@@ -34,7 +35,7 @@ def nelbo(
     for first, tile in tiles(head):
         used = threads(tile.numel())
         _C.nelbo(view(tile), first, vocab, softmax.packed, strided(alpha), target, saved.data_ptr(), used)
-    loss = torch.empty(lead, dtype=torch.float32)
+    loss = empty(lead, torch.float32)
     _C.finish_nelbo(
         saved.data_ptr(),
         rows,

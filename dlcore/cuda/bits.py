@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
+from dlcore._tensors import empty
 from dlcore.cpu.bits import Rows
 from dlcore.cpu.tensors import keyed, rows_contiguous, view
 from dlcore.cuda.tensors import call, scratch
 
 
 def _result(x: Tensor, shape: Sequence[int] | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.empty(x.shape if shape is None else shape, dtype=dtype, device=x.device)
+    return empty(x.shape if shape is None else shape, dtype, x.device)
 
 
 def encode(tokens: Tensor, width: int, msb: bool, gray: bool, low: float, high: float) -> Tensor:

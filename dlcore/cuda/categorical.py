@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
+from dlcore._tensors import empty
 from dlcore.cpu.categorical import Softmax
 from dlcore.cpu.linear_logits import Head, vocab_size
 from dlcore.cpu.tensors import keyed, per_row, strided, view
@@ -64,8 +65,8 @@ def stats(
 
         return triton.stats(*head, index, shift, temperature, softcap, exclude)
     state = scan(head, Softmax(head, index, shift, temperature, softcap, exclude))
-    argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
-    numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
+    argmax = empty(lead, torch.int64, logits.device)
+    numbers = empty((6, *lead), torch.float32, logits.device)
     results = (state.data_ptr(), lead.numel(), argmax.data_ptr(), numbers.data_ptr())
     call(_cuda.finish_stats, logits, *results)
     return argmax, numbers
@@ -90,8 +91,8 @@ def summary(
     softmax = Softmax(head, index, shift, temperature, softcap, exclude)
     target, skip, key = (None if x is None else x.contiguous() for x in (target, skip, key))
     state = scan(head, softmax, target, key, skip, begin=first)
-    tokens = torch.empty((2, *lead), dtype=torch.int64, device=logits.device)
-    numbers = torch.empty((8, *lead), dtype=torch.float64, device=logits.device)
+    tokens = empty((2, *lead), torch.int64, logits.device)
+    numbers = empty((8, *lead), torch.float64, logits.device)
     results = (state.data_ptr(), lead.numel(), tokens.data_ptr(), numbers.data_ptr())
     call(_cuda.finish_summary, logits, *results)
     return tokens, numbers
@@ -123,8 +124,8 @@ def sample(
     else:
         state = scan(head, softmax)
         drawn = scan(head, softmax, key=key, cuts=_cuts(head, softmax, state, top_k, top_p, min_p))
-    tokens = torch.empty((2, *lead), dtype=torch.int64, device=logits.device)
-    numbers = torch.empty((7, *lead), dtype=torch.float32, device=logits.device)
+    tokens = empty((2, *lead), torch.int64, logits.device)
+    numbers = empty((7, *lead), torch.float32, logits.device)
     results = (lead.numel(), tokens.data_ptr(), numbers.data_ptr())
     call(_cuda.finish_sample, logits, state.data_ptr(), drawn.data_ptr(), *results)
     return tokens, numbers
@@ -142,16 +143,22 @@ def _cuts(
     top_k keeps."""
     lead, like = head[0].shape[:-1], head[0]
     top_k, top_p, min_p = per_row(top_k, lead), per_row(top_p, lead), per_row(min_p, lead)
+    rows = lead.numel()
+    cuts = scratch(rows * _cuda.CUT_BYTES, like)
+    ends = torch.empty(rows, dtype=torch.int64, device=like.device)
+    if head[1] is None:
+        limits = (strided(top_k), strided(top_p), strided(min_p), cuts.data_ptr(), ends.data_ptr())
+        ((_, dense),) = tiles(head)
+        call(_cuda.cut_rows, like, view(dense), softmax.packed, state.data_ptr(), *limits)
+        return cuts, ends
     selections = None
     if top_k is not None:
         selections = _select(head, softmax, state, top_k, None, None)
     if top_p is not None:
         selections = _select(head, softmax, state, top_k, top_p, selections)
-    rows, found = lead.numel(), 0 if selections is None else selections.data_ptr()
-    cuts = scratch(rows * _cuda.CUT_BYTES, like)
+    found = 0 if selections is None else selections.data_ptr()
     known = (strided(min_p), softmax.packed[2], found, cuts.data_ptr())
     call(_cuda.finish_selections, like, state.data_ptr(), rows, *known)
-    ends = torch.empty(rows, dtype=torch.int64, device=like.device)
     for first, tile in tiles(head):
         places = (cuts.data_ptr(), ends.data_ptr())
         call(_cuda.find_ends, like, view(tile), first, softmax.packed, *places)
@@ -216,7 +223,7 @@ def sample_mixture(
     skip = scratch(rows, logits)
     call(_cuda.plan_mixture, logits, mixture, rows, skip.data_ptr())
     state = scan(head, softmax, key=key, skip=skip)
-    tokens = torch.empty(lead, dtype=torch.int64, device=logits.device)
+    tokens = empty(lead, torch.int64, logits.device)
     finish = (mixture, rows, state.data_ptr(), skip.data_ptr(), tokens.data_ptr())
     call(_cuda.finish_mixture, logits, *finish)
     return tokens
@@ -236,7 +243,7 @@ def log_probs(
     lead, head, target = logits.shape[:-1], (logits, weight, bias), target.contiguous()
     softmax = Softmax(head, index, shift, None, softcap, exclude)
     state = scan(head, softmax, target=target)
-    numbers = torch.empty((3, *lead), dtype=torch.float64, device=logits.device)
+    numbers = empty((3, *lead), torch.float64, logits.device)
     finish = ((target.data_ptr(), 1), index is not None, lead.numel(), numbers.data_ptr())
     call(_cuda.finish_log_probs, logits, state.data_ptr(), *finish)
     return numbers
@@ -283,7 +290,7 @@ def kl(
         workspace = scratch(_cuda.kl_bytes(rows, p.shape[-1]), p_logits)
         places = (state.data_ptr(), workspace.data_ptr())
         call(_cuda.kl, p_logits, view(p), view(q), strided(temperature), first == 0, *places)
-    numbers = torch.empty((3, *lead), dtype=torch.float64, device=p_logits.device)
+    numbers = empty((3, *lead), torch.float64, p_logits.device)
     call(_cuda.finish_kl, p_logits, state.data_ptr(), rows, numbers.data_ptr())
     return numbers
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
+from dlcore._tensors import empty
 from dlcore.cpu.tensors import keyed, per_row, rows_contiguous, strided, view
 from dlcore.cuda.tensors import call
 from dlcore.reference import sphere_dynamics as reference
@@ -22,10 +23,10 @@ def _map(code: int, *vectors: Tensor, t: Tensor | None = None) -> Tensor:
     vectors = tuple(map(rows_contiguous, vectors))
     inputs = [view(v) for v in vectors]
     if code == _ANGLE:
-        angle = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        angle = empty(x.shape[:-1], torch.float32, x.device)
         call(_cuda.sphere_map, x, code, inputs, None, None, 0, [], angle.data_ptr())
         return angle
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     call(_cuda.sphere_map, x, code, inputs, strided(t), None, 0, [view(out)], 0)
     return out
 
@@ -36,11 +37,8 @@ def _map_backward(
     """A gradient per input, empty where not needed; that of t, if there is one, last."""
     x, lead = vectors[0], vectors[0].shape[:-1]
     vectors, t = tuple(map(rows_contiguous, vectors)), per_row(t, lead)
-    grads = [
-        torch.empty(v.shape if n else 0, dtype=v.dtype, device=v.device)
-        for v, n in zip(vectors, needed, strict=False)
-    ]
-    number = torch.empty(lead if t is not None and needed[-1] else 0, dtype=torch.float32, device=x.device)
+    grads = [empty(v.shape if n else (0,), v.dtype, v.device) for v, n in zip(vectors, needed, strict=False)]
+    number = torch.empty(lead if t is not None and needed[-1] else (0,), dtype=torch.float32, device=x.device)
     of_angle = code == _ANGLE
     grad = grad.float().contiguous() if of_angle else rows_contiguous(grad)
     call(
@@ -89,7 +87,7 @@ def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
 def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     """Points of mean's shape and dtype."""
     mean, key, concentration = rows_contiguous(mean), key.contiguous(), per_row(kappa, mean.shape[:-1])
-    out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+    out = empty(mean.shape, mean.dtype, mean.device)
     call(_cuda.sphere_sample, mean, view(mean), strided(concentration), keyed(key), reject, view(out))
     return out
 
@@ -98,7 +96,7 @@ def correct(x: Tensor, score: Tensor, step_size: Tensor, key: Tensor) -> Tensor:
     """Points of x's shape and dtype."""
     x, score, key = rows_contiguous(x), rows_contiguous(score), key.contiguous()
     steps = per_row(step_size.double(), x.shape[:-1])
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     call(_cuda.sphere_correct, x, view(x), view(score), strided(steps), keyed(key), view(out))
     return out
 
@@ -112,8 +110,8 @@ def correct_backward(
         return reference.correct_backward(grad, x, score, step_size, key)
     grad, x, score, key = rows_contiguous(grad), rows_contiguous(x), rows_contiguous(score), key.contiguous()
     steps = per_row(step_size.double(), lead)
-    x_grad, score_grad = (torch.empty(v.shape, dtype=v.dtype, device=v.device) for v in (x, score))
-    step_grad = torch.empty(lead, dtype=torch.float64, device=x.device)
+    x_grad, score_grad = (empty(v.shape, v.dtype, v.device) for v in (x, score))
+    step_grad = empty(lead, torch.float64, x.device)
     call(
         _cuda.sphere_correct_backward,
         x,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,9 +31,14 @@ def call(function: Callable[..., Any], like: Tensor, *args: Any) -> None:
     if not like.is_cuda:
         function(*args, 0)
         return
-    away = like.device.index != torch.cuda.current_device()
-    with torch.cuda.device(like.device) if away else nullcontext():
-        function(*args, torch.cuda.current_stream(like.device).cuda_stream)
+    device = like.get_device()
+    # torch.cuda.current_stream would make a Stream first.
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    if device == torch.cuda.current_device():
+        function(*args, stream)
+        return
+    with torch.cuda.device(device):
+        function(*args, stream)
 
 
 def scratch(size: int, like: Tensor) -> Tensor:

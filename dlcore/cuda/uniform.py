@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
+from dlcore._tensors import empty
 from dlcore.cpu.categorical import Softmax
 from dlcore.cpu.linear_logits import vocab_size
 from dlcore.cpu.tensors import per_row, strided, view
@@ -29,14 +30,14 @@ def nelbo(
     z, x, rows = z.contiguous(), x.contiguous(), lead.numel()
     level, slope = per_row(alpha, lead), per_row(dalpha, lead)
     softmax = Softmax(head, z, shift)
-    saved = torch.empty((5, *lead), dtype=torch.float64, device=logits.device)
+    saved = empty((5, *lead), torch.float64, logits.device)
     state = scan(head, softmax, target=x)
     call(_cuda.start_nelbo, logits, state.data_ptr(), rows, saved.data_ptr())
     for first, tile in tiles(head):
         workspace = scratch(_cuda.nelbo_bytes(rows, tile.shape[-1]), logits)
         places = (saved.data_ptr(), workspace.data_ptr())
         call(_cuda.nelbo, logits, view(tile), first, vocab, softmax.packed, strided(level), *places)
-    loss = torch.empty(lead, dtype=torch.float32, device=logits.device)
+    loss = empty(lead, torch.float32, logits.device)
     tokens = (vocab, z.data_ptr(), x.data_ptr())
     finish = (saved.data_ptr(), rows, *tokens, strided(level), strided(slope), loss.data_ptr())
     call(_cuda.finish_nelbo, logits, *finish)

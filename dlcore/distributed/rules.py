@@ -41,6 +41,7 @@ PER_ROW, ROW, NUMBERS = (0, 0), (0, 1), (1, 0)
 _HEAD = {"logits": ROW, "temperature": PER_ROW, "shift": PER_ROW, "index": PER_ROW, "key": ROW}
 _HEADS = {"p_logits": ROW, "q_logits": ROW, "temperature": PER_ROW}
 _LOG_PROBS = {"logits": ROW, "target": PER_ROW, "index": PER_ROW, "shift": PER_ROW}
+_GUIDED = {"cond": ROW, "uncond": ROW, "z": PER_ROW, "coefficients": ROW, "key": ROW}
 _EXPECTATION = {"logits": ROW, "temperature": PER_ROW}
 _NELBO = {"logits": ROW, **dict.fromkeys(("z", "x", "alpha", "dalpha", "shift"), PER_ROW)}
 _VELOCITY = {"logits": ROW, "x": ROW, "kappa": PER_ROW}
@@ -60,6 +61,7 @@ RULES: dict[str, Rule] = {
     "categorical.expectation": Rule(_EXPECTATION, (0, 0)),
     "categorical.expectation_backward": Rule(_EXPECTATION | _SAVED | _GRAD_OF_ROWS, (0, SUM, SUM, SUM)),
     "categorical.sample_expectation": Rule(_HEAD, (0, 0, 1, 1)),
+    "guidance.cfg_uniform_step": Rule(_GUIDED, (0,)),
     "uniform.nelbo": Rule(_NELBO, (0, 1)),
     "uniform.nelbo_backward": Rule(_NELBO | _SAVED | _GRAD, (0, SUM, SUM)),
     "sphere.velocity": Rule(_VELOCITY, (0, 0, 0)),

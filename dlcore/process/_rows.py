@@ -5,16 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import overload
 
 import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
 from dlcore import rng
+from dlcore._tensors import broadcast, constants
 from dlcore.categorical import Head, fresh_key, head
 from dlcore.linear_logits import LinearLogits
 
 PARAMETERIZATIONS = ("loo", "denoiser")
+#: A noise level or another parameter per row: a number of Python's as it is, where torch would launch a
+#: kernel for each operation.
+Number = float | Tensor
 #: The coefficients of `categorical.sample_mixture` that are 1, the others being 0, where z is kept unread.
 KEEP = slice(0, 3, 2)
 
@@ -75,12 +80,51 @@ def levels(
 ) -> tuple[Tensor, Tensor]:
     """alpha_t and alpha_s of a reverse step from t to the earlier s, so alpha_s >= alpha_t."""
     t, s = level(op, "alpha_t", alpha_t, lead, device), level(op, "alpha_s", alpha_s, lead, device)
-    if checks.reads_data(t) and checks.reads_data(s):
-        wrong = s < t
-        if bool(wrong.any()):
-            got = f"alpha_s {checks.first(s, wrong)!r} below alpha_t {checks.first(t, wrong)!r}"
-            raise ValueError(f"{op}: alpha_s must be at least alpha_t, got {got}")
+    _in_order(op, t, s)
     return t, s
+
+
+def level_numbers(
+    op: str, alpha_t: float | Tensor, alpha_s: float | Tensor, lead: torch.Size, device: torch.device
+) -> tuple[Number, Number]:
+    """The same, numbers of Python's as they are."""
+    given = (("alpha_t", alpha_t), ("alpha_s", alpha_s))
+    t, s = (checks.within(op, name, number(op, name, v, lead, device), 0, 1) for name, v in given)
+    _in_order(op, t, s)
+    return t, s
+
+
+def _in_order(op: str, t: Number, s: Number) -> None:
+    if isinstance(t, float) and isinstance(s, float) and t <= s:
+        return
+    if not all(checks.reads_data(x) for x in (t, s) if isinstance(x, Tensor)):
+        return
+    wrong = torch.as_tensor(s < t)
+    if bool(wrong.any()):
+        got_s, got_t = (checks.first(torch.as_tensor(x, dtype=torch.float64), wrong) for x in (s, t))
+        raise ValueError(
+            f"{op}: alpha_s must be at least alpha_t, got alpha_s {got_s!r} below alpha_t {got_t!r}"
+        )
+
+
+def number(op: str, name: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Number:
+    """A number per row, float64, broadcast over `lead` but not expanded; one of Python's as it is."""
+    # A graph of torch.compile computes with tensors: it would be compiled for each number.
+    if type(value) is float and not torch.compiler.is_compiling():
+        return value
+    return checks.number(op, name, value, lead, device)
+
+
+def where(condition: bool | Tensor, x: Number, y: Number) -> Number:
+    """torch.where, of numbers of Python's as well."""
+    return torch.where(condition, x, y) if isinstance(condition, Tensor) else x if condition else y
+
+
+def least(x: Number, y: Number) -> Number:
+    """torch.minimum, of numbers of Python's as well."""
+    if isinstance(x, Tensor):
+        return torch.minimum(x, y) if isinstance(y, Tensor) else x.clamp(max=y)
+    return y.clamp(max=x) if isinstance(y, Tensor) else min(x, y)
 
 
 def slope(op: str, value: float | Tensor, lead: torch.Size, device: torch.device) -> Tensor:
@@ -94,21 +138,38 @@ def together(op: str, **values: float | Tensor | None) -> tuple[torch.Size, torc
     device = next((v.device for v in tensors.values()), torch.device("cpu"))
     try:
         shapes = (v.shape for v in tensors.values())
-        return torch.broadcast_shapes(*shapes), device
+        return broadcast(*shapes), device
     except RuntimeError as error:
         got = ", ".join(f"{name} {tuple(v.shape)}" for name, v in tensors.items())
         raise ValueError(f"{op}: {', '.join(tensors)} must broadcast together, got {got}") from error
 
 
-def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+@overload
+def ratio(alpha_t: Tensor, alpha_s: Tensor) -> Tensor: ...
+
+
+@overload
+def ratio(alpha_t: Number, alpha_s: Number) -> Number: ...
+
+
+def ratio(alpha_t: Number, alpha_s: Number) -> Number:
     """alpha_{t|s} = alpha_t / alpha_s, and 1 where both are 0: nothing changes between two pure noises."""
-    return torch.where(alpha_s > 0, alpha_t / torch.where(alpha_s > 0, alpha_s, 1), 1)
+    some = alpha_s > 0
+    return where(some, alpha_t / where(some, alpha_s, 1.0), 1.0)
 
 
-def largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+@overload
+def largest_remask(alpha_t: Tensor, alpha_s: Tensor) -> Tensor: ...
+
+
+@overload
+def largest_remask(alpha_t: Number, alpha_s: Number) -> Number: ...
+
+
+def largest_remask(alpha_t: Number, alpha_s: Number) -> Number:
     """σ_max = min(1, (1-α_s)/α_t): more would leave too few tokens for the marginal at s."""
     some = alpha_t > 0
-    return torch.where(some, ((1 - alpha_s) / torch.where(some, alpha_t, 1)).clamp(max=1), 1)
+    return where(some, least((1 - alpha_s) / where(some, alpha_t, 1.0), 1.0), 1.0)
 
 
 def log_odds(alpha: Tensor, size: int) -> Tensor:
@@ -127,16 +188,28 @@ def logaddexp(a: Tensor, b: Tensor) -> Tensor:
     return torch.logaddexp(torch.where(empty, 0, a), torch.where(empty, 0, b)).masked_fill(empty, -torch.inf)
 
 
-def coefficients(*columns: Tensor | float, keep: Tensor | None = None) -> Tensor:
-    """Columns stacked last; rows in `keep` keep z and are not read."""
+def coefficients(*columns: Number, keep: bool | Tensor = False, device: torch.device | None = None) -> Tensor:
+    """Columns stacked last, on `device` if none is a tensor; rows in `keep` keep z and are not read."""
+    numbers = [c for c in columns if not isinstance(c, Tensor)]
+    if len(numbers) == len(columns):
+        return _of_numbers(numbers, keep, device)
     like = next(c for c in columns if isinstance(c, Tensor))
-    whole = (c if isinstance(c, Tensor) else like.new_full((), c) for c in columns)
-    if keep is None:
+    whole = [c if isinstance(c, Tensor) else like.new_full((), c) for c in columns]
+    if not isinstance(keep, Tensor):
         return torch.stack(torch.broadcast_tensors(*whole), -1)
-    *shared, keep = torch.broadcast_tensors(*whole, keep)
-    stacked = torch.stack(shared, -1).masked_fill(keep.unsqueeze(-1), 0)
-    stacked[..., KEEP].masked_fill_(keep.unsqueeze(-1), 1)
+    *shared, kept = torch.broadcast_tensors(*whole, keep)
+    stacked = torch.stack(shared, -1).masked_fill(kept.unsqueeze(-1), 0)
+    stacked[..., KEEP].masked_fill_(kept.unsqueeze(-1), 1)
     return stacked
+
+
+def _of_numbers(columns: list[float], keep: bool | Tensor, device: torch.device | None) -> Tensor:
+    """The same of numbers alone: one copy to the device."""
+    kept = [float(i in range(len(columns))[KEEP]) for i in range(len(columns))]
+    if isinstance(keep, Tensor):
+        both = constants([*kept, *columns], torch.float64, keep.device).view(2, -1)
+        return torch.where(keep.unsqueeze(-1), both[0], both[1])
+    return constants(kept if keep else columns, torch.float64, device or torch.device("cpu"))
 
 
 def column(token: int, like: Tensor) -> Tensor:

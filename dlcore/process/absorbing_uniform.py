@@ -11,6 +11,9 @@ Source: arXiv 2605.22765.
 
 from __future__ import annotations
 
+import math
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -35,12 +38,22 @@ def _observed(
     return rows.vocabulary(op, h.vocab, exclude)
 
 
-def _lift(alpha: Tensor) -> Tensor:
+@overload
+def _lift(alpha: Tensor) -> Tensor: ...
+
+
+@overload
+def _lift(alpha: rows.Number) -> rows.Number: ...
+
+
+def _lift(alpha: rows.Number) -> rows.Number:
     """log(1 + α/(1-α)): what z = u adds to the logit at u; 0 where alpha = 1, which no shift expresses."""
+    if isinstance(alpha, float):
+        return -math.log1p(-alpha) if alpha < 1 else 0.0
     return torch.where(alpha < 1, -torch.log1p(-torch.where(alpha < 1, alpha, 0)), 0)
 
 
-def _denoiser_shift(alpha: Tensor, temperature: Tensor, parameterization: str) -> Tensor:
+def _denoiser_shift(alpha: rows.Number, temperature: rows.Number, parameterization: str) -> rows.Number:
     """What makes logits the denoiser's at a temperature on the leave-one-out posterior.
 
     softmax((a + shift)/T) must be softmax(loo/T) lifted by log(1 + α/(1-α)) at u.
@@ -125,8 +138,8 @@ def step(
     """
     op = "absorbing_uniform.step"
     _observed(op, logits, z, u, parameterization, exclude)
-    t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    heat = checks.number(op, "temperature", temperature, z.shape, z.device)
+    t, s = rows.level_numbers(op, alpha_t, alpha_s, z.shape, z.device)
+    heat = rows.number(op, "temperature", temperature, z.shape, z.device)
     return categorical.sample_mixture(
         logits,
         z,

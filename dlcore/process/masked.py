@@ -110,10 +110,14 @@ def step(
     """
     op = "masked.step"
     is_masked = _observed(op, logits, z, mask_id)
-    t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    sigma = _remask(op, checks.number(op, "remask", remask, z.shape, z.device), t, s)
-    unmask = rows.coefficients(1 - t, 0.0, 1 - s - sigma * t, 0.0, s - (1 - sigma) * t, 0.0)
-    hold = rows.coefficients(1.0, 0.0, 1 - sigma, 0.0, 0.0, 0.0)
+    t, s = rows.level_numbers(op, alpha_t, alpha_s, z.shape, z.device)
+    sigma = _remask(op, rows.number(op, "remask", remask, z.shape, z.device), t, s)
+    if isinstance(sigma, float) and sigma == 0:  # as it mostly is: fewer launches
+        stays, takes = 1 - s, s - t
+    else:
+        stays, takes = 1 - s - sigma * t, s - (1 - sigma) * t
+    unmask = rows.coefficients(1 - t, 0.0, stays, 0.0, takes, 0.0, device=z.device)
+    hold = rows.coefficients(1.0, 0.0, 1 - sigma, 0.0, 0.0, 0.0, device=z.device)
     return categorical.sample_mixture(
         logits,
         z,
@@ -125,16 +129,20 @@ def step(
     )
 
 
-def _remask(op: str, sigma: Tensor, alpha_t: Tensor, alpha_s: Tensor) -> Tensor:
+def _remask(op: str, sigma: rows.Number, alpha_t: rows.Number, alpha_s: rows.Number) -> rows.Number:
     """sigma, checked against its bound and clamped to it."""
     checks.within(op, "remask", sigma, 0, 1)
+    if isinstance(sigma, float) and sigma == 0:
+        return sigma
     bound = rows.largest_remask(alpha_t, alpha_s)
-    if checks.reads_data(sigma) and checks.reads_data(bound):
-        wrong = sigma > bound + _SLACK
+    if all(checks.reads_data(x) for x in (sigma, bound) if isinstance(x, Tensor)):
+        wrong = torch.as_tensor(sigma > bound + _SLACK)
         if bool(wrong.any()):
-            got = f"{checks.first(sigma, wrong):g} above {checks.first(bound, wrong):g}"
-            raise ValueError(f"{op}: remask must be at most min(1, (1 - alpha_s)/alpha_t), got {got}")
-    return torch.minimum(sigma, bound)
+            got, most = (checks.first(torch.as_tensor(x), wrong) for x in (sigma, bound))
+            raise ValueError(
+                f"{op}: remask must be at most min(1, (1 - alpha_s)/alpha_t), got {got:g} above {most:g}"
+            )
+    return rows.least(sigma, bound)
 
 
 RULES = ("cap", "rescale", "confidence", "max")

@@ -12,6 +12,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore._beside import beside, keys_beside
 from dlcore._ops.declare import result_dtype
+from dlcore._tensors import expanded
 from dlcore.sphere.geometry import dimension, exp_map, normalize, vectors
 
 RETRACTIONS = ("exp", "normalize")
@@ -46,7 +47,7 @@ def step(x: Tensor, velocity: Tensor, delta: float | Tensor, *, retraction: str 
     x, v = vectors(op, x=x, velocity=velocity)
     moved = checks.number(op, "delta", delta, x.shape[:-1], x.device, result_dtype(x))
     if not torch.is_grad_enabled() or not any(a.requires_grad for a in (x, v, moved)):
-        share = beside(x, moved.expand(x.shape[:-1]))
+        share = beside(x, expanded(moved, x.shape[:-1]))
         stepped: Tensor = torch.ops.dlcore.sphere_step(x, v, share, retraction == "exp")
         return stepped
     v = (moved.unsqueeze(-1) * v).to(x.dtype)
@@ -92,5 +93,5 @@ def correct(
     dimension(op, x, "x")
     size = checks.number(op, "step_size", step_size, lead, x.device, result_dtype(x))
     drawn = keys_beside(x, checks.key(op, key, generator, lead, x.device), lead)
-    corrected: Tensor = torch.ops.dlcore.sphere_correct(x, score, beside(x, size.expand(lead)), drawn)
+    corrected: Tensor = torch.ops.dlcore.sphere_correct(x, score, beside(x, expanded(size, lead)), drawn)
     return corrected

@@ -26,6 +26,7 @@ from torch import Tensor
 from dlcore import _checks as checks
 from dlcore import _registry  # noqa: F401  (stands the backends behind the ops)
 from dlcore._beside import beside
+from dlcore._tensors import broadcast, expanded
 
 __all__ = ["angle", "exp_map", "log_map", "normalize", "project", "rotate", "slerp"]
 
@@ -41,14 +42,14 @@ def vectors(op: str, **named: Tensor) -> list[Tensor]:
             shapes = f"{tuple(first.shape)} and {tuple(x.shape)}"
             raise ValueError(f"{op}: {first_name} and {name} must have the same last dimension, got {shapes}")
     try:
-        shape = torch.broadcast_shapes(*(x.shape for x in named.values()))
+        shape = broadcast(*(x.shape for x in named.values()))
     except RuntimeError as error:
         shapes = ", ".join(f"{name} {tuple(x.shape)}" for name, x in named.items())
         raise ValueError(f"{op}: leading dimensions must broadcast, got {shapes}") from error
     dtype = first.dtype
     for _, x in others:
-        dtype = torch.promote_types(dtype, x.dtype)
-    return [x.to(dtype).expand(shape) for x in named.values()]
+        dtype = dtype if x.dtype == dtype else torch.promote_types(dtype, x.dtype)
+    return [expanded(x if x.dtype == dtype else x.to(dtype), shape) for x in named.values()]
 
 
 def dimension(op: str, x: Tensor, name: str) -> int:
@@ -119,7 +120,7 @@ def slerp(x: Tensor, y: Tensor, t: float | Tensor) -> Tensor:
     lead = x.shape[:-1]
     share = checks.number(op, "t", t, lead, x.device, torch.promote_types(x.dtype, torch.float32))
     checks.within(op, "t", share, -torch.inf, torch.inf, "()")
-    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, beside(x, share.expand(lead)))
+    point: Tensor = torch.ops.dlcore.sphere_slerp(x, y, beside(x, expanded(share, lead)))
     return point
 
 

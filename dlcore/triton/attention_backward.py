@@ -21,23 +21,26 @@ from dlcore.triton.attention_shapes import (
     GRAD_Q,
     SINGLE_GRAD,
     bounds_stride,
+    described,
     dims,
     rows_contiguous,
     tiles,
     width,
 )
-from dlcore.triton.attention_tiles import load_rows
+from dlcore.triton.attention_tiles import LOG2E, load_rows
 from dlcore.triton.launch import ceil_div, launch
 
 
-@triton.jit(do_not_specialize=["total", "queries", "heads"])
+@triton.jit(do_not_specialize=["queries", "heads"])
 def delta_kernel(
     out_ptr,
     grad_ptr,
+    lse_ptr,
     grad_lse_ptr,
+    level_ptr,
     delta_ptr,
-    total,
     queries,
+    padded,
     heads,
     out_batch,
     out_row,
@@ -49,19 +52,30 @@ def delta_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """out · grad - grad_lse of each row (B, Hq, S): what the gradient of its scores is measured from."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    inside = row < total
-    query, head, sequence = row % queries, row // queries % heads, row // queries // heads
-    place = sequence * out_batch + query * out_row + head * out_head
+    """lse in base 2 and out · grad - grad_lse, from which the gradients of scores are measured.
+
+    Both (B, Hq, padded); rows past the last, and rows that see nothing, have the level inf: no weight.
+    """
+    first = tl.program_id(0).to(tl.int64) * BLOCK_R
+    of_head = first // padded
+    sequence, head = of_head // heads, of_head % heads
+    row = first % padded + tl.arange(0, BLOCK_R)
+    inside = row < queries
+    place = sequence * out_batch + row * out_row + head * out_head
     out = load_rows(out_ptr, place, inside, VALUE_DIM, BLOCK_V, True).to(tl.float32)
-    place = sequence * grad_batch + query * grad_row + head * grad_head
+    place = sequence * grad_batch + row * grad_row + head * grad_head
     grad = load_rows(grad_ptr, place, inside, VALUE_DIM, BLOCK_V, True).to(tl.float32)
-    delta = tl.sum(out * grad, 1) - tl.load(grad_lse_ptr + row, mask=inside, other=0.0)
-    tl.store(delta_ptr + row, delta, mask=inside)
+    place = of_head * queries + row
+    delta = tl.sum(out * grad, 1) - tl.load(grad_lse_ptr + place, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + place, mask=inside, other=float("-inf"))
+    place = of_head * padded + row
+    tl.store(level_ptr + place, tl.where(lse == float("-inf"), float("inf"), lse * LOG2E))
+    tl.store(delta_ptr + place, delta)
 
 
 _DELTA_ROWS = 32
+#: Of levels and deltas, so that query tiles read them unmasked.
+_PADDING = 128
 #: Query tiles that the plan looks at together.
 _PLANNED = 32
 
@@ -87,35 +101,40 @@ def intervals_backward(
     keys, kv_heads = k.shape[1:3]
     if q.numel() == 0 or k.numel() == 0:
         return dq.zero_(), dk.zero_(), dv.zero_()
-    delta = torch.empty_like(lse)
+    padded = ceil_div(queries, _PADDING) * _PADDING
+    level, delta = torch.empty((2, batch, heads, padded), dtype=torch.float32, device=q.device).unbind(0)
     launch(
         delta_kernel,
-        ceil_div(lse.numel(), _DELTA_ROWS),
+        delta.numel() // _DELTA_ROWS,
         q,
-        *(out, grad, grad_lse, delta, lse.numel(), queries, heads),
+        *(out, grad, lse, grad_lse, level, delta, queries, padded, heads),
         *(*out.stride()[:3], *grad.stride()[:3]),
         VALUE_DIM=v.shape[3],
         BLOCK_R=_DELTA_ROWS,
         BLOCK_V=width(v.shape[3]),
     )
-    inputs = (q, k, v, grad, lse, delta)
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *grad.stride()[:3])
-    sizes = (queries, keys, bounds_stride(starts))
+    sizes = (queries, padded, keys, bounds_stride(starts))
     shared = dims(q, k, v) | {"SOFTCAP": softcap > 0}
     rows = queries * heads // kv_heads
 
     shape = tiles(GRAD_Q, SINGLE_GRAD, q, v)
+    by_tiles = described(shape.keys, k, v)
     launch(
         grad_q_kernel,
         ceil_div(rows, shape.rows) * kv_heads * batch,
         q,
-        *(*inputs, dq, starts, stops, float(scale), float(softcap), *sizes, *strides),
+        *(q, *(by_tiles or (k, v)), grad, level, delta, dq),
+        *(starts, stops, float(scale), float(softcap), *sizes, *strides),
+        DESCRIBED=by_tiles is not None,
         **shared,
         **shape.meta(),
     )
 
     shape = tiles(GRAD_KV, SINGLE_GRAD, q, v)
-    row_tiles, key_tiles = ceil_div(rows, shape.rows), ceil_div(keys, shape.keys)
+    by_tiles = described(shape.rows, q, grad)
+    q_rows, grad_rows = by_tiles or (q, grad)
+    row_tiles, key_tiles = ceil_div(queries, shape.rows), ceil_div(keys, shape.keys)
     plans = starts.shape[0]
     lists = torch.empty((plans, key_tiles, row_tiles), dtype=torch.int32, device=q.device)
     counts = torch.empty((plans, key_tiles, 2), dtype=torch.int32, device=q.device)
@@ -123,8 +142,7 @@ def intervals_backward(
         plan_kernel,
         (key_tiles, plans),
         q,
-        *(starts, stops, lists, counts, *sizes),
-        GROUP=shared["GROUP"],
+        *(starts, stops, lists, counts, queries, keys, bounds_stride(starts)),
         BLOCK_M=shape.rows,
         BLOCK_N=shape.keys,
         TILES=_PLANNED,
@@ -133,8 +151,10 @@ def intervals_backward(
         grad_kv_kernel,
         key_tiles * kv_heads * batch,
         q,
-        *(*inputs, dk, dv, starts, stops, lists, counts, float(scale), float(softcap)),
+        *(q_rows, k, v, grad_rows, level, delta, dk, dv),
+        *(starts, stops, lists, counts, float(scale), float(softcap)),
         *(*sizes, int(plans > 1), *strides),
+        DESCRIBED=by_tiles is not None,
         **shared,
         **shape.meta(),
     )

@@ -13,6 +13,7 @@ from torch import Tensor
 from dlcore.triton.attention_shapes import (
     EXAMPLES,
     bounds_stride,
+    described,
     dims,
     forward_tiles,
     rows_contiguous,
@@ -24,6 +25,7 @@ from dlcore.triton.attention_tiles import (
     NEVER,
     base_2_scores,
     count_whole,
+    described_rows,
     finite,
     hull,
     intervals_of,
@@ -53,13 +55,13 @@ def _load(
     COLUMNS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    PAGED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """The tile of keys or values from `at` on; if MASKED, 0 outside of [low, high), whatever is there."""
-    keys, pages, page_size, num_pages = paging
+    keys, pages, num_pages = paging
     key = at + tl.arange(0, BLOCK_N)
-    place = places(key, keys, row_stride, page_stride, pages, page_size, num_pages, PAGED)
+    place = places(key, keys, row_stride, page_stride, pages, num_pages, PAGE_SIZE, MASKED)
     return load_rows(source, place, (key >= low) & (key < high), COLUMNS, BLOCK, MASKED)
 
 
@@ -74,6 +76,7 @@ def _absorb(
     scale,
     softcap,
     SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
@@ -84,14 +87,14 @@ def _absorb(
     """
     total, top, out = state
     products = product(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
-    if MASKED or SOFTCAP:
+    if MASKED or SOFTCAP or NEGATIVE:
         scores = base_2_scores(products, scale, softcap, SOFTCAP)
         if MASKED:
             visible = sees(at + tl.arange(0, BLOCK_N), seen, 0)
             scores = tl.where(visible, scores, float("-inf"))
         higher = tl.maximum(top, tl.max(scores, 1))
     else:
-        # The scale is positive, and one multiply-add per score is enough.
+        # With a scale that is not negative one multiply-add per score is enough.
         scores = products * (scale * LOG2E)
         higher = tl.maximum(top, tl.max(products, 1) * (scale * LOG2E))
     # Nothing seen so far, -inf minus -inf, is no NaN.
@@ -113,6 +116,8 @@ def forward_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
+    k_tiles,
+    v_tiles,
     out_ptr,
     lse_ptr,
     starts,
@@ -125,7 +130,6 @@ def forward_kernel(
     keys,
     bounds_stride,
     pages,
-    page_size,
     num_pages,
     splits,
     q_batch,
@@ -145,13 +149,15 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
-    PAGED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     SPLIT: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
     """A program has a query tile of one key head and, if SPLIT, one of `splits` parts of what it sees.
 
-    out and lse are (splits, B, S, Hq, Dv) and (splits, B, Hq, S); a part's are float32.
+    out and lse are (splits, B, S, Hq, Dv) and (splits, B, Hq, S); a part's are float32. k_tiles and v_tiles,
+    if any, are descriptors by which whole tiles are read. NEGATIVE: the scale is.
     """
     rows = queries * GROUP
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
@@ -178,34 +184,41 @@ def forward_kernel(
 
     place = query.to(tl.int64) * q_row + (head * GROUP + member).to(tl.int64) * q_head
     q = load_rows(q_ptr + sequence * q_batch, place, inside, DIM, BLOCK_D, False)
-    q = (q.to(tl.float32) * tl.where(scale < 0, -1.0, 1.0)).to(q.dtype)
-    scale = tl.abs(scale)
     k_ptr += head.to(tl.int64) * k_head
     v_ptr += head.to(tl.int64) * v_head
-    if PAGED:
+    if PAGE_SIZE:
         page_table += sequence * pages
     else:
         k_ptr += sequence * k_batch
         v_ptr += sequence * v_batch
-    paging = (keys, page_table, page_size, num_pages)
+    paging = (keys, page_table, num_pages)
 
     total = tl.zeros([BLOCK_M], tl.float32)
     top = tl.full([BLOCK_M], float("-inf"), tl.float32)
     out = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i in range(0, count_whole(whole, BLOCK_N)):
         at = whole_tile(whole, i, BLOCK_N)
-        k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, False)
-        v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, False)
+        if k_tiles is None:
+            k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, False)
+        else:
+            k = described_rows(k_tiles, sequence, head, at, BLOCK_N, BLOCK_D)
+        if v_tiles is None:
+            v = _load(
+                at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, False
+            )
+        else:
+            v = described_rows(v_tiles, sequence, head, at, BLOCK_N, BLOCK_V)
         total, top, out = _absorb(
-            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, False, False
+            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, NEGATIVE, BLOCK_N, False, False
         )
 
+    # A second `for` here is more than Triton 3.7 can compile for sm_100.
     at = next_tile(0, seen, whole, BLOCK_N)
     while at < NEVER:
-        k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, True)
-        v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, True)
+        k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, True)
+        v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, True)
         total, top, out = _absorb(
-            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, False
+            (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, NEGATIVE, BLOCK_N, True, False
         )
         at = next_tile(at + BLOCK_N, seen, whole, BLOCK_N)
 
@@ -217,10 +230,12 @@ def forward_kernel(
         whole = (0, 0, 0, 0)
         at = next_tile(0, seen, whole, BLOCK_N)
         while at < NEVER:
-            k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGED, True)
-            v = _load(at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGED, True)
+            k = _load(at, low, high, k_ptr, k_row, k_batch, paging, DIM, BLOCK_D, BLOCK_N, PAGE_SIZE, True)
+            v = _load(
+                at, low, high, v_ptr, v_row, v_batch, paging, VALUE_DIM, BLOCK_V, BLOCK_N, PAGE_SIZE, True
+            )
             total, top, out = _absorb(
-                (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, BLOCK_N, True, True
+                (total, top, out), q, k, v, at, seen, scale, softcap, SOFTCAP, NEGATIVE, BLOCK_N, True, True
             )
             at = next_tile(at + BLOCK_N, seen, whole, BLOCK_N)
 
@@ -324,16 +339,19 @@ def intervals(
     if splits > 1:
         parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=q.device)
         part_lse = torch.empty((splits, *lse.shape), dtype=torch.float32, device=q.device)
+    by_tiles = described(tiles.keys, k, v) if page_table is None else None
     launch(
         forward_kernel,
         programs * splits,
         q,
-        *(q, k, v, parts, part_lse, starts, stops, page_table, float(scale), float(softcap)),
-        *(batch, queries, keys, bounds_stride(starts), pages, k.shape[1], k.shape[0], splits),
+        *(q, k, v, *(by_tiles or (None, None)), parts, part_lse, starts, stops, page_table),
+        *(float(scale), float(softcap), batch, queries, keys, bounds_stride(starts)),
+        *(pages, k.shape[0], splits),
         *(*q.stride()[:3], *k.stride()[:3], *v.stride()[:3]),
-        PAGED=page_table is not None,
+        PAGE_SIZE=0 if page_table is None else k.shape[1],
         SPLIT=splits > 1,
         SOFTCAP=softcap > 0,
+        NEGATIVE=scale < 0,
         **dims(q, k, v),
         **tiles.meta(),
     )

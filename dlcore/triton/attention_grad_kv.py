@@ -6,12 +6,11 @@ import triton
 import triton.language as tl
 
 from dlcore.triton.attention_tiles import (
+    described_rows,
     finite,
     intervals_of,
     is_nan_anywhere,
     load_rows,
-    lse_in_base_2,
-    packed_rows,
     sees,
     store_rows,
     weights_and_slopes,
@@ -28,7 +27,6 @@ def plan_kernel(
     queries,
     keys,
     bounds_stride,
-    GROUP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
@@ -36,8 +34,7 @@ def plan_kernel(
     """For a key tile, the query tiles whose rows all see it whole, from the front of its list, and those of
     which some row sees some of it, from the back; and how many there are of both."""
     key_tile, sequence = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    rows = queries * GROUP
-    tiles = (rows + BLOCK_M - 1) // BLOCK_M
+    tiles = (queries + BLOCK_M - 1) // BLOCK_M
     low = key_tile * BLOCK_N
     lists += (sequence * tl.num_programs(0) + key_tile) * tiles
     counts += (sequence * tl.num_programs(0) + key_tile) * 2
@@ -46,9 +43,9 @@ def plan_kernel(
     whole, partly = 0, 0
     for first in range(0, tiles, TILES):
         tile = first + tl.arange(0, TILES)
-        row = tl.minimum(tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], rows - 1)
+        query = tl.minimum(tile[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :], queries - 1)
         high = tl.minimum(low + BLOCK_N, keys)
-        start_a, stop_a, start_b, stop_b = intervals_of(starts, stops, row // GROUP, low, high)
+        start_a, stop_a, start_b, stop_b = intervals_of(starts, stops, query, low, high)
         all_seen = (stop_a - start_a == BLOCK_N) | (stop_b - start_b == BLOCK_N)
         some = (tl.max(tl.maximum(stop_a, stop_b), 1) > 0) & (tile < tiles)
         complete = (some & (tl.min(all_seen.to(tl.int32), 1) > 0)).to(tl.int32)
@@ -69,11 +66,11 @@ def _add_rows(
     v,
     key,
     tile,
+    member,
     source,
     bounds,
     scale,
     softcap,
-    GROUP: tl.constexpr,
     DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -82,19 +79,27 @@ def _add_rows(
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """What a query tile adds to the gradients of a key tile; keys are down, rows across.
 
     GUARDED rows are 0 where not finite, and their gradients NaN for the keys that they see.
     """
-    q_ptr, q_row, q_head, grad_ptr, grad_row, grad_head, lse_ptr, delta_ptr = source
-    starts, stops, queries, keys = bounds
-    query, member, inside = packed_rows(tile, queries * GROUP, GROUP, BLOCK_M)
-    row, member = query.to(tl.int64), member.to(tl.int64)
-    q = load_rows(q_ptr, row * q_row + member * q_head, inside, DIM, BLOCK_D, True)
-    grad = load_rows(grad_ptr, row * grad_row + member * grad_head, inside, VALUE_DIM, BLOCK_V, True)
-    place = member * queries + row
-    level, delta = lse_in_base_2(tl.load(lse_ptr + place)), tl.load(delta_ptr + place)
+    q_ptr, q_row, q_head, grad_ptr, grad_row, grad_head, level_ptr, delta_ptr, sequence, head = source
+    starts, stops, queries, padded, keys = bounds
+    member = member.to(tl.int64)
+    query = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    before = member * padded
+    level, delta = tl.load(level_ptr + before + query), tl.load(delta_ptr + before + query)
+    inside = query < queries
+    query = tl.minimum(query, queries - 1)
+    if DESCRIBED:
+        q = described_rows(q_ptr, sequence, head + member, tile * BLOCK_M, BLOCK_M, BLOCK_D)
+        grad = described_rows(grad_ptr, sequence, head + member, tile * BLOCK_M, BLOCK_M, BLOCK_V)
+    else:
+        row = query.to(tl.int64)
+        q = load_rows(q_ptr + member * q_head, row * q_row, inside, DIM, BLOCK_D, True)
+        grad = load_rows(grad_ptr + member * grad_head, row * grad_row, inside, VALUE_DIM, BLOCK_V, True)
     blank = tl.zeros([k.shape[0], BLOCK_M], tl.float32)
     products, pull = product(k, tl.trans(q), blank), product(v, tl.trans(grad), blank)
     weights, slopes = weights_and_slopes(
@@ -118,7 +123,7 @@ def grad_kv_kernel(
     k_ptr,
     v_ptr,
     grad_ptr,
-    lse_ptr,
+    level_ptr,
     delta_ptr,
     grad_k_ptr,
     grad_v_ptr,
@@ -129,6 +134,7 @@ def grad_kv_kernel(
     scale,
     softcap,
     queries,
+    padded,
     keys,
     bounds_stride,
     lists_stride,
@@ -153,13 +159,14 @@ def grad_kv_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """A program has a key tile of one head and visits the query tiles, of the whole group, on its list.
+    """A program has a key tile of one head and visits the query tiles on its list, for every head of a group.
 
-    Scores stand with keys down and rows across. `lists_stride` is 1 where each sequence has lists, else 0.
+    Scores stand with keys down and rows across. `lists_stride` is 1 where each sequence has lists, else 0. If
+    DESCRIBED, q_ptr and grad_ptr are descriptors; level and delta are (B, Hq, padded).
     """
-    rows = queries * GROUP
-    tiles = (rows + BLOCK_M - 1) // BLOCK_M
+    tiles = (queries + BLOCK_M - 1) // BLOCK_M
     key_tiles = (keys + BLOCK_N - 1) // BLOCK_N
     program = tl.program_id(0)
     key_tile = program % key_tiles
@@ -175,9 +182,10 @@ def grad_kv_kernel(
     v = load_rows(
         v_ptr + sequence * v_batch + head * v_head, key_row * v_row, known, VALUE_DIM, BLOCK_V, True
     )
-    q_ptr += sequence * q_batch + head * GROUP * q_head
-    grad_ptr += sequence * grad_batch + head * GROUP * grad_head
-    rows_before = (sequence * HEADS + head) * GROUP * queries
+    if not DESCRIBED:
+        q_ptr += sequence * q_batch + head * GROUP * q_head
+        grad_ptr += sequence * grad_batch + head * GROUP * grad_head
+    rows_before = (sequence * HEADS + head) * GROUP * padded
     source = (
         q_ptr,
         q_row,
@@ -185,15 +193,17 @@ def grad_kv_kernel(
         grad_ptr,
         grad_row,
         grad_head,
-        lse_ptr + rows_before,
+        level_ptr + rows_before,
         delta_ptr + rows_before,
+        sequence,
+        head * GROUP,
     )
-    bounds = (starts + sequence * bounds_stride, stops + sequence * bounds_stride, queries, keys)
+    bounds = (starts + sequence * bounds_stride, stops + sequence * bounds_stride, queries, padded, keys)
     grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
 
-    for i in range(0, whole):
-        tile = tl.load(lists + i)
+    for i in range(0, whole * GROUP):
+        tile, member = tl.load(lists + i % whole), i // whole
         grad_k, grad_v = _add_rows(
             grad_k,
             grad_v,
@@ -201,11 +211,11 @@ def grad_kv_kernel(
             v,
             key,
             tile,
+            member,
             source,
             bounds,
             scale,
             softcap,
-            GROUP,
             DIM,
             VALUE_DIM,
             BLOCK_M,
@@ -214,12 +224,13 @@ def grad_kv_kernel(
             SOFTCAP,
             False,
             False,
+            DESCRIBED,
         )
 
     # A second `for` here is more than Triton 3.7 can compile for sm_100.
     i = 0
-    while i < partly:
-        tile = tl.load(lists + tiles - 1 - i)
+    while i < partly * GROUP:
+        tile, member = tl.load(lists + tiles - 1 - i % partly), i // partly
         grad_k, grad_v = _add_rows(
             grad_k,
             grad_v,
@@ -227,11 +238,11 @@ def grad_kv_kernel(
             v,
             key,
             tile,
+            member,
             source,
             bounds,
             scale,
             softcap,
-            GROUP,
             DIM,
             VALUE_DIM,
             BLOCK_M,
@@ -240,6 +251,7 @@ def grad_kv_kernel(
             SOFTCAP,
             True,
             False,
+            DESCRIBED,
         )
         i += 1
 
@@ -247,7 +259,8 @@ def grad_kv_kernel(
         # A row that is not finite, times the weight 0 of a key that it does not see.
         grad_k = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         grad_v = tl.zeros([BLOCK_N, BLOCK_V], tl.float32)
-        for i in range(0, whole + partly):
+        for j in range(0, (whole + partly) * GROUP):
+            i, member = j % (whole + partly), j // (whole + partly)
             tile = tl.load(lists + tl.where(i < whole, i, tiles - 1 - (i - whole)))
             grad_k, grad_v = _add_rows(
                 grad_k,
@@ -256,11 +269,11 @@ def grad_kv_kernel(
                 v,
                 key,
                 tile,
+                member,
                 source,
                 bounds,
                 scale,
                 softcap,
-                GROUP,
                 DIM,
                 VALUE_DIM,
                 BLOCK_M,
@@ -269,6 +282,7 @@ def grad_kv_kernel(
                 SOFTCAP,
                 True,
                 True,
+                DESCRIBED,
             )
 
     place = (sequence * keys + key_row) * HEADS + head

@@ -8,12 +8,12 @@ import triton.language as tl
 from dlcore.triton.attention_tiles import (
     NEVER,
     count_whole,
+    described_rows,
     finite,
     hull,
     intervals_of,
     is_nan_anywhere,
     load_rows,
-    lse_in_base_2,
     next_tile,
     packed_rows,
     sees,
@@ -44,14 +44,19 @@ def _add_keys(
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     GUARDED: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
     """What the key tile at `at` adds to the gradient of a query tile; GUARDED keys are 0 where not finite."""
     q, grad, level, delta = rows
-    k_ptr, k_row, v_ptr, v_row, keys = source
+    k_ptr, k_row, v_ptr, v_row, keys, sequence, head = source
     key = at + tl.arange(0, BLOCK_N)
-    used, key_row = (key >= low) & (key < high), tl.minimum(key, keys - 1).to(tl.int64)
-    k = load_rows(k_ptr, key_row * k_row, used, DIM, BLOCK_D, MASKED)
-    v = load_rows(v_ptr, key_row * v_row, used, VALUE_DIM, BLOCK_V, MASKED)
+    if DESCRIBED:
+        k = described_rows(k_ptr, sequence, head, at, BLOCK_N, BLOCK_D)
+        v = described_rows(v_ptr, sequence, head, at, BLOCK_N, BLOCK_V)
+    else:
+        used, key_row = (key >= low) & (key < high), tl.minimum(key, keys - 1).to(tl.int64)
+        k = load_rows(k_ptr, key_row * k_row, used, DIM, BLOCK_D, MASKED)
+        v = load_rows(v_ptr, key_row * v_row, used, VALUE_DIM, BLOCK_V, MASKED)
     blank = tl.zeros([q.shape[0], BLOCK_N], tl.float32)
     products, pull = product(q, tl.trans(k), blank), product(grad, tl.trans(v), blank)
     _, slopes = weights_and_slopes(products, pull, level[:, None], delta[:, None], scale, softcap, SOFTCAP)
@@ -68,7 +73,7 @@ def grad_q_kernel(
     k_ptr,
     v_ptr,
     grad_ptr,
-    lse_ptr,
+    level_ptr,
     delta_ptr,
     grad_q_ptr,
     starts,
@@ -76,6 +81,7 @@ def grad_q_kernel(
     scale,
     softcap,
     queries,
+    padded,
     keys,
     bounds_stride,
     q_batch,
@@ -99,8 +105,12 @@ def grad_q_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    DESCRIBED: tl.constexpr,
 ):
-    """A program has a query tile of one key head and visits the key tiles that it sees."""
+    """A program has a query tile of one key head and visits the key tiles that it sees.
+
+    If DESCRIBED, k_ptr and v_ptr are descriptors; level and delta are (B, Hq, padded).
+    """
     rows = queries * GROUP
     tiles = (rows + BLOCK_M - 1) // BLOCK_M
     program = tl.program_id(0)
@@ -118,11 +128,12 @@ def grad_q_kernel(
     q = load_rows(q_ptr + sequence * q_batch, place, inside, DIM, BLOCK_D, False)
     place = row * grad_row + query_head * grad_head
     grad = load_rows(grad_ptr + sequence * grad_batch, place, inside, VALUE_DIM, BLOCK_V, False)
-    place = (sequence * (HEADS * GROUP) + query_head) * queries + row
-    own = (q, grad, lse_in_base_2(tl.load(lse_ptr + place)), tl.load(delta_ptr + place))
-    k_ptr += sequence * k_batch + head * k_head
-    v_ptr += sequence * v_batch + head * v_head
-    source = (k_ptr, k_row, v_ptr, v_row, keys)
+    place = (sequence * (HEADS * GROUP) + query_head) * padded + row
+    own = (q, grad, tl.load(level_ptr + place), tl.load(delta_ptr + place))
+    if not DESCRIBED:
+        k_ptr += sequence * k_batch + head * k_head
+        v_ptr += sequence * v_batch + head * v_head
+    source = (k_ptr, k_row, v_ptr, v_row, keys, sequence, head)
     grad_q = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
     for i in range(0, count_whole(whole, BLOCK_N)):
@@ -145,6 +156,7 @@ def grad_q_kernel(
             SOFTCAP,
             False,
             False,
+            DESCRIBED,
         )
 
     at = next_tile(0, seen, whole, BLOCK_N)
@@ -167,6 +179,7 @@ def grad_q_kernel(
             SOFTCAP,
             True,
             False,
+            DESCRIBED,
         )
         at = next_tile(at + BLOCK_N, seen, whole, BLOCK_N)
 
@@ -194,6 +207,7 @@ def grad_q_kernel(
                 SOFTCAP,
                 True,
                 True,
+                DESCRIBED,
             )
             at = next_tile(at + BLOCK_N, seen, nothing, BLOCK_N)
 

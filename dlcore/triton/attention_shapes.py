@@ -7,10 +7,12 @@ memory there, and to 227 KiB from 9.0 on.
 from __future__ import annotations
 
 import logging
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlcore.triton.launch import power_of_two
 
@@ -38,10 +40,10 @@ class Tiles(NamedTuple):
 
 Shapes = dict[int, Tiles]
 
-#: By the larger head dimension, rounded up to a power of two.
+#: By the larger head dimension, rounded up to a power of two. Of 128: the fastest of seven on an H200.
 FORWARD: Shapes = {
     64: Tiles(128, 128, 8, 3),
-    128: Tiles(128, 128, 8, 2),
+    128: Tiles(128, 64, 8, 3),
     256: Tiles(128, 64, 8, 2),
     512: Tiles(64, 32, 8, 2),
 }
@@ -53,14 +55,14 @@ DECODE: Shapes = {
     512: Tiles(64, 32, 8, 2),
 }
 GRAD_Q: Shapes = {
-    64: Tiles(128, 64, 8, 2),
-    128: Tiles(128, 64, 8, 2),
+    64: Tiles(128, 64, 8, 3),
+    128: Tiles(128, 64, 8, 3),
     256: Tiles(64, 32, 8, 2),
     512: Tiles(32, 32, 8, 1),
 }
 GRAD_KV: Shapes = {
-    64: Tiles(64, 128, 8, 2),
-    128: Tiles(64, 128, 8, 2),
+    64: Tiles(64, 128, 8, 3),
+    128: Tiles(64, 128, 8, 3),
     256: Tiles(32, 64, 8, 2),
     512: Tiles(32, 32, 8, 1),
 }
@@ -111,6 +113,31 @@ def rows_contiguous(x: Tensor) -> Tensor:
         return x
     logger.info("copied a %s tensor: its last dimension has stride %d", tuple(x.shape), x.stride(-1))
     return x.contiguous()
+
+
+#: The compute capability from which on a tile is copied by the hardware that reads descriptors.
+_DESCRIBED_FROM = 9
+
+
+@lru_cache(maxsize=16)
+def _has_descriptors(device: torch.device) -> bool:
+    """Also where there is no GPU: the interpreter reads them, and compilers replace them."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= _DESCRIBED_FROM
+
+
+def described(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
+    """Descriptors of tensors (B, S, H, D) as (B, H, S, D), in tiles of so many rows of a head; None where the
+    device, the dtype or the layout of one does not allow for it."""
+    for x in tensors:
+        strided = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:3])
+        aligned = strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
+        if x.element_size() != 2 or x.numel() == 0 or not aligned or not _has_descriptors(x.device):
+            return None
+    of_heads = [x.transpose(1, 2) for x in tensors]
+    return tuple(
+        TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width(x.shape[3])])
+        for x in of_heads
+    )
 
 
 def dims(q: Tensor, k: Tensor, v: Tensor) -> dict[str, int]:

@@ -103,15 +103,32 @@ def sees(key, seen, ROW_AXIS: tl.constexpr):
 
 
 @triton.jit
-def places(key, keys, row_stride, page_stride, pages, page_size, num_pages, PAGED: tl.constexpr):
-    """Where the rows of these keys lie; a key past the last is the last."""
-    key = tl.minimum(key, keys - 1)
-    if PAGED:
-        page = tl.load(pages + key // page_size)
+def places(
+    key,
+    keys,
+    row_stride,
+    page_stride,
+    pages,
+    num_pages,
+    PAGE_SIZE: tl.constexpr,
+    BEYOND: tl.constexpr,
+):
+    """Where the rows of these keys lie, in pages if these have a size; if some may lie BEYOND the last, they
+    lie there."""
+    if BEYOND:
+        key = tl.minimum(key, keys - 1)
+    if PAGE_SIZE:
+        page = tl.load(pages + key // PAGE_SIZE)
         page = tl.minimum(tl.maximum(page, 0), num_pages - 1)
-        return page.to(tl.int64) * page_stride + (key % page_size).to(tl.int64) * row_stride
+        return page.to(tl.int64) * page_stride + (key % PAGE_SIZE).to(tl.int64) * row_stride
     else:
         return key.to(tl.int64) * row_stride
+
+
+@triton.jit
+def described_rows(tiles, sequence, head, first, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """The tile (ROWS, BLOCK) of a described tensor (B, H, S, D) from row `first` on, 0 outside of it."""
+    return tiles.load([sequence.to(tl.int32), head.to(tl.int32), first, 0]).reshape(ROWS, BLOCK)
 
 
 @triton.jit
@@ -176,8 +193,3 @@ def weights_and_slopes(products, pull, level, delta, scale, softcap, SOFTCAP: tl
     else:
         weights = tl.exp2(products * (scale * LOG2E) - level)
         return weights, weights * (pull - delta)
-
-
-@triton.jit
-def lse_in_base_2(lse):
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2E)

@@ -210,11 +210,15 @@ def bits_decode_kernel(
     tl.store(tokens + row, tl.where(broken > 0, -1, code), row < rows)
 
 
-def _tiling(rows: int, columns: int) -> tuple[int, int, dict[str, Any]]:
-    """So many programs, tiles abreast in a row, and the programs' constants."""
+def _tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, int, dict[str, Any]]:
+    """So many programs, tiles abreast in a row, and the programs' constants.
+
+    With `noise` a program is one warp: what it takes to find a row's key is done by every warp of it.
+    """
     block = power_of_two(columns, 16, _TILE)
     spans, height = ceil_div(columns, block), _TILE // block
-    return ceil_div(rows, height) * spans, spans, {"ROWS": height, "BLOCK": block, "num_warps": 4}
+    constants = {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4}
+    return ceil_div(rows, height) * spans, spans, constants
 
 
 def _parameters(values: Tensor, x: Tensor) -> tuple[Tensor, int]:
@@ -319,7 +323,7 @@ def step(
     moved, probs = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     values, form = _parameters(coefficients, x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    programs, spans, constants = _tiling(rows, columns)
+    programs, spans, constants = _tiling(rows, columns, noise=key is not None)
     launch(
         bits_step_kernel,
         programs,
@@ -349,7 +353,7 @@ def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     spreads, form = _parameters(spread.unsqueeze(0), x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    programs, spans, constants = _tiling(rows, columns)
+    programs, spans, constants = _tiling(rows, columns, noise=True)
     launch(
         bits_perturb_kernel,
         programs,

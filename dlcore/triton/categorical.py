@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.triton import noise
 from dlcore.triton.categorical_cut import cuts
 from dlcore.triton.categorical_scan import (
@@ -264,8 +265,8 @@ def stats(
     lead = logits.shape[:-1]
     softmax = Softmax(lead, index, shift, temperature, softcap, exclude)
     state = scan_head((logits, weight, bias), softmax)
-    argmax = torch.empty(lead, dtype=torch.int64, device=logits.device)
-    numbers = torch.empty((6, *lead), dtype=torch.float32, device=logits.device)
+    argmax = empty(lead, torch.int64, logits.device)
+    numbers = empty((6, *lead), torch.float32, logits.device)
     _finish(state, None, softmax, argmax, None, numbers)
     return argmax, numbers
 
@@ -322,7 +323,7 @@ def sample(
         state = drawn = scan_head(head, softmax, key=key)
     else:
         shape = (logits.shape[:-1].numel(), ceil_div(vocab_size(head), GROUP))
-        tops = torch.empty(shape, dtype=torch.float32, device=logits.device)
+        tops = empty(shape, torch.float32, logits.device)
         state = scan(head, softmax, tops=tops)
         cut = cuts(head, softmax, state, tops, top_k, top_p, min_p)
         drawn = scan(head, softmax, key=key, cuts=cut)
@@ -331,8 +332,8 @@ def sample(
 
 def finish_sample(state: State, drawn: State, softmax: Softmax, lead: torch.Size) -> tuple[Tensor, Tensor]:
     """Tokens and argmax (2, ...), numbers (7, ...); `drawn` is the state that drew."""
-    tokens = torch.empty((2, *lead), dtype=torch.int64, device=state.numbers.device)
-    numbers = torch.empty((7, *lead), dtype=torch.float32, device=state.numbers.device)
+    tokens = empty((2, *lead), torch.int64, state.numbers.device)
+    numbers = empty((7, *lead), torch.float32, state.numbers.device)
     _finish(state, drawn, softmax, tokens[1], tokens[0], numbers)
     return tokens, numbers
 
@@ -355,8 +356,8 @@ def sample_mixture(
     softmax, rows = Softmax(lead, z, shift, temperature, softcap, exclude), z.numel()
     shared = coefficients.numel() == 6
     coefficients = coefficients.contiguous() if shared else coefficients.expand(*lead, 6).contiguous()
-    skip = torch.empty(lead, dtype=torch.uint8, device=z.device)
-    tokens = torch.empty(lead, dtype=torch.int64, device=z.device)
+    skip = empty(lead, torch.uint8, z.device)
+    tokens = empty(lead, torch.int64, z.device)
     plan = (coefficients, 0 if shared else 6, key, rows, skip)
     options = {"KEY_PER_ROW": key.dim() > 1, "BLOCK": _BLOCK}
     launch(plan_mixture_kernel, ceil_div(rows, _BLOCK), tokens, *plan, **options)
@@ -389,6 +390,10 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
         yield partial(summary, *head, *later)
         yield partial(sample, *head, *(None,) * 8, key)
         yield partial(sample, *head, *drawn)
+        # Of so many rows each is reduced by one warp.
+        yield partial(
+            sample, torch.empty(1024, vocab, dtype=dtype, device=device), None, None, *(None,) * 8, key
+        )
         yield partial(sample_mixture, *head, z, coefficients, -1, *(None,) * 4, key)
         weight = torch.empty(narrow, 64, dtype=dtype, device=device)
         linear = (torch.empty(many, 64, dtype=dtype, device=device), weight, None)

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.triton.categorical_scan import (
     INDEX_LOGIT,
     TARGET_LOGIT,
@@ -301,7 +302,7 @@ def log_probs(
     lead, target = logits.shape[:-1], target.contiguous()
     softmax = Softmax(lead, index, shift, None, softcap, exclude)
     state = scan((logits, weight, bias), softmax, target=target)
-    numbers = torch.empty((3, *lead), dtype=torch.float64, device=logits.device)
+    numbers = empty((3, *lead), torch.float64, logits.device)
     rows = target.numel()
     launch(
         finish_log_probs_kernel,
@@ -365,11 +366,11 @@ def kl(
     """(3, ...): KL(p || q), and the two logsumexps."""
     lead, device = p_logits.shape[:-1], p_logits.device
     rows, scale = lead.numel(), per_row(temperature, lead)
-    numbers = torch.empty((3, *lead), dtype=torch.float64, device=device)
-    state = torch.empty((5, rows), dtype=torch.float64, device=device)
+    numbers = empty((3, *lead), torch.float64, device)
+    state = empty((5, rows), torch.float64, device)
     for first, columns, views in _pairs((p_logits, p_weight, p_bias), (q_logits, q_weight, q_bias)):
         groups = ceil_div(columns, GROUP)
-        summaries = torch.empty((5, rows, groups), dtype=torch.float32, device=device)
+        summaries = empty((5, rows, groups), torch.float32, device)
         parts = ceil_div(groups, _BLOCK // GROUP)
         read = (*views, columns, *scale, summaries, rows, groups, parts)
         launch(kl_scan_kernel, rows * parts, numbers, *read, GROUPS=_BLOCK // GROUP, SIZE=GROUP)

@@ -17,14 +17,30 @@ from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, tiles
 from dlcore.triton.rows import Rows, row_offset
-from dlcore.triton.softmax import LN2, LOG2E, NONE, Softmax, entries, inverse_temperature, row_shift, summary
+from dlcore.triton.softmax import (
+    FLOOR,
+    LN2,
+    LOG2E,
+    NONE,
+    Softmax,
+    entries,
+    inverse_temperature,
+    row_shift,
+    transformed,
+)
 
-#: Groups that a program reads at once.
-_GROUPS = 16
-#: A tile of so many groups a row is reduced by one warp, so that more rows run side by side.
-_FEW_GROUPS = 32
-#: So many programs fill a device.
-_ENOUGH = 2048
+#: Groups that a program, which is a warp, reads at once: a quarter of its lanes each.
+_GROUPS = 4
+#: Registers that leave room for as many warps as a multiprocessor can take programs.
+_REGISTERS = 64
+#: So many programs fill a device, and keep all of it busy to the end.
+_ENOUGH = 131072
+#: A tile of so many groups a row, or so many rows, is reduced by one warp a row, so that more run side by
+#: side.
+_FEW_GROUPS, _MANY_ROWS = 32, 1024
+#: Groups that a warp, or four, take at a time then, and registers for it.
+_WARP_BLOCK, _BLOCK = 256, 1024
+_WARP_REGISTERS, _BLOCK_REGISTERS = 96, 128
 
 _SIZE = tl.constexpr(GROUP)
 
@@ -68,6 +84,21 @@ def cut_off(x, token, row, thresholds, last):
     return x
 
 
+@triton.jit
+def _column(token, first, columns):
+    """A token's column in a tile, int32; -1 outside."""
+    return tl.where((token >= first) & (token < first + columns), token - first, -1).to(tl.int32)
+
+
+@triton.jit
+def group_sums(x, scale):
+    """Of groups (groups, 4, 64) the largest entry, and Σ 2^d and Σ 2^d·d: d is the distance to it, scaled."""
+    top = tl.max(tl.max(x, 1), 1)
+    d = (x - tl.where(top > NONE, top, 0.0)[:, None, None]) * scale
+    e = tl.exp2(d)
+    return top, tl.sum(tl.sum(e, 1), 1), tl.sum(tl.sum(e * tl.maximum(d, FLOOR), 1), 1)
+
+
 @triton.jit(do_not_specialize=["first", "groups", "tiles", "parts", "rows", "exclude"])
 def scan_kernel(
     logits,
@@ -104,12 +135,30 @@ def scan_kernel(
     data = logits + row_offset(row, inner, outer_stride, inner_stride)
     out = summaries + row * groups
     size = rows.to(tl.int64) * groups
+    at = _column(at, first, columns)
+    if exclude is not None:
+        exclude = _column(exclude, first, columns)
+    # A quarter of a group for each of a lane's registers: few lanes share it.
+    quarter = tl.arange(0, 4)[None, :, None] * (_SIZE // 4) + tl.arange(0, _SIZE // 4)[None, None, :]
     for i in range(tiles):
-        group = (program % parts * tiles + i) * GROUPS + tl.arange(0, GROUPS)
-        column = group[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
-        x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-        x = cut_off(x, first + column, row, thresholds, last)
-        top, total, weighted = summary(x, scale)
+        begin = ((program % parts).to(tl.int32) * tiles + i) * GROUPS
+        group = begin + tl.arange(0, GROUPS)
+        column = group[:, None, None] * _SIZE + quarter
+        # Most tiles are whole, and their entries taken as they are.
+        plain = begin + GROUPS <= columns // _SIZE
+        if index is not None:
+            plain = plain & ((at < begin * _SIZE) | (at >= (begin + GROUPS) * _SIZE))
+        if exclude is not None:
+            plain = plain & ((exclude < begin * _SIZE) | (exclude >= (begin + GROUPS) * _SIZE))
+        if softcap is not None or thresholds is not None:
+            x = entries(data, column, columns, 0, at, bonus, softcap, exclude)
+            x = cut_off(x, first + column, row, thresholds, last)
+        else:
+            if plain:
+                x = tl.load(data + column).to(tl.float32)
+            else:
+                x = entries(data, column, columns, 0, at, bonus, softcap, exclude)
+        top, total, weighted = group_sums(x, scale)
         inside = group < groups
         tl.store(out + group, top, inside)
         tl.store(out + size + group, total, inside)
@@ -123,6 +172,18 @@ def _logit(data, token, columns, first, at, bonus, softcap, exclude, scale, befo
     column = tl.where(inside, token - first, columns)
     x = entries(data, column, columns, first, at, bonus, softcap, exclude)
     return tl.where(inside, x.to(tl.float64) * scale, before)
+
+
+@triton.jit
+def _group(data, group, columns, first, at, bonus, softcap, exclude, row, thresholds, last):
+    """The entries of a group, -inf if there is none."""
+    column = group * _SIZE + tl.arange(0, _SIZE)
+    inside = (column >= 0) & (column < columns)
+    x = tl.load(data + column, inside, NONE)
+    x = cut_off(
+        transformed(x, first + column, at, bonus, softcap, exclude), first + column, row, thresholds, last
+    )
+    return tl.where(inside, x, NONE)
 
 
 @triton.jit(do_not_specialize=["first", "groups", "anew", "rows", "exclude"])
@@ -181,6 +242,8 @@ def reduce_kernel(
     score = tl.load(state + SCORE * rows, old, NONE)
     best = tl.full((), -1, tl.int64)
     winner = tl.full((), -1, tl.int64)
+    if keys is not None:
+        seed, offset = noise.row_key(keys, row, KEY_PER_ROW)
     for start in range(0, groups, BLOCK):
         group = start + tl.arange(0, BLOCK)
         inside = group < groups
@@ -197,7 +260,7 @@ def reduce_kernel(
         part_top = largest.to(tl.float64) * scale
         others = tl.max(tl.where(tl.arange(0, BLOCK) == leader, NONE, m), 0).to(tl.float64) * scale
         if keys is not None:
-            drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.GROUP, first // _SIZE + group.to(tl.int64))
+            drawn = noise.gumbel_at(seed, offset, noise.GROUP, first // _SIZE + group.to(tl.int64))
             logs = (m - reference) * inverse + noise.log(tl.maximum(s, 1.0)) + drawn
             value, place = tl.max(tl.where(s > 0.0, logs, NONE), 0, return_indices=True)
             part_score = part_top + value.to(tl.float64)
@@ -216,40 +279,35 @@ def reduce_kernel(
         total = kept * total + taken * part
         top = most
     ids = tl.arange(0, _SIZE)
+    if places is None:
+        # Both groups are read before either is looked at.
+        leading = _group(data, best, columns, first, at, bonus, softcap, exclude, row, thresholds, last)
+        if keys is not None:
+            drawn_from = _group(
+                data, winner, columns, first, at, bonus, softcap, exclude, row, thresholds, last
+            )
+        _, place = tl.max(leading, 0, return_indices=True)
+        others = tl.max(tl.where(ids == place, NONE, leading), 0)
+    else:
+        place = tl.load(places + row * groups + best, best >= 0, 0)
+        others = tl.load(groups_of_row + 3 * size + best, best >= 0, NONE)
     # Set even if there is no law or nothing is kept: the state was not.
-    token = tl.full((), -1, tl.int64)
-    if best >= 0:
-        if places is None:
-            column = best * _SIZE + ids
-            x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-            x = cut_off(x, first + column, row, thresholds, last)
-            _, place = tl.max(x, 0, return_indices=True)
-            others = tl.max(tl.where(ids == place, NONE, x), 0)
-        else:
-            place = tl.load(places + row * groups + best)
-            others = tl.load(groups_of_row + 3 * size + best)
-        token = first + best * _SIZE + place
-        second = tl.maximum(second, others.to(tl.float64) * scale)
-    tl.store(tokens + row, token, (best >= 0) | (anew != 0))
+    found = best >= 0
+    second = tl.where(found, tl.maximum(second, others.to(tl.float64) * scale), second)
+    tl.store(tokens + row, tl.where(found, first + best * _SIZE + place, -1), found | (anew != 0))
     if keys is not None:
-        token = tl.full((), -1, tl.int64)
-        logit = tl.full((), NONE, tl.float64)
-        if winner >= 0:
-            if places is None:
-                column = winner * _SIZE + ids
-                x = entries(data, column, columns, first, at, bonus, softcap, exclude)
-                x = cut_off(x, first + column, row, thresholds, last)
-                drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.TOKEN, first + column)
-                _, place = tl.max(tl.fma(x - tl.max(x, 0), inverse, drawn), 0, return_indices=True)
-                entry = tl.max(tl.where(ids == place, x, NONE), 0)
-            else:
-                place = tl.load(places + size + row * groups + winner)
-                entry = tl.load(groups_of_row + 4 * size + winner)
-            token = first + winner * _SIZE + place
-            logit = entry.to(tl.float64) * scale
-        drew = (winner >= 0) | (anew != 0)
-        tl.store(tokens + rows + row, token, drew)
-        tl.store(state + TOKEN_LOGIT * rows, logit, drew)
+        if places is None:
+            drawn = noise.gumbel_at(seed, offset, noise.TOKEN, first + winner * _SIZE + ids)
+            scores = tl.fma(drawn_from - tl.max(drawn_from, 0), inverse, drawn)
+            _, place = tl.max(tl.where(winner >= 0, scores, 0.0), 0, return_indices=True)
+            entry = tl.max(tl.where(ids == place, drawn_from, NONE), 0)
+        else:
+            place = tl.load(places + size + row * groups + winner, winner >= 0, 0)
+            entry = tl.load(groups_of_row + 4 * size + winner, winner >= 0, NONE)
+        found = winner >= 0
+        drew = found | (anew != 0)
+        tl.store(tokens + rows + row, tl.where(found, first + winner * _SIZE + place, -1), drew)
+        tl.store(state + TOKEN_LOGIT * rows, tl.where(found, entry.to(tl.float64) * scale, NONE), drew)
         tl.store(state + SCORE * rows, score)
     tl.store(state + TOP * rows, top)
     tl.store(state + SECOND * rows, second)
@@ -297,15 +355,17 @@ def reduce(
     places: Tensor | None = None,
 ) -> None:
     """Merge what a kernel that took `read` says of the groups into the state, or start it anew."""
+    warp = groups <= _FEW_GROUPS or rows >= _MANY_ROWS
     launch(
         reduce_kernel,
         rows,
         state.numbers,
         *(*read, groups, int(anew), key, *state, places),
         KEY_PER_ROW=key is not None and key.dim() > 1,
-        BLOCK=power_of_two(groups, 16, 1024),
-        num_warps=4 if groups > _FEW_GROUPS else 1,
-        maxnreg=128,  # left alone, the assembler aims for more programs a unit, and spills
+        BLOCK=power_of_two(groups, 16, _WARP_BLOCK if warp else _BLOCK),
+        num_warps=1 if warp else 4,
+        # Left alone, the assembler aims for more programs a unit, and spills.
+        maxnreg=_WARP_REGISTERS if warp else _BLOCK_REGISTERS,
     )
 
 
@@ -327,12 +387,11 @@ def scan_tile(
     summaries = torch.empty((3, rows, groups), dtype=torch.float32, device=state.numbers.device)
     # A program takes several tiles of a row where there are rows enough to keep the device busy.
     steps = ceil_div(groups, _GROUPS)
-    per_program = min(steps, max(1, rows * steps // _ENOUGH))
-    parts = ceil_div(steps, per_program)
+    parts = ceil_div(steps, min(steps, max(1, rows * steps // _ENOUGH)))
     read = (*logits, first, columns, *softmax.args, skip, target, *(cuts or (None, None)), summaries, rows)
-    launch(
-        scan_kernel, rows * parts, summaries, *read, groups, per_program, parts, GROUPS=_GROUPS, num_warps=8
-    )
+    shape = (groups, ceil_div(steps, parts), parts)
+    meta = {"GROUPS": _GROUPS, "num_warps": 1, "maxnreg": _REGISTERS}
+    launch(scan_kernel, rows * parts, summaries, *read, *shape, **meta)
     reduce(read, rows, groups, key, state, anew)
     if tops is not None:
         tops[:, first // GROUP :][:, :groups] = summaries[0]

@@ -24,6 +24,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from dlcore import triton as package
 from dlcore.triton.launch import Launch, interpreting, kernels, recording
@@ -31,7 +32,7 @@ from dlcore.triton.launch import Launch, interpreting, kernels, recording
 #: Compute capabilities, and the shared memory a program may have there.
 TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 #: Families whose kernels hold a few numbers a thread: none may be spilled.
-NO_SPILLS = ("bits", "categorical", "linear_logits", "rng", "similarity", "sphere", "uniform")
+NO_SPILLS = ("bits", "categorical", "guidance", "linear_logits", "rng", "similarity", "sphere", "uniform")
 
 _TYPES = {
     torch.float32: "fp32",
@@ -103,6 +104,8 @@ def _source(x: Launch) -> tuple[Any, dict[str, str], dict[str, Any], dict[Any, A
             signature[parameter.name], constants[parameter.name] = "constexpr", value
         elif isinstance(value, Tensor):
             signature[parameter.name] = "*" + _TYPES[value.dtype]
+        elif isinstance(value, TensorDescriptor):
+            signature[parameter.name] = f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
         else:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -20,6 +23,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Compiled variants that were launched before.
 _compiled: set[Any] = set()
+
+#: The same by kernel, device, kinds of arguments and options.
+_ready: dict[Any, Any] = {}
 
 
 class Launch(NamedTuple):
@@ -62,7 +68,7 @@ def interpreting() -> bool:
 def reasons(*args: Any) -> list[str]:
     """Why Triton can't take these arguments; the first one is logits or a key."""
     found = []
-    if find_spec("triton") is None:
+    if "triton" not in sys.modules and find_spec("triton") is None:
         found.append("needs Triton: pip install triton")
     on_cpu = next((x for x in args if isinstance(x, Tensor) and not x.is_cuda), None)
     if on_cpu is not None and not (interpreting() and on_cpu.is_cpu):
@@ -88,12 +94,33 @@ def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, *
         return
     if watch is not None:
         watch(Launch(kernel, args, meta))
-    start = time.perf_counter()
-    if like.is_cuda and like.device.index != torch.cuda.current_device():
-        with torch.cuda.device(like.device):
-            compiled = kernel[grid](*args, **meta)
+    device = like.get_device()
+    if not like.is_cuda or device == torch.cuda.current_device():
+        _run(kernel, grid, device, args, meta)
     else:
-        compiled = kernel[grid](*args, **meta)
+        with torch.cuda.device(device):
+            _run(kernel, grid, device, args, meta)
+
+
+def _run(
+    kernel: Any, grid: tuple[int, ...], device: int, args: tuple[Any, ...], meta: dict[str, Any]
+) -> None:
+    """Run a kernel on the current device: what Triton compiled before for arguments of these kinds.
+
+    Triton would find it, too, but looks over the kernel's globals first, which takes longer than all else.
+    """
+    key = None
+    if _known() and hasattr(kernel, "device_caches"):  # the interpreter's kernels have none
+        bound, kinds, options = kernel.device_caches[device][-1](*args, **meta)
+        key = (kernel.fn, device, *kinds, *options.items())
+        ready = _ready.get(key)
+        if ready is not None:
+            ready[(*grid, 1, 1)](*bound.values())
+            return
+    start = time.perf_counter()
+    compiled = kernel[grid](*args, **meta)
+    if key is not None:
+        _ready[key] = compiled
     if compiled is not None and compiled not in _compiled:
         _compiled.add(compiled)
         took, constants = time.perf_counter() - start, variant(Launch(kernel, args, meta)).constants
@@ -101,6 +128,12 @@ def launch(kernel: Any, grid: int | tuple[int, ...], like: Tensor, *args: Any, *
         logger.info(
             "triton: %s [%s] was made ready for its first call in %.2f s", kernel.__name__, shown, took
         )
+
+
+@cache
+def _known() -> bool:
+    """Whether this Triton says of arguments what their kinds are as those do that this was written with."""
+    return version("triton").startswith(("3.6.", "3.7."))
 
 
 @contextmanager

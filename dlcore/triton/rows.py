@@ -32,6 +32,8 @@ def row_offset(row, inner, outer_stride, inner_stride):
 def rows_of(x: Tensor) -> Rows:
     """`x` (..., n) as rows; copied, with a line in the log, if its last dimension has gaps or its leading
     ones need more than two strides."""
+    if x.is_contiguous():
+        return Rows(x, max(x.numel() // max(x.shape[-1], 1), 1), 0, x.shape[-1])
     if x.stride(-1) == 1 or x.shape[-1] == 1:
         dims: list[tuple[int, int]] = []
         for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True):

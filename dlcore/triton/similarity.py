@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.triton.attention_shapes import rows_contiguous
 from dlcore.triton.functions import power_of_two_below
 from dlcore.triton.launch import launch, power_of_two
@@ -87,7 +88,7 @@ def cosine(new: Tensor, cached: Tensor, rows: Tensor | None, page_table: Tensor 
     pages = 1 if table is None else table.shape[1]
     columns = heads * head_dim
     block = power_of_two(columns, 16, _TILE)
-    out = torch.empty((batch, count), dtype=torch.float32, device=new.device)
+    out = empty((batch, count), torch.float32, new.device)
     launch(
         cosine_kernel,
         batch * count,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dlcore._ops.sphere import MAPS
+from dlcore._tensors import empty
 from dlcore.triton.functions import over, power_of_two_below
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.rows import per_row, row_offset, rows_of
@@ -180,7 +181,7 @@ def tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, dict[str,
     whole = columns <= _TILE
     block = power_of_two(columns, 16, _TILE) if whole else _TILE >> noise
     height = max(1, (_WARP >> noise) // block)
-    warps = max(1, height * block // _WARP) if whole else min(8, max(1, block // 128))
+    warps = max(1, height * block // (2 * _WARP)) if whole else min(8, max(1, block // 128))
     constants = {"ROWS": height, "BLOCK": block, "WHOLE": whole, "num_warps": warps}
     return ceil_div(rows, height), constants
 
@@ -226,10 +227,10 @@ def _map(name: str, *vectors: Tensor, t: Tensor | None = None) -> Tensor:
     """A result of the first vector's shape, or for the angle a number per row."""
     x = vectors[0]
     if name == "angle":
-        number = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
+        number = empty(x.shape[:-1], torch.float32, x.device)
         _run(name, vectors, None, None, (), number, False)
         return number
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     _run(name, vectors, None, t, (out,), None, False)
     return out
 
@@ -238,10 +239,7 @@ def _map_backward(
     name: str, grad: Tensor, needed: Sequence[bool], *vectors: Tensor, t: Tensor | None = None
 ) -> tuple[Tensor, ...]:
     """A gradient per input, empty where not needed; that of t, if there is one, last."""
-    grads = [
-        torch.empty(x.shape if n else 0, dtype=x.dtype, device=x.device)
-        for x, n in zip(vectors, needed, strict=False)
-    ]
+    grads = [empty(x.shape if n else (0,), x.dtype, x.device) for x, n in zip(vectors, needed, strict=False)]
     outputs = [g if n else None for g, n in zip(grads, needed, strict=False)]
     if name == "angle":
         _run(name, vectors, None, grad.float(), outputs, None, True)
@@ -249,7 +247,7 @@ def _map_backward(
     if t is None:
         _run(name, vectors, grad, None, outputs, None, True)
         return tuple(grads)
-    number = torch.empty(t.shape if needed[-1] else 0, dtype=torch.float32, device=t.device)
+    number = empty(t.shape if needed[-1] else (0,), torch.float32, t.device)
     _run(name, vectors, grad, t, outputs, number if needed[-1] else None, True)
     return (*grads, number)
 
@@ -284,7 +282,7 @@ def step(x: Tensor, v: Tensor, t: Tensor, exponential: bool) -> Tensor:
         start, move = x.float(), t.float().unsqueeze(-1) * v
         moved: Tensor = normalize(exp_map(start, move) if exponential else start + move)
         return moved.to(x.dtype)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     read = (*rows_of(x), *rows_of(v), *per_row(t, x.shape[:-1]))
     launch(sphere_step_kernel, programs, x, *read, out, rows, columns, EXPONENTIAL=exponential, **constants)
     return out

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.reference import sphere_dynamics as reference
 from dlcore.triton.functions import exponential, normals, one_minus_exponential, over, power_of_two_below
 from dlcore.triton.launch import launch
@@ -137,7 +138,7 @@ def sphere_correct_backward_kernel(
 def correct(x: Tensor, score: Tensor, step_size: Tensor, key: Tensor) -> Tensor:
     """Points of x's shape and dtype."""
     lead, columns = x.shape[:-1], x.shape[-1]
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty(x.shape, x.dtype, x.device)
     steps, steps_step = per_row(step_size, lead)
     programs, constants = tiling(lead.numel(), columns, noise=True)
     launch(
@@ -166,8 +167,8 @@ def correct_backward(
     programs, constants = tiling(lead.numel(), columns, noise=True)
     if not constants.pop("WHOLE"):
         return reference.correct_backward(grad, x, score, step_size, key)
-    x_grad, score_grad = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, score))
-    steps_grad = torch.empty(lead, dtype=step_size.dtype, device=x.device)
+    x_grad, score_grad = (empty(t.shape, t.dtype, t.device) for t in (x, score))
+    steps_grad = empty(lead, step_size.dtype, x.device)
     steps, steps_step = per_row(step_size, lead)
     launch(
         sphere_correct_backward_kernel,

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.reference.vmf import CANDIDATES
 from dlcore.triton.functions import exponential, normals, one_minus_exponential, over, power_of_two_below
 from dlcore.triton.launch import launch
@@ -137,7 +138,7 @@ def sphere_sample_kernel(
 def sample(mean: Tensor, kappa: Tensor, key: Tensor, reject: bool) -> Tensor:
     """Points of mean's shape and dtype."""
     lead, columns = mean.shape[:-1], mean.shape[-1]
-    out = torch.empty(mean.shape, dtype=mean.dtype, device=mean.device)
+    out = empty(mean.shape, mean.dtype, mean.device)
     concentration, kappa_step = per_row(kappa, lead)
     programs, constants = tiling(lead.numel(), columns, noise=True)
     count = CANDIDATES if reject else 1

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dlcore._tensors import empty
 from dlcore.triton import noise
 from dlcore.triton.categorical_losses import probability, split
 from dlcore.triton.categorical_scan import INDEX_LOGIT, TARGET_LOGIT, load_state, log_prob, scan
@@ -206,16 +207,16 @@ def nelbo(
     lead, head = logits.shape[:-1], (logits, weight, bias)
     softmax, x, rows, vocab = Softmax(lead, z, shift), x.contiguous(), z.numel(), vocab_size(head)
     level, slope = per_row(alpha, lead), per_row(dalpha, lead)
-    saved = torch.empty((5, *lead), dtype=torch.float64, device=logits.device)
+    saved = empty((5, *lead), torch.float64, logits.device)
     state, grid = scan(head, softmax, target=x), ceil_div(rows, _ROWS)
     launch(start_nelbo_kernel, grid, saved, state.numbers, rows, saved, BLOCK=_ROWS)
     for first, columns, tile in tiles(head):
         block, parts = split(columns)
-        sums = torch.empty((2, rows, parts), dtype=torch.float64, device=logits.device)
+        sums = empty((2, rows, parts), torch.float64, logits.device)
         read = (*tile, first, columns, *softmax.entry[:3], vocab, *level, saved, rows, sums, parts)
         launch(nelbo_kernel, rows * parts, saved, *read, BLOCK=block)
         launch(sum_nelbo_kernel, rows, saved, sums, saved, rows, parts, BLOCK=power_of_two(parts, 1, 256))
-    loss = torch.empty(lead, dtype=torch.float32, device=logits.device)
+    loss = empty(lead, torch.float32, logits.device)
     numbers = (saved, rows, vocab, softmax.index, x, *level, *slope, loss)
     launch(finish_nelbo_kernel, grid, loss, *numbers, BLOCK=_ROWS)
     return loss, saved

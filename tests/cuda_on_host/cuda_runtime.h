@@ -31,6 +31,7 @@
 #define __launch_bounds__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
+#define __constant__
 #define __shared__ static
 
 struct dim3 {
@@ -332,6 +333,20 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return cuda_on_host::fold(mask, mine, [](unsigned a, unsigned b) { return a | b; });
 }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned long long __brevll(unsigned long long x) {
+  unsigned long long reversed = 0;
+  for (int i = 0; i < 64; ++i) reversed |= (x >> i & 1) << (63 - i);
+  return reversed;
+}
+inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
+template <class T>
+T min(T a, T b) {
+  return b < a ? b : a;
+}
+template <class T>
+T max(T a, T b) {
+  return a < b ? b : a;
+}
 template <class T>
 T atomicAdd(T* p, T value) {
   const T before = *p;
@@ -345,6 +360,10 @@ template <class T>
 T __ldcs(const T* p) {
   cuda_on_host::aligned(p);
   return *p;
+}
+template <class T>
+T __ldcg(const T* p) {
+  return __ldcs(p);
 }
 template <class T>
 void __stcs(T* p, T value) {

@@ -319,6 +319,25 @@ DLCORE_API dlcore_status dlcore_uniform_nelbo_backward(const dlcore_categorical*
                                                        const float* grad, const double* saved,
                                                        const dlcore_logits_grad* logits_grad);
 
+/* --- guidance: draws from two blended streams of logits --- */
+
+typedef struct dlcore_guided_step {
+  dlcore_matrix cond, uncond;  /* (rows, V) both, each of its own dtype */
+  const int64_t* z;            /* (rows), needed: the observed tokens */
+  dlcore_doubles coefficients; /* needed: those of row r, gamma temperature shift alpha_s bonus keep, from
+                                  data[r * stride] on; stride 6 or more, or 0: the same six for all rows */
+  const int64_t* exclude;      /* one token id of probability 0 that does not count in V, or NULL */
+  dlcore_keys keys;            /* needed */
+  int32_t threads;
+} dlcore_guided_step;
+
+/* tokens (rows): the reverse step of a uniform process under classifier-free guidance, a draw from
+ * m_c(y)^γ·m_u(y)^(1-γ)·exp(bonus·1[y = z]) over its sum, with m(y) = α_s·p(y) + (1-α_s)/V and p = softmax of
+ * (logits + shift·1[y = z]) / temperature. The bonus is log1p(V·a/(1-a)), a = α_t/α_s; logits of a denoiser
+ * want a shift of -log1p(V·α_t/(1-α_t)). Rows whose keep is not 0 keep z and are not read; -1 where either
+ * stream is broken or no token is possible. */
+DLCORE_API dlcore_status dlcore_guidance_cfg_uniform_step(const dlcore_guided_step* step, int64_t* tokens);
+
 /* --- bits: bitstream diffusion, x = bit + sigma·noise --- */
 
 enum { DLCORE_MSB_FIRST = 0, DLCORE_LSB_FIRST = 1 };

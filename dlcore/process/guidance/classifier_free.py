@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,17 +11,18 @@ import torch
 from torch import Tensor
 
 from dlcore import _checks as checks
-from dlcore import categorical
+from dlcore import _dispatch, rng
+from dlcore._beside import beside, keys_beside
 from dlcore.linear_logits import LinearLogits
 from dlcore.process import _rows as rows
 from dlcore.process.guidance import _sums as sums
 from dlcore.process.guidance._sums import Logits
 from dlcore.process.uniform import _terms as terms
+from dlcore.reference.guidance import blend
 
-#: Entries of the dense rows of linear heads that are held at once: products of few rows are slow.
-_LINEAR_CHUNK = 2**22
-#: The logarithm of less than any probability.
-_NEVER = -1e30
+#: Entries of each stream that are held at once where one is linear, 32 MiB: a product of few rows is slow, as
+#: it reads the whole weight.
+_LINEAR_CHUNK = 2**23
 
 
 def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
@@ -64,7 +66,7 @@ def cfg(cond: Logits, uncond: Logits, gamma: float | Tensor) -> Logits:
         if cond.weight is uncond.weight and cond.bias is uncond.bias:
             return replace(cond, hidden=_blend_hidden(cond.hidden, uncond.hidden, g))
         return sums.linear_sum(op, (g, cond), (1 - g, uncond))
-    return _blend(rows.dense(op, cond, "cond"), rows.dense(op, uncond, "uncond"), g)
+    return blend(rows.dense(op, cond, "cond"), rows.dense(op, uncond, "uncond"), g)
 
 
 def _blend_hidden(c: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
@@ -72,19 +74,10 @@ def _blend_hidden(c: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
     return torch.lerp(u.to(wide), c.to(wide), gamma.to(wide).unsqueeze(-1)).to(c.dtype)
 
 
-def _blend(c: Tensor, u: Tensor, gamma: Tensor) -> Tensor:
-    """γ·c + (1-γ)·u, with -inf wherever a stream of non-zero weight has it."""
-    g = gamma.to(torch.promote_types(c.dtype, u.dtype)).unsqueeze(-1)
-    never_c, never_u = torch.isneginf(c), torch.isneginf(u)
-    blended = torch.lerp(u.masked_fill(never_u, 0).to(g.dtype), c.masked_fill(never_c, 0).to(g.dtype), g)
-    return blended.masked_fill((never_c & (g != 0)) | (never_u & (g != 1)), -torch.inf)
-
-
 class _Bridge(NamedTuple):
-    """What a guided bridge needs of each row, flattened."""
+    """What a guided bridge needs of each row, broadcast over the rows but not expanded."""
 
     size: int
-    z: Tensor
     alpha_s: Tensor
     gamma: Tensor
     heat: Tensor
@@ -93,11 +86,6 @@ class _Bridge(NamedTuple):
     bonus: Tensor
     """log1p(c_{t|s}), by which staying at z is likelier; γ + (1-γ) = 1, so it is not scaled."""
     settled: Tensor
-
-    def part(self, at: slice) -> _Bridge:
-        shift = None if self.shift is None else self.shift[at]
-        z, alpha_s, gamma, heat = self.z[at], self.alpha_s[at], self.gamma[at], self.heat[at]
-        return _Bridge(self.size, z, alpha_s, gamma, heat, shift, self.bonus[at], self.settled[at])
 
 
 def _bridge(
@@ -120,43 +108,18 @@ def _bridge(
     g = sums.weight(op, gamma, z.shape, z.device)
     heat = rows.positive(op, "temperature", temperature, z.shape, z.device)
     shift, bonus = terms.shift(parameterization, t, size), terms.lift(rows.ratio(t, s), size)
-
-    def flat(x: Tensor) -> Tensor:
-        return x.expand(z.shape).flatten()
-
-    return _Bridge(
-        size,
-        flat(z),
-        flat(s),
-        flat(g),
-        flat(heat),
-        None if shift is None else flat(shift),
-        flat(bonus),
-        flat(t == s),
-    )
+    return _Bridge(size, s, g, heat, shift, bonus, t == s)
 
 
-def _tempered(op: str, name: str, logits: Logits, b: _Bridge, exclude: int | None) -> Tensor:
-    """Leave-one-out logits over the temperature, dense."""
+def _log_mass(op: str, name: str, logits: Logits, z: Tensor, b: _Bridge, exclude: int | None) -> Tensor:
+    """log(α_s·p(y) + (1-α_s)/V) of one stream (..., V), finite at either end of α_s."""
     x = rows.without(op, logits, exclude, name)
     if b.shift is not None:
-        x = terms.add_at(x, b.z, b.shift)
-    return x / b.heat.to(x.dtype).unsqueeze(-1)
-
-
-def _log_mass(x: Tensor, b: _Bridge) -> Tensor:
-    """log(α_s·p(y) + (1-α_s)/V): what of the bridge depends on the predictor; finite at either end of α_s."""
+        x = terms.add_at(x, z, b.shift)
+    x = x / b.heat.to(x.dtype).unsqueeze(-1)
     signal = b.alpha_s.log() - torch.logsumexp(x, -1).double()
     noise = torch.log1p(-b.alpha_s) - math.log(b.size)
     return rows.logaddexp(x + signal.to(x.dtype).unsqueeze(-1), noise.to(x.dtype).unsqueeze(-1).expand_as(x))
-
-
-def _guided(op: str, cond: Logits, uncond: Logits, b: _Bridge, exclude: int | None) -> Tensor:
-    """The guided law but for the bonus at z, as logits (n, V)."""
-    c, u = (
-        _log_mass(_tempered(op, name, x, b, exclude), b) for name, x in (("cond", cond), ("uncond", uncond))
-    )
-    return _blend(c, u, b.gamma)
 
 
 def cfg_uniform_log_probs(
@@ -192,11 +155,12 @@ def cfg_uniform_log_probs(
     """
     op = "guidance.cfg_uniform_log_probs"
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
-    law = terms.add_at(_guided(op, rows.flat(cond), rows.flat(uncond), b, exclude), b.z, b.bonus)
+    c, u = (_log_mass(op, name, x, z, b, exclude) for name, x in (("cond", cond), ("uncond", uncond)))
+    law = terms.add_at(blend(c, u, b.gamma), z, b.bonus)
     if exclude is not None:
         law = law.index_fill(-1, rows.column(exclude, law), -torch.inf)
     log_q = torch.log_softmax(law, -1)
-    return torch.where(b.settled.unsqueeze(-1), rows.point(log_q, b.z), log_q).view(*z.shape, -1)
+    return torch.where(b.settled.unsqueeze(-1), rows.point(log_q, z), log_q)
 
 
 def cfg_uniform_step(
@@ -215,8 +179,8 @@ def cfg_uniform_step(
 ) -> Tensor:
     """One guided reverse step of a uniform process: a draw from `cfg_uniform_log_probs`.
 
-    Of few rows at a time, each multiplied out once: nothing of size (B, L, V) is made, of `LinearLogits`
-    neither. Rows with alpha_s = alpha_t keep z, unread.
+    One read of both streams; nothing of their size is made. `LinearLogits` are multiplied out once, some rows
+    at a time. Rows with alpha_s = alpha_t keep z, unread.
 
     Args:
         cond, uncond: (..., V), of one shape: the network with and without the condition.
@@ -246,47 +210,44 @@ def cfg_uniform_step(
     """
     op = "guidance.cfg_uniform_step"
     b = _bridge(op, cond, uncond, z, alpha_t, alpha_s, gamma, parameterization, temperature, exclude)
-    keys = rows.row_keys(op, key, generator, z.shape, z.device).reshape(-1, 2)
-    draw = rows.coefficients(torch.ones_like(b.alpha_s), 0.0, 0.0, 0.0, 1.0, 0.0, keep=b.settled)
-    cond, uncond = rows.flat(cond), rows.flat(uncond)
-    linear = isinstance(cond, LinearLogits) or isinstance(uncond, LinearLogits)
-    drawn = []
-    for at in rows.chunks(z.numel(), cond.shape[-1], _LINEAR_CHUNK if linear else None):
-        part = b.part(at)
-        scores = _scores(rows.take(cond, at), rows.take(uncond, at), part, exclude)
-        drawn.append(
-            categorical.sample_mixture(
-                scores, part.z, draw[at], shift=part.bonus, exclude=exclude, key=keys[at]
-            )
-        )
-    return torch.cat(drawn).view(z.shape)
+    shift = 0.0 if b.shift is None else b.shift
+    k = rows.coefficients(b.gamma, b.heat, shift, b.alpha_s, b.bonus, b.settled.double())
+    k = k if k.dim() == 1 else k.expand(*z.shape, -1)
+    key = checks.key(op, key, generator, z.shape, z.device)
+    if isinstance(cond, Tensor) and isinstance(uncond, Tensor):
+        return _draw(cond, uncond, z, k, exclude, key)
+    rows.whole(op, cond, "cond")
+    rows.whole(op, uncond, "uncond")
+    lead, z, keys = z.shape, z.flatten(), rng.row_keys(key, z.shape).view(-1, 2)
+    k = k if k.dim() == 1 else k.flatten(0, -2)
+    parts = list(rows.chunks(z.numel(), cond.shape[-1], _LINEAR_CHUNK))
+    c, u = (_dense_rows(rows.flat(x), parts[0].stop) for x in (cond, uncond))
+    drawn = (_draw(c(at), u(at), z[at], k if k.dim() == 1 else k[at], exclude, keys[at]) for at in parts)
+    return torch.cat(list(drawn)).view(lead)
 
 
-@torch.no_grad()
-def _scores(cond: Logits, uncond: Logits, b: _Bridge, exclude: int | None) -> Tensor:
-    """`_guided` of one chunk, in as few passes as torch has: one copy of each stream, changed in place.
+def _dense_rows(logits: Logits, most: int) -> Callable[[slice], Tensor]:
+    """What gives so many rows of logits (n, V) at most at a time, of linear ones multiplied out.
 
-    A row that is broken in either stream is -inf throughout.
+    The CPU's own product takes half of torch's time, and reads a weight of half precision as it is.
     """
-    c, u = (
-        _log_masses(x, b, unread, exclude) for x, unread in ((cond, b.gamma == 0), (uncond, b.gamma == 1))
+    if isinstance(logits, Tensor):
+        return lambda at: logits[at]
+    hidden, weight, bias = logits.hidden, logits.weight, logits.bias
+    plain = {type(hidden), type(weight)} <= {Tensor, torch.nn.Parameter}
+    compiling = torch.compiler.is_compiling()
+    if compiling or not plain or _dispatch.choose("categorical.stats", (hidden, weight, bias)) != "cpu":
+        return torch.no_grad()(lambda at: replace(logits, hidden=hidden[at]).materialize())
+    from dlcore.cpu.linear_logits import multiply_out
+
+    room = torch.empty(most, logits.shape[-1], dtype=torch.float32)
+    return lambda at: multiply_out((hidden[at], weight, bias), room[: at.stop - at.start])
+
+
+def _draw(cond: Tensor, uncond: Tensor, z: Tensor, k: Tensor, exclude: int | None, key: Tensor) -> Tensor:
+    if cond.dtype != uncond.dtype and torch.float64 in (cond.dtype, uncond.dtype):
+        cond, uncond = cond.double(), uncond.double()
+    tokens: Tensor = torch.ops.dlcore.guidance_cfg_uniform_step(
+        cond, uncond, beside(cond, z), beside(cond, k), exclude, keys_beside(cond, key, z.shape)
     )
-    guided = u.lerp_(c, b.gamma.to(u.dtype).unsqueeze(-1))
-    # Infinities meet where a token is impossible in a stream of non-zero weight.
-    return guided.nan_to_num_(nan=-torch.inf, posinf=-torch.inf, neginf=-torch.inf)
-
-
-def _log_masses(logits: Logits, b: _Bridge, unread: Tensor, exclude: int | None) -> Tensor:
-    """`_log_mass` of one stream, its own memory; finite where it is unread, for 0 times it to be 0."""
-    if isinstance(logits, LinearLogits):
-        x = logits.materialize()
-    else:
-        x = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    x.div_(b.heat.to(x.dtype).unsqueeze(-1))
-    if b.shift is not None:
-        x.scatter_add_(-1, b.z.unsqueeze(-1), (b.shift / b.heat).to(x.dtype).unsqueeze(-1))
-    signal = b.alpha_s.log() - categorical.stats(x, exclude=exclude).logsumexp
-    noise = torch.log1p(-b.alpha_s) - math.log(b.size)
-    noise = torch.where(unread, noise.clamp(min=_NEVER), noise)
-    x.add_(signal.to(x.dtype).unsqueeze(-1))
-    return torch.logaddexp(x, noise.to(x.dtype).unsqueeze(-1), out=x)
+    return tokens

@@ -51,18 +51,27 @@ def corrupt(
     return torch.where(route < a, x, rows.uniform_tokens(which, size, exclude))
 
 
-def _routes(alpha_t: Tensor, alpha_s: Tensor, kappa: Tensor, size: int) -> Tensor:
+def _routes(
+    alpha_t: rows.Number, alpha_s: rows.Number, kappa: rows.Number, size: int, device: torch.device
+) -> Tensor:
     """(..., 8): the weights (constant, slope in p(z)) of all, keep z, take a draw of p, take the prior.
 
     The ψ-mixture κ·bridge + (1 - κ)·[α_s·D + (1 - α_s)/V] over the common denominator 1 - α_t + V·α_t·p(z).
     """
-    r, noise_t, noise_s, rest = rows.ratio(alpha_t, alpha_s), 1 - alpha_t, 1 - alpha_s, 1 - kappa
+    r, noise_t, noise_s = rows.ratio(alpha_t, alpha_s), 1 - alpha_t, 1 - alpha_s
     seen = size * alpha_t
-    keep = kappa * r * noise_s, seen * (kappa + rest * alpha_s)
-    draw = kappa * (alpha_s - alpha_t) + rest * alpha_s * noise_t, 0.0
-    prior = noise_s * (kappa * (1 - r) + rest * noise_t), noise_s * rest * seen
-    settled = (noise_t == 0) | ((alpha_t == alpha_s) & (rest == 0))
-    return rows.coefficients(noise_t, seen, *keep, *draw, *prior, keep=settled)
+    settled = alpha_t == alpha_s
+    if isinstance(kappa, float) and kappa == 1:  # as it mostly is: the bridge alone, in fewer launches
+        keep, draw = (r * noise_s, seen), alpha_s - alpha_t
+        prior: tuple[rows.Number, rows.Number] = noise_s * (1 - r), 0.0
+    else:
+        rest = 1 - kappa
+        settled = settled & (rest == 0)
+        keep = kappa * r * noise_s, seen * (kappa + rest * alpha_s)
+        draw = kappa * (alpha_s - alpha_t) + rest * alpha_s * noise_t
+        prior = noise_s * (kappa * (1 - r) + rest * noise_t), noise_s * rest * seen
+    settled = (noise_t == 0) | settled
+    return rows.coefficients(noise_t, seen, *keep, draw, 0.0, *prior, keep=settled, device=device)
 
 
 def bridge_log_probs(
@@ -119,7 +128,7 @@ def bridge_log_probs(
         x = x.index_fill(-1, rows.column(exclude, x), -torch.inf)
     log_p = torch.log_softmax(x, -1)
     log_pz = rows.gather(log_p, z).double()
-    constant, slope = torch.unflatten(_routes(t, s, k, size).log(), -1, (4, 2)).unbind(-1)
+    constant, slope = torch.unflatten(_routes(t, s, k, size, x.device).log(), -1, (4, 2)).unbind(-1)
     total, keep, draw, prior = rows.logaddexp(constant, slope + log_pz.unsqueeze(-1)).unbind(-1)
     keep, draw, prior = (
         w.to(log_p.dtype) for w in (keep - total, draw - total, prior - total - math.log(size))
@@ -179,12 +188,12 @@ def step(
     op = "uniform.step"
     size = terms.observed(op, logits, z, exclude)
     checks.option(op, "parameterization", parameterization, rows.PARAMETERIZATIONS)
-    t, s = rows.levels(op, alpha_t, alpha_s, z.shape, z.device)
-    k = rows.level(op, "kappa", kappa, z.shape, z.device)
+    t, s = rows.level_numbers(op, alpha_t, alpha_s, z.shape, z.device)
+    k = checks.within(op, "kappa", rows.number(op, "kappa", kappa, z.shape, z.device), 0, 1)
     return categorical.sample_mixture(
         logits,
         z,
-        _routes(t, s, k, size)[..., :6],
+        _routes(t, s, k, size, z.device)[..., :6],
         shift=terms.shift(parameterization, t, size),
         temperature=temperature,
         exclude=exclude,
