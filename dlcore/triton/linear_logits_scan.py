@@ -194,7 +194,7 @@ def scan_head(
         KEY_PER_ROW=key is not None and key.dim() > 1,
         ROWS=block,
         DEPTH=32 if single else 64,
-        SLICES=2 if block == 32 else 1,
+        SLICES=2,
         num_warps=16 if single and block == 32 else 8,
         num_stages=4 if block == 32 and not single else 3,
         # Of up to 16 rows two programs a unit: one waits, the other draws.
