@@ -62,7 +62,7 @@ def test_sample(shape, dtype):
 def test_stats(shape):
     index, shift, temperature = row(*shape[:2])
     for options in ((None,) * 5, (index, shift, temperature.clamp(min=0.3), None, 2)):
-        args = (*head(*shape), *options)
+        args = (*head(*shape, bias=options[0] is not None), *options)
         expected = call("categorical.stats", "reference", *args, wide=True)
         assert_same(call("categorical.stats", "triton", *args), expected, 1e-5, 1e-5)
 
@@ -79,6 +79,11 @@ def test_sample_mixture(prior):
         tokens = call("categorical.sample_mixture", "triton", *args)
         assert_same(tokens, call("categorical.sample_mixture", "cpu", *args), 0, 0)
         assert tokens[0][33] == -1
+    few = slice(30, 35)
+    rows = (z[few], numbers[few], prior, shift, temperature[few], 5.0, 3, rng.split(KEY, [5]))
+    args = (h[0][few], *h[1:], *rows)
+    tokens = call("categorical.sample_mixture", "triton", *args)
+    assert_same(tokens, call("categorical.sample_mixture", "cpu", *args), 0, 0)
 
 
 def test_rows_without_a_law():

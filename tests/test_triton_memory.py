@@ -80,7 +80,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def calls(rows: int) -> dict[str, tuple[float, Call]]:
+def calls(rows: int) -> dict[str, tuple[int, Call]]:
     """How many tiles each function of a head may have at once, and a call of it."""
     head: tuple[Any, ...] = (meta(rows, DEPTH), meta(VOCAB, DEPTH), meta(VOCAB))
     table, mean = meta(VOCAB, WIDTH), meta(rows, WIDTH)
@@ -116,10 +116,6 @@ def calls(rows: int) -> dict[str, tuple[float, Call]]:
             lambda: uniform.nelbo_backward(lse, five, *head, token, token, level, level, None),
         ),
         "velocity": (2, lambda: sphere_velocity.velocity(*head, mean, table, None)),
-        "velocity, bfloat16": (
-            3.5,
-            lambda: sphere_velocity.velocity(*head, mean, table.bfloat16(), None),
-        ),
         "velocity_backward": (
             4,
             lambda: sphere_velocity.velocity_backward(

@@ -122,42 +122,38 @@ def product_kernel(
         mine = tl.where(lawful, at // _SIZE == group, group == 0)
         entry = tl.max(tl.where(token[None, :] == at[:, None], x, NONE), 1)
         tl.store(index_logits + row, entry.to(tl.float64) * inverse.to(tl.float64), inside & mine)
-    scale = (inverse * LOG2E)[:, None]
-    if keys is not None:
-        seed, offset = noise.row_key(keys, row[:, None], KEY_PER_ROW)
-    parts = _slices(x, SLICES)
+    scale, parts = (inverse * LOG2E)[:, None], _slices(x, SLICES)
     width: tl.constexpr = _SIZE // SLICES
     total = tl.full((ROWS,), 0.0, tl.float32)
     weighted, second = total, total + NONE
-    best, drawn_place, drawn_logit = second, place * 0, second
     for i in tl.static_range(SLICES):
-        part = parts[i]
         local = i * width + tl.arange(0, width)[None, :]
-        part_total, part_weighted = sums(part, top, scale)
+        part_total, part_weighted = sums(parts[i], top, scale)
         total += part_total
         weighted += part_weighted
-        second = tl.maximum(second, tl.max(tl.where(local == place[:, None], NONE, part), 1))
-        if keys is not None:
-            pair = group.to(tl.int64) * (_SIZE // 2) + i * (width // 2) + tl.arange(0, width // 2)
-            even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
-            drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
-            value, at_part = tl.max(
-                tl.fma(part - top[:, None], inverse[:, None], drawn), 1, return_indices=True
-            )
-            at_part += i * width
-            entry = tl.max(tl.where(local == at_part[:, None], part, NONE), 1)
-            wins = value > best
-            best = tl.where(wins, value, best)
-            drawn_place = tl.where(wins, at_part, drawn_place)
-            drawn_logit = tl.where(wins, entry, drawn_logit)
+        second = tl.maximum(second, tl.max(tl.where(local == place[:, None], NONE, parts[i]), 1))
     tl.store(out, top, inside)
     tl.store(out + size, total, inside)
     tl.store(out + 2 * size, weighted, inside)
     tl.store(out + 3 * size, second, inside)
     tl.store(to, place.to(tl.uint8), inside)
     if keys is not None:
-        tl.store(out + 4 * size, drawn_logit, inside)
-        tl.store(to + size, drawn_place.to(tl.uint8), inside)
+        seed, offset = noise.row_key(keys, row[:, None], KEY_PER_ROW)
+        best, place, logit = tl.full((ROWS,), NONE, tl.float32), place * 0, tl.full((ROWS,), NONE, tl.float32)
+        for i in tl.static_range(SLICES):
+            pair = group.to(tl.int64) * (_SIZE // 2) + i * (width // 2) + tl.arange(0, width // 2)
+            even_low, even_high, odd_low, odd_high = noise.block(seed, offset, noise.TOKEN, pair[None, :])
+            drawn = tl.interleave(noise.gumbel(even_low, even_high), noise.gumbel(odd_low, odd_high))
+            scores = tl.fma(parts[i] - top[:, None], inverse[:, None], drawn)
+            value, at_part = tl.max(scores, 1, return_indices=True)
+            chosen = tl.arange(0, width)[None, :] == at_part[:, None]
+            entry = tl.max(tl.where(chosen, parts[i], NONE), 1)
+            wins = value > best
+            best = tl.where(wins, value, best)
+            place = tl.where(wins, i * width + at_part, place)
+            logit = tl.where(wins, entry, logit)
+        tl.store(out + 4 * size, logit, inside)
+        tl.store(to + size, place.to(tl.uint8), inside)
 
 
 def fuses(head: Head) -> bool:

@@ -144,12 +144,18 @@ def gumbel(low, high):
 
 
 @triton.jit
-def gumbel_of(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
-    """The Gumbel number of some draws of a row."""
-    seed, offset = row_key(keys, row, KEY_PER_ROW)
+def gumbel_at(seed, offset, DOMAIN: tl.constexpr, draw):
+    """The Gumbel number of some draws of a key."""
     even_low, even_high, odd_low, odd_high = block(seed, offset, DOMAIN, draw >> 1)
     odd = (draw & 1) != 0
     return gumbel(tl.where(odd, odd_low, even_low), tl.where(odd, odd_high, even_high))
+
+
+@triton.jit
+def gumbel_of(keys, row, KEY_PER_ROW: tl.constexpr, DOMAIN: tl.constexpr, draw):
+    """The Gumbel number of some draws of a row."""
+    seed, offset = row_key(keys, row, KEY_PER_ROW)
+    return gumbel_at(seed, offset, DOMAIN, draw)
 
 
 @triton.jit
