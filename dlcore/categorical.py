@@ -418,7 +418,7 @@ def log_probs(
     _softcap(op, softcap)
     _exclude(op, exclude, h)
     result: Tensor = _run("log_probs", h, target, index, shift, softcap, exclude)
-    return result.to(torch.promote_types(h.logits.dtype, torch.float32))
+    return result if h.logits.dtype == torch.float64 else result.float()
 
 
 @heard
@@ -451,11 +451,11 @@ def cross_entropy(
     checks.tokens(op, "target", target, h.lead, h.logits.device)
     checks.integer(op, "ignore_index", ignore_index)
     ignored = target == ignore_index
-    read = torch.where(ignored, -1, target)
-    if not torch.compiler.is_compiling():
-        checks.token_range(op, "target", torch.where(ignored, 0, target), h.vocab)
-    loss = -log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
-    return torch.where(read < 0, 0, loss)
+    if checks.reads_data(target):
+        checks.token_range(op, "target", target.masked_fill(ignored, 0), h.vocab)
+    read = target.masked_fill(ignored, -1)
+    # A difference, as the negative of what an ignored row has would be -0.
+    return 0 - log_probs(op, logits, read, softcap=softcap, exclude=exclude)[0]
 
 
 @heard

@@ -73,20 +73,38 @@ def autograd(op: str, setup: Callable[..., None], backward: Callable[..., Any]) 
     """Make an op differentiable once; `backward` takes ctx, the saved tensors and the gradients.
 
     What was asked for around the forward pass holds for the backward one, which may run in another thread.
+    As torch.library.register_autograd would, but without a search of every call for arguments left out: it
+    takes longer than a launch, and no schema here has defaults.
     """
+    name = op.replace(".", "_")
+    overload = getattr(torch.ops.dlcore, name).default
 
-    def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        ctx.backend = _dispatch.asked_for()
-        setup(ctx, inputs, output)
+    def below(keyset: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
 
-    def once(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        with torch.no_grad(), as_asked(ctx.backend):
-            results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
-        return hand_on(op, results, *saved, *grads)
+    class Derived(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Any:
+            *args, keyset = inputs
+            output = below(keyset, *args)
+            ctx.backend = _dispatch.asked_for()
+            setup(ctx, tuple(args), output)
+            return output
 
-    name = "dlcore::" + op.replace(".", "_")
-    torch.library.register_autograd(name, once, setup_context=remember, lib=_library)
+        @staticmethod
+        def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+            saved = ctx.saved_tensors
+            with torch.no_grad(), as_asked(ctx.backend):
+                results: tuple[Tensor | None, ...] = backward(ctx, saved, *grads)
+            return (*hand_on(op, results, *saved, *grads), None)
+
+    def run(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return Derived.apply(*args, keyset)
+        return below(keyset, *args)
+
+    _library.impl(name, run, "Autograd", with_keyset=True)
 
 
 def result_dtype(x: Tensor) -> torch.dtype:

@@ -109,13 +109,19 @@ def _run(
 
     Triton would find it, too, but looks over the kernel's globals first, which takes longer than all else.
     """
-    key = None
-    if _known() and hasattr(kernel, "device_caches"):  # the interpreter's kernels have none
+    key, triton = None, _triton()
+    if triton is not None and hasattr(kernel, "device_caches"):  # the interpreter's kernels have none
         bound, kinds, options = kernel.device_caches[device][-1](*args, **meta)
         key = (kernel.fn, device, *kinds, *options.items())
         ready = _ready.get(key)
         if ready is not None:
-            ready[(*grid, 1, 1)](*bound.values())
+            settings = triton.knobs.runtime
+            if settings.launch_enter_hook.calls or settings.launch_exit_hook.calls:  # a profiler's
+                ready[(*grid, 1, 1)](*bound.values())
+                return
+            stream = triton.runtime.driver.active.get_current_stream(device)
+            place = (*(*grid, 1, 1)[:3], stream, ready.function, ready.packed_metadata)
+            ready.run(*place, None, None, None, *bound.values())
             return
     start = time.perf_counter()
     compiled = kernel[grid](*args, **meta)
@@ -131,9 +137,9 @@ def _run(
 
 
 @cache
-def _known() -> bool:
-    """Whether this Triton says of arguments what their kinds are as those do that this was written with."""
-    return version("triton").startswith(("3.6.", "3.7."))
+def _triton() -> Any:
+    """Triton, if it is one of those whose way of a launch `_run` follows."""
+    return importlib.import_module("triton") if version("triton").startswith(("3.6.", "3.7.")) else None
 
 
 @contextmanager
