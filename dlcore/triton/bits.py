@@ -210,14 +210,14 @@ def bits_decode_kernel(
     tl.store(tokens + row, tl.where(broken > 0, -1, code), row < rows)
 
 
-def _tiling(rows: int, columns: int, noise: bool = False) -> tuple[int, int, dict[str, Any]]:
+def _tiling(rows: int, columns: int, warps: int = 4) -> tuple[int, int, dict[str, Any]]:
     """So many programs, tiles abreast in a row, and the programs' constants.
 
-    With `noise` a program is one warp: what it takes to find a row's key is done by every warp of it.
+    Fewer `warps` do less twice where there is noise: each of them finds the row's key.
     """
     block = power_of_two(columns, 16, _TILE)
     spans, height = ceil_div(columns, block), _TILE // block
-    constants = {"ROWS": height, "BLOCK": block, "num_warps": 1 if noise else 4}
+    constants = {"ROWS": height, "BLOCK": block, "num_warps": warps if height == 1 else 4}
     return ceil_div(rows, height) * spans, spans, constants
 
 
@@ -323,7 +323,7 @@ def step(
     moved, probs = (torch.empty(x.shape, dtype=torch.float32, device=x.device) for _ in range(2))
     values, form = _parameters(coefficients, x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    programs, spans, constants = _tiling(rows, columns, noise=key is not None)
+    programs, spans, constants = _tiling(rows, columns, 4 if key is None else 2)
     launch(
         bits_step_kernel,
         programs,
@@ -353,7 +353,7 @@ def perturb(x: Tensor, spread: Tensor, key: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     spreads, form = _parameters(spread.unsqueeze(0), x)
     rows, columns = x.shape[:-1].numel(), x.shape[-1]
-    programs, spans, constants = _tiling(rows, columns, noise=True)
+    programs, spans, constants = _tiling(rows, columns, 1)
     launch(
         bits_perturb_kernel,
         programs,

@@ -15,7 +15,7 @@ from dlcore._tensors import empty
 from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 
-#: Keys of a program of fold_in, and pairs of draws of a program that fills.
+#: Keys of a program of fold_in; pairs of draws of a program that fills, of one key or a fourth of several.
 _BLOCK, _PAIRS = 256, 1024
 _UNIFORM = tl.constexpr(0)
 _NORMAL = tl.constexpr(1)
@@ -166,7 +166,7 @@ def _fill(kind: tl.constexpr, key: Tensor, shape: list[int], dtype: torch.dtype)
     out = empty((*key.shape[:-1], *shape), dtype, key.device)
     rows, count = key.numel() // 2, math.prod(shape)
     block = power_of_two(count, 2, 2 * _PAIRS)
-    height, spans = 2 * _PAIRS // block, ceil_div(count, block)
+    height, spans = max(1, _PAIRS // 2 // block), ceil_div(count, block)
     grid = ceil_div(rows, height) * spans
     launch(fill_kernel, grid, key, key, out, rows, count, spans, KIND=kind.value, ROWS=height, BLOCK=block)
     return out
@@ -202,5 +202,5 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     yield partial(fold_in, key, key[0])
     for draw in (uniform, normal, gumbel):
         for dtype in (torch.float32, torch.float64):
-            for count in (1024, 1001, 3):
+            for count in (5000, 4096, 3):
                 yield partial(draw, key, [count], dtype)
