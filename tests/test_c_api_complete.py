@@ -39,7 +39,8 @@ SHARED = {
     "plan_mixture": ("categorical_sample_mixture",),
     "finish_mixture": ("categorical_sample_mixture",),
     **dict.fromkeys(
-        ("histogram", "start_selections", "narrow", "finish_selections", "find_ends"), ("categorical_sample",)
+        ("histogram", "start_selections", "narrow", "finish_selections", "find_ends", "cut_rows"),
+        ("categorical_sample",),
     ),
     "finish_log_probs": ("categorical_log_probs",),
     "log_probs_backward": ("categorical_log_probs_backward",),

@@ -13,6 +13,9 @@ from dlcore.cpu.tensors import keyed, per_row, strided, view
 from dlcore.cuda.linear_logits import fused, gradient_of, pairs, tiles
 from dlcore.cuda.tensors import call, scratch
 
+#: Of such a row the masses, as integers, are summed without an overflow.
+_LONGEST_ROW = 1 << 23
+
 
 def scan(
     head: Head,
@@ -146,7 +149,7 @@ def _cuts(
     rows = lead.numel()
     cuts = scratch(rows * _cuda.CUT_BYTES, like)
     ends = torch.empty(rows, dtype=torch.int64, device=like.device)
-    if head[1] is None:
+    if head[1] is None and like.shape[-1] <= _LONGEST_ROW:
         limits = (strided(top_k), strided(top_p), strided(min_p), cuts.data_ptr(), ends.data_ptr())
         ((_, dense),) = tiles(head)
         call(_cuda.cut_rows, like, view(dense), softmax.packed, state.data_ptr(), *limits)
