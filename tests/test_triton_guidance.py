@@ -31,7 +31,7 @@ def test_tokens_of_each_kind_of_row(vocab):
 
 
 def test_parts_of_a_row_draw_and_are_merged(monkeypatch):
-    """Of sixteen groups, which the normalisers take a few at a time; and with tiles that follow each other."""
+    """Of a few groups each; and a program of the scan takes one tile after the other."""
     monkeypatch.setattr(guidance, "_ENOUGH", 40)
     monkeypatch.setattr(guidance, "_LEAST", 3)
     check_streams("triton", 5003, table=every_kind()[::7])

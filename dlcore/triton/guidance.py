@@ -86,7 +86,7 @@ def guided_scan_kernel(
     columns, index, exclude, coefficients, step, summaries, rows, groups, tiles, parts,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """summaries (4, rows, groups): the largest logit of each group and Σ 2^d relative to it, of both streams."""
+    """summaries (4, rows, groups): of each stream the groups' largest logits, and Σ 2^d relative to them."""
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
     k = coefficients + row * step
