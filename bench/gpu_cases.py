@@ -19,8 +19,9 @@ from bench import (
     peers_sphere,
     peers_sphere_velocity,
 )
+from bench.bench_guidance import ALPHA_S, ALPHA_T, GAMMA, posteriors
 from dlcore import attention, bits, categorical, rng, similarity, sphere
-from dlcore.process import absorbing_uniform, masked, uniform, unmask
+from dlcore.process import absorbing_uniform, guidance, masked, uniform, unmask
 
 Call = Callable[[], Any]
 
@@ -155,6 +156,18 @@ def _select(device: str, tiny: bool) -> Work:
         **_chains(torchs, score, candidates),
     }
     return Work(calls, _size(score, candidates), _size(candidates))
+
+
+def _guided(device: str, tiny: bool) -> Work:
+    shape = (4, 600) if tiny else (2048, 50_257)
+    cond, uncond = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+    z, key = torch.zeros(shape[:-1], dtype=torch.int64, device=device), rng.key(1, device=device)
+    alpha_t, alpha_s, gamma = (torch.full((), x, device=device) for x in (ALPHA_T, ALPHA_S, GAMMA))
+    calls = {
+        "dlcore": lambda: guidance.cfg_uniform_step(cond, uncond, z, alpha_t, alpha_s, gamma, key=key),
+        **_chains(lambda c, u: posteriors(c.float(), u.float(), z), cond, uncond),
+    }
+    return Work(calls, _size(cond, uncond))
 
 
 def _nelbo(device: str, tiny: bool) -> Work:
@@ -466,6 +479,7 @@ CASES = (
     Case("categorical.cross_entropy, backward", _cross_entropy),
     Case("categorical.kl, backward", _kl),
     Case("categorical.expectation", _expectation),
+    Case("guidance.cfg_uniform_step, V=50257", _guided),
     Case("uniform.nelbo, backward", _nelbo),
     *(Case(f"LinearLogits sample, {n} rows", partial(_head, rows=n)) for n in (8192, 256, 8)),
     Case("LinearLogits cross_entropy, backward", partial(_head_loss, rows=4096)),

@@ -99,8 +99,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 ON_GPU = (
     *("absorbing_uniform", "attention", "attention_decode", "bits", "bits_codes", "categorical"),
     "categorical_summary",
-    *("categorical_losses", "d3pm", "distill", "end_to_end", "flow", "hybrid", "linear_logits", "masked"),
-    *("metrics", "score", "sphere", "sphere_dynamics", "sphere_laws", "sphere_velocity", "uniform"),
+    *("categorical_losses", "d3pm", "distill", "end_to_end", "flow", "guidance", "hybrid", "linear_logits"),
+    *("masked", "metrics", "score", "sphere", "sphere_dynamics", "sphere_laws", "sphere_velocity", "uniform"),
     *("uniform_losses", "uniform_nelbo", "unmask", "vmf", "vmf_sample"),
 )
 #: The kernels that run there: Triton's, or with DLCORE_BACKEND=cuda the CUDA ones, where an op has them.

@@ -70,6 +70,7 @@ SHARED = {
     "largest": ("sphere_largest",),
     "row_cosine": ("similarity_cosine",),
     "guided_step": ("guidance_cfg_uniform_step",),
+    "guided_step_bytes": ("guidance_workspace",),
     "capability": ("cpu_capability",),
     "choose_capability": ("choose_cpu_capability",),
 }

@@ -262,6 +262,29 @@ def test_nelbo(cuda_c: Library, parameterization: str) -> None:
     same(logits_grad, run("uniform.nelbo_backward", grad, saved, *given)[0])
 
 
+# --- guidance ---
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_guided_draws(cuda_c: Library, dtype: torch.dtype) -> None:
+    c, cond, uncond = cuda_c, _logits(dtype), _logits(seed=2)
+    table = torch.tensor([[2.0, 0.7, -1, 0.4, 3, 0]], dtype=torch.float64).repeat(ROWS, 1)
+    table[0, 3], table[1, 5], table[2, 0] = 1, 1, -0.5
+    workspace = _workspace(c.cuda_guidance_workspace, c.matrix_of(cond))
+    for key, k, exclude in ((KEY, table[3], None), (_per_row_keys(), table, 3)):
+        step = c.guided_step(
+            cond=c.matrix_of(cond),
+            uncond=c.matrix_of(uncond),
+            z=INDEX,
+            coefficients=c.doubles(data=k, stride=6 if k.dim() > 1 else 0),
+            exclude=None if exclude is None else torch.tensor(exclude),
+            keys=c.keys_of(key),
+        )
+        tokens = empty(ROWS, dtype=torch.int64)
+        c.cuda_guidance_cfg_uniform_step(step, tokens, workspace, None)
+        same(tokens, run("guidance.cfg_uniform_step", cond, uncond, INDEX, k, exclude, key))
+
+
 # --- bits ---
 
 

@@ -49,6 +49,11 @@ def _grad(c: Library) -> Any:
     return c.logits_grad(values=_out())
 
 
+def _guided(c: Library) -> Any:
+    given = {"cond": _matrix(c), "uncond": _matrix(c), "z": INDEX, "keys": c.keys_of(KEY)}
+    return c.guided_step(**given, coefficients=c.doubles(data=torch.ones(6).double()))
+
+
 #: A call of every function that is taken.
 CALLS: dict[str, Callable[[Library], list[Any]]] = {
     "rng_fold_in": lambda c: [c.keys_of(KEY), c.ints(data=INDEX, stride=1), ROWS, _out(), 0],
@@ -80,6 +85,8 @@ CALLS: dict[str, Callable[[Library], list[Any]]] = {
         *(_softmax(c), INDEX, c.doubles_of(0.5), c.doubles_of(-1.0)),
         *(_out(), _out(), _grad(c), 0),
     ],
+    "guidance_workspace": lambda c: [_matrix(c), _out()],
+    "guidance_cfg_uniform_step": lambda c: [_guided(c), _out(), _out(), 0],
     "bits_workspace": lambda c: [_matrix(c), _out()],
     "bits_encode": lambda c: [c.bit_code(width=9), INDEX, ROWS, _out(), 0],
     "bits_decode": lambda c: [c.bit_code(width=9), _matrix(c, 9), 0, _out(), 0],
@@ -219,6 +226,7 @@ WITH_WORKSPACE = [
     *(f"categorical_{name}" for name in ("stats", "summary", "sample", "sample_mixture", "log_probs", "kl")),
     *(f"bits_{name}" for name in ("matched_filter", "posterior", "step", "perturb", "loss", "loss_backward")),
     "uniform_nelbo",
+    "guidance_cfg_uniform_step",
 ]
 
 

@@ -21,7 +21,7 @@ import dlcore
 from dlcore import LinearLogits, attention, bits, categorical, rng, similarity, sphere
 from dlcore._dispatch import run
 from dlcore._registry import TRITON
-from dlcore.process import uniform
+from dlcore.process import guidance, uniform
 from dlcore.triton import categorical as triton_categorical
 from dlcore.triton import launch, linear_logits_scan
 
@@ -193,6 +193,13 @@ CASES: dict[str, Case] = {
         {"logits": LOGITS, "token": TOKENS, "share": (), "key": (2,)},
         lambda logits, token, share, key: uniform.step(logits, token, share, (1 + share) / 2, key=key),
         ("categorical.sample_mixture",),
+    ),
+    "guidance.cfg_uniform_step": Case(
+        {"logits": LOGITS, "others": LOGITS, "token": TOKENS, "share": (), "positive": (), "key": (2,)},
+        lambda logits, others, token, share, positive, key: guidance.cfg_uniform_step(
+            logits, others, token, share, (1 + share) / 2, 2 * positive, temperature=positive, key=key
+        ),
+        ("guidance.cfg_uniform_step",),
     ),
     "uniform.nelbo": Case(
         {"logits": LOGITS, "token_z": TOKENS, "token_x": TOKENS, "share": ()},

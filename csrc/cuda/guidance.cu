@@ -4,7 +4,6 @@
 // normaliser. The same sums bound what a group can score in the draw: a second kernel, a warp a part of a
 // row, blends only groups that may win. A third merges the parts where a row has several.
 #include "../common/guidance.h"
-
 #include "guidance.h"
 #include "launch.h"
 #include "softmax.h"
@@ -20,10 +19,8 @@ constexpr int kGroupLanes = kWarp / kAbreastGroups;
 constexpr int kLaneEntries = static_cast<int>(kGroup) / kGroupLanes;
 // So many chunks of the scan, and so many parts that draw, keep a large device busy.
 constexpr int64_t kEnoughChunks = 8192, kEnoughParts = 4096;
-// Groups of a chunk and of a part: as many as a warp has in hand at most, as a lane each at least.
 constexpr int kMostSteps = 8;
-constexpr int64_t kLeastGroups = kWarp;
-// Groups that a lane has in hand, and its tokens of a group.
+// Groups of a part that a lane has in hand, at most, and its tokens of a group.
 constexpr int kLaneGroups = 8, kLaneTokens = static_cast<int>(kGroup) / kWarp;
 // Rounding of scores and bounds can't reach this, and this part of them.
 constexpr float kSlack = 1e-3f, kSlackPart = 1e-5f;
@@ -39,7 +36,7 @@ struct Plan {
     const int64_t most = std::max<int64_t>(rows, 1) * groups;
     steps = std::clamp<int64_t>(2 * most / (kAbreastGroups * kEnoughChunks), 1, kMostSteps);
     chunks = ceil_div(groups, kAbreastGroups * steps);
-    size = std::max(kLeastGroups, ceil_div(most, kEnoughParts));
+    size = std::clamp<int64_t>(ceil_div(most, kEnoughParts), kWarp, kLaneGroups * kWarp);
     parts = ceil_div(groups, size);
   }
 };
@@ -162,8 +159,11 @@ class Stream {
     return {log_near(largest + 1.0f), log_near(fmaf(largest, s.sum, static_cast<float>(kGroup)))};
   }
 
-  __device__ float entry(const RowSoftmax& softmax, int64_t token) const {
-    return softmax.transform(widen(data_[token]), token);
+  // A lane's entries from token `first` on, -inf past the end.
+  __device__ void read(int64_t first, int64_t columns, float (&x)[kLaneTokens]) const {
+    const T* p = data_ + first;
+#pragma unroll
+    for (int k = 0; k < kLaneTokens; ++k) x[k] = first + k * kWarp < columns ? widen(p[k * kWarp]) : kNone;
   }
 
  private:
@@ -190,7 +190,7 @@ class Draw {
 
   __device__ bool broken() const { return cond_.broken || uncond_.broken; }
 
-  // Looks at groups [first, end), the likeliest first, as long as one may still win.
+  // Looks at a part's groups, [first, end), the likeliest first, as long as one may still win.
   __device__ void search(int64_t first, int64_t end) {
     float bound[kLaneGroups], noise[kLaneGroups];
 #pragma unroll
@@ -251,14 +251,17 @@ class Draw {
 
   // The guided logarithms of a group, -inf past the end.
   __device__ void blend(int64_t group, float (&guided)[kLaneTokens]) const {
+    const int64_t first = group * kGroup + lane_id();
+    float c[kLaneTokens], u[kLaneTokens];
+    cond_.read(first, columns_, c);
+    uncond_.read(first, columns_, u);
 #pragma unroll
     for (int k = 0; k < kLaneTokens; ++k) {
-      const int64_t token = group * kGroup + k * kWarp + lane_id();
-      guided[k] = kNone;
-      if (token >= columns_ || token == softmax_.exclude) continue;
-      const float c = cond_.log_mass(row_.noisy(), cond_.entry(softmax_, token));
-      const float u = uncond_.log_mass(row_.noisy(), uncond_.entry(softmax_, token));
-      guided[k] = row_.blend(c, u) + (token == softmax_.index ? row_.bonus : 0);
+      const int64_t token = first + k * kWarp;
+      const float log_c = cond_.log_mass(row_.noisy(), softmax_.transform(c[k], token));
+      const float log_u = uncond_.log_mass(row_.noisy(), softmax_.transform(u[k], token));
+      guided[k] = row_.blend(log_c, log_u) + (token == softmax_.index ? row_.bonus : 0);
+      if (token >= columns_ || token == softmax_.exclude) guided[k] = kNone;
     }
   }
 
@@ -298,9 +301,8 @@ __global__ void __launch_bounds__(kThreads, kResident)
     int64_t token = a.z[r];
     if (!row.keeps) {
       Draw<C, U> draw(a, sums, groups, row, r);
-      const int64_t last = (part + 1) * size, end = last < groups ? last : groups;
-      if (!draw.broken())
-        for (int64_t first = part * size; first < end; first += kLaneGroups * kWarp) draw.search(first, end);
+      const int64_t first = part * size;
+      if (!draw.broken()) draw.search(first, first + size < groups ? first + size : groups);
       token = draw.token();
       score = draw.score;
     }

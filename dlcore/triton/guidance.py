@@ -18,13 +18,13 @@ from dlcore.triton import noise
 from dlcore.triton.launch import ceil_div, launch, power_of_two
 from dlcore.triton.linear_logits import GROUP
 from dlcore.triton.rows import row_offset, rows_of
-from dlcore.triton.softmax import FLOOR, LOG2E, NONE, entries, power, summary
+from dlcore.triton.softmax import FLOOR, LOG2E, NONE, entries
 
-#: Groups that a program of the scan reads at once, of each stream.
-_GROUPS = 8
+#: Groups of each stream that a warp of the scan reads at once, a quarter of its lanes each.
+_GROUPS = 2
 #: So many programs of the scan, and of the draw, fill a device.
-_ENOUGH, _ENOUGH_DRAWS = 2048, 2048
-#: Groups that a program draws from: at least, where there are so many, and at a time.
+_ENOUGH, _ENOUGH_DRAWS = 32768, 4096
+#: Groups that a program draws from, at least, where there are so many, and at most.
 _LEAST, _MOST = 16, 256
 #: Rows of a program that merges draws.
 _ROWS = 128
@@ -51,6 +51,34 @@ def _softmax(k):
     return tl.load(k + _SHIFT).to(tl.float32), inverse.to(tl.float32)
 
 
+@triton.jit
+def _plain(begin, end, columns, z, exclude):
+    """Whether there are all tokens [begin, end), and they are taken as they are stored: most are."""
+    plain = (end <= columns) & ((z < begin) | (z >= end))
+    if exclude is not None:
+        plain = plain & ((exclude < begin) | (exclude >= end))
+    return plain
+
+
+@triton.jit
+def _read(data, token, plain, columns, z, shift, exclude):
+    """Entries of tokens, as the softmax takes them before the temperature."""
+    if plain:
+        x = tl.load(data + token).to(tl.float32)
+    else:
+        x = entries(data, token, columns, 0, z, shift, None, exclude)
+    return x
+
+
+@triton.jit
+def _sum_groups(x, scale):
+    """Of groups (groups, 4, 64) the largest entry, and Σ 2^d, where d is an entry's distance to it times
+    scale."""
+    top = tl.max(tl.max(x, 1), 1)
+    e = tl.exp2((x - tl.where(top > NONE, top, 0.0)[:, None, None]) * scale)
+    return top, tl.sum(tl.sum(e, 1), 1)
+
+
 @triton.jit(do_not_specialize=["groups", "tiles", "parts", "rows", "exclude"])
 def guided_scan_kernel(
     cond, cond_inner, cond_outer_stride, cond_inner_stride,
@@ -58,7 +86,7 @@ def guided_scan_kernel(
     columns, index, exclude, coefficients, step, summaries, rows, groups, tiles, parts,
     GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """summaries (4, rows, groups): the largest logit of each group and Σ 2^d relative to it, of both streams."""
+    """summaries (4, rows, groups): of each stream the groups' largest logits, and Σ 2^d relative to them."""
     program = tl.program_id(0).to(tl.int64)
     row = program // parts
     k = coefficients + row * step
@@ -71,13 +99,15 @@ def guided_scan_kernel(
     u = uncond + row_offset(row, uncond_inner, uncond_outer_stride, uncond_inner_stride)
     out = summaries + row * groups
     size = rows.to(tl.int64) * groups
+    # A quarter of a group for each of a lane's registers: few lanes share it.
+    quarter = tl.arange(0, 4)[None, :, None] * (_SIZE // 4) + tl.arange(0, _SIZE // 4)[None, None, :]
     for i in range(tiles):
-        group = (program % parts * tiles + i) * GROUPS + tl.arange(0, GROUPS)
-        column = group[:, None] * _SIZE + tl.arange(0, _SIZE)[None, :]
-        x = entries(c, column, columns, 0, z, shift, None, exclude)
-        y = entries(u, column, columns, 0, z, shift, None, exclude)
-        top_c, total_c, _ = summary(x, scale)
-        top_u, total_u, _ = summary(y, scale)
+        first = ((program % parts).to(tl.int32) * tiles + i) * GROUPS
+        group = first + tl.arange(0, GROUPS)
+        token = group[:, None, None] * _SIZE + quarter
+        plain = _plain(first * _SIZE, (first + GROUPS) * _SIZE, columns, z, exclude)
+        top_c, total_c = _sum_groups(_read(c, token, plain, columns, z, shift, exclude), scale)
+        top_u, total_u = _sum_groups(_read(u, token, plain, columns, z, shift, exclude), scale)
         inside = group < groups
         tl.store(out + group, top_c, inside)
         tl.store(out + size + group, total_c, inside)
@@ -114,27 +144,42 @@ def _group_masses(tops, sums, group, inside, top, scale, odds):
 
 
 @triton.jit
-def _log_mass(data, column, columns, z, exclude, shift, inverse, top, odds, noisy):
-    """Logarithms of a stream's masses: over the noise, or over the largest one where there is none."""
-    drop = entries(data, column, columns, 0, z, shift, None, exclude) - top
-    over = noise.log(tl.fma(tl.exp2(tl.maximum(drop * (inverse * LOG2E), FLOOR)), odds, 1.0))
-    return tl.where(noisy, over, tl.maximum(drop * inverse, _NEVER))
+def _log_mass(x, top, scale, odds):
+    """Logarithms of a stream's masses, over the noise."""
+    return noise.log(tl.fma(tl.exp2(tl.maximum((x - top) * scale, FLOOR)), odds, 1.0))
 
 
 @triton.jit
-def _blend(k, c, u, noisy, token, columns, z, exclude):
-    """The guided logarithms, reckoned from the stream of the greater weight, so that γ = 0 and γ = 1 are
-    exact; -inf where a token is impossible, and past the end."""
+def _guided(c, u, group, columns, k, z, exclude, top_c, top_u, odds_c, odds_u, noisy):
+    """The guided logarithms of a group, reckoned from the stream of the greater weight, so that γ = 0 and
+    γ = 1 are exact; -inf where a token is impossible, and past the end."""
     gamma = _limited(tl.load(k + _GAMMA), -1e30, 1e30)
-    bonus = _limited(tl.load(k + _BONUS), -1e30, 1e30).to(tl.float32)
     near = gamma >= 0.5
-    guided = tl.fma(c - u, tl.where(near, gamma - 1.0, gamma).to(tl.float32), tl.where(near, c, u))
-    least_c = tl.where(noisy | (gamma == 0.0), NONE, _HARDLY)
-    least_u = tl.where(noisy | (gamma == 1.0), NONE, _HARDLY)
-    possible = (c >= least_c) & (u >= least_u) & (token < columns)
-    if exclude is not None:
-        possible = possible & (token != exclude)
-    return tl.where(possible, tl.where(token == z, guided + bonus, guided), NONE)
+    weight = tl.where(near, gamma - 1.0, gamma).to(tl.float32)
+    shift, inverse = _softmax(k)
+    token = group * _SIZE + tl.arange(0, _SIZE)
+    plain = _plain(group * _SIZE, (group + 1) * _SIZE, columns, z, exclude)
+    x = _read(c, token, plain, columns, z, shift, exclude)
+    y = _read(u, token, plain, columns, z, shift, exclude)
+    if noisy:
+        x = _log_mass(x, top_c, inverse * LOG2E, odds_c)
+        y = _log_mass(y, top_u, inverse * LOG2E, odds_u)
+        guided = tl.fma(x - y, weight, tl.where(near, x, y))
+    else:
+        # Over the largest mass.
+        x = tl.maximum((x - top_c) * inverse, _NEVER)
+        y = tl.maximum((y - top_u) * inverse, _NEVER)
+        guided = tl.fma(x - y, weight, tl.where(near, x, y))
+        least_x = tl.where(gamma == 0.0, NONE, _HARDLY)
+        least_y = tl.where(gamma == 1.0, NONE, _HARDLY)
+        guided = tl.where((x >= least_x) & (y >= least_y), guided, NONE)
+    if ~plain:
+        bonus = _limited(tl.load(k + _BONUS), -1e30, 1e30).to(tl.float32)
+        inside = token < columns
+        if exclude is not None:
+            inside = inside & (token != exclude)
+        guided = tl.where(inside, tl.where(token == z, guided + bonus, guided), NONE)
+    return guided
 
 
 @triton.jit
@@ -144,7 +189,9 @@ def _bound(k, largest_c, largest_u, total_c, total_u, holds_z):
     gamma = _limited(tl.load(k + _GAMMA), -1e30, 1e30)
     excess = tl.maximum(tl.maximum(gamma - 1.0, -gamma), 0.0).to(tl.float32)
     share = _limited(gamma, 0.0, 1.0).to(tl.float32)
-    bound = tl.fma(tl.where(gamma >= 0.5, largest_c, largest_u), excess, tl.fma(total_c - total_u, share, total_u))
+    bound = tl.fma(
+        tl.where(gamma >= 0.5, largest_c, largest_u), excess, tl.fma(total_c - total_u, share, total_u)
+    )
     bonus = _limited(tl.load(k + _BONUS), 0.0, 1e30).to(tl.float32)
     return (bound + tl.where(holds_z, bonus, 0.0)) * (1.0 + _SLACK_PART) + _SLACK
 
@@ -169,15 +216,14 @@ def guided_draw_kernel(
         if scores is not None:
             tl.store(scores + out, 0.0)
         return
-    shift, inverse = _softmax(k)
-    scale = inverse * LOG2E
+    scale = _softmax(k)[1] * LOG2E
     tops_c = summaries + row * groups
     sums_c = tops_c + rows * groups
     tops_u = sums_c + rows * groups
     sums_u = tops_u + rows * groups
     top_c, total_c = _normaliser(tops_c, sums_c, groups, scale, BLOCK)
     top_u, total_u = _normaliser(tops_u, sums_u, groups, scale, BLOCK)
-    broken = ~((top_c > NONE) & (total_c == total_c) & (top_u > NONE) & (total_u == total_u))
+    lawful = (top_c > NONE) & (total_c == total_c) & (top_u > NONE) & (total_u == total_u)
     alpha = _limited(tl.load(k + _ALPHA), 0.0, 1.0)
     count = columns
     if exclude is not None:
@@ -190,43 +236,38 @@ def guided_draw_kernel(
     c = cond + row_offset(row, cond_inner, cond_outer_stride, cond_inner_stride)
     u = uncond + row_offset(row, uncond_inner, uncond_outer_stride, uncond_inner_stride)
 
+    group = part.to(tl.int32) * size + tl.arange(0, BLOCK)
+    inside = (tl.arange(0, BLOCK) < size) & (group < groups)
+    largest_c, all_c = _group_masses(tops_c, sums_c, group, inside, top_c, scale, odds_c)
+    largest_u, all_u = _group_masses(tops_u, sums_u, group, inside, top_u, scale, odds_u)
+    bound = _bound(k, largest_c, largest_u, all_c, all_u, group == z // _SIZE)
+    drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.GROUP, group.to(tl.int64))
+    bound = tl.where(inside, tl.where(noisy, bound + drawn, float("inf")), NONE)
+    bound = tl.where(lawful, bound, NONE)
+
     # Group by group, the likeliest first, as long as one may still win.
     best = tl.full((), NONE, tl.float64)
-    winner = tl.full((), -1, tl.int64)
-    end = tl.minimum((part + 1) * size, groups)
-    for start in range(part * size, tl.where(broken, 0, end), BLOCK):
-        group = start + tl.arange(0, BLOCK)
-        inside = group < end
-        largest_c, all_c = _group_masses(tops_c, sums_c, group, inside, top_c, scale, odds_c)
-        largest_u, all_u = _group_masses(tops_u, sums_u, group, inside, top_u, scale, odds_u)
-        bound = _bound(k, largest_c, largest_u, all_c, all_u, group == z // _SIZE)
-        drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.GROUP, group)
-        bound = tl.where(inside, tl.where(noisy, bound + drawn, float("inf")), NONE)
+    winner = tl.full((), -1, tl.int32)
+    most, place = tl.max(bound, 0, return_indices=True)
+    while (most > NONE) & (most.to(tl.float64) >= best):
+        here = part.to(tl.int32) * size + place
+        guided = _guided(c, u, here, columns, k, z, exclude, top_c, top_u, odds_c, odds_u, noisy)
+        top = tl.max(guided, 0)
+        total = tl.sum(tl.exp2((guided - tl.where(top > NONE, top, 0.0)) * LOG2E), 0)
+        score = top.to(tl.float64) + noise.log(tl.maximum(total, 1.0))
+        score += tl.sum(tl.where(group == here, drawn, 0.0), 0)
+        wins = (score > best) | ((score == best) & (here < winner))
+        best = tl.where(wins, score, best)
+        winner = tl.where(wins, here, winner)
+        bound = tl.where(group == here, NONE, bound)
         most, place = tl.max(bound, 0, return_indices=True)
-        while (most > NONE) & (most.to(tl.float64) >= best):
-            token = (start + place) * _SIZE + tl.arange(0, _SIZE)
-            log_c = _log_mass(c, token, columns, z, exclude, shift, inverse, top_c, odds_c, noisy)
-            log_u = _log_mass(u, token, columns, z, exclude, shift, inverse, top_u, odds_u, noisy)
-            guided = _blend(k, log_c, log_u, noisy, token, columns, z, exclude)
-            top = tl.max(guided, 0)
-            total = tl.sum(power((guided - tl.where(top > NONE, top, 0.0)) * LOG2E), 0)
-            here = tl.arange(0, BLOCK) == place
-            score = top.to(tl.float64) + noise.log(tl.maximum(total, 1.0))
-            score += tl.sum(tl.where(here, drawn, 0.0), 0)
-            wins = (score > best) | ((score == best) & (start + place < winner))
-            best = tl.where(wins, score, best)
-            winner = tl.where(wins, start + place, winner)
-            bound = tl.where(here, NONE, bound)
-            most, place = tl.max(bound, 0, return_indices=True)
     found = tl.full((), -1, tl.int64)
     if winner >= 0:
-        token = winner * _SIZE + tl.arange(0, _SIZE)
-        log_c = _log_mass(c, token, columns, z, exclude, shift, inverse, top_c, odds_c, noisy)
-        log_u = _log_mass(u, token, columns, z, exclude, shift, inverse, top_u, odds_u, noisy)
-        guided = _blend(k, log_c, log_u, noisy, token, columns, z, exclude)
-        drawn = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.TOKEN, token)
-        _, place = tl.max(guided + drawn, 0, return_indices=True)
-        found = winner * _SIZE + place
+        guided = _guided(c, u, winner, columns, k, z, exclude, top_c, top_u, odds_c, odds_u, noisy)
+        token = winner.to(tl.int64) * _SIZE + tl.arange(0, _SIZE)
+        noises = noise.gumbel_of(keys, row, KEY_PER_ROW, noise.TOKEN, token)
+        _, place = tl.max(guided + noises, 0, return_indices=True)
+        found = winner.to(tl.int64) * _SIZE + place
     tl.store(tokens + out, found)
     if scores is not None:
         tl.store(scores + out, best)
@@ -261,18 +302,28 @@ def cfg_uniform_step(
     steps = ceil_div(groups, _GROUPS)
     tiles = min(steps, max(1, rows * steps // _ENOUGH))
     parts = ceil_div(steps, tiles)
-    launch(guided_scan_kernel, rows * parts, z, *read, tiles, parts, GROUPS=_GROUPS, num_warps=8)
+    tiles = ceil_div(steps, parts)
+    scan = (*read, tiles, parts)
+    launch(guided_scan_kernel, rows * parts, z, *scan, GROUPS=_GROUPS, num_warps=1, maxnreg=168)
 
-    size = min(groups, max(_LEAST, ceil_div(rows * groups, _ENOUGH_DRAWS)))
+    size = min(groups, max(_LEAST, ceil_div(rows * groups, _ENOUGH_DRAWS)), _MOST)
     parts = ceil_div(groups, size)
     tokens = torch.empty(lead, dtype=torch.int64, device=device)
     drawn, scores = tokens, None
     if parts > 1:
         drawn = torch.empty((parts, rows), dtype=torch.int64, device=device)
         scores = torch.empty((parts, rows), dtype=torch.float64, device=device)
-    options = {"KEY_PER_ROW": key.dim() > 1, "BLOCK": power_of_two(groups, 16, _MOST), "num_warps": 1}
     draw = (*read, size, parts, key.contiguous(), scores, drawn)
-    launch(guided_draw_kernel, rows * parts, z, *draw, **options)
+    launch(
+        guided_draw_kernel,
+        rows * parts,
+        z,
+        *draw,
+        KEY_PER_ROW=key.dim() > 1,
+        BLOCK=power_of_two(size, 16, _MOST),
+        num_warps=1,
+        maxnreg=128,  # left alone, the assembler aims for more programs a unit, and spills
+    )
     if scores is not None:
         merge = (scores, drawn, rows, parts, tokens)
         launch(guided_merge_kernel, ceil_div(rows, _ROWS), z, *merge, BLOCK=_ROWS)
@@ -281,11 +332,16 @@ def cfg_uniform_step(
 
 def examples(device: str) -> Iterator[Callable[[], object]]:
     """Calls that between them launch every variant of every kernel."""
+    float32, bfloat16, float16 = torch.float32, torch.bfloat16, torch.float16
     key = torch.empty(2, dtype=torch.int64, device=device)
     row = torch.empty(_COUNT, dtype=torch.float64, device=device)
-    dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    for rows, (c, u), exclude in product((4, 4096), product(dtypes, dtypes), (None, 5)):
+    # Of a vocabulary that one program draws from, and that several do.
+    for vocab, (c, u) in product(
+        (50_257, 126_464),
+        ((float32, float32), (bfloat16, bfloat16), (float16, float16), (float32, bfloat16)),
+    ):
+        rows = 2048
         z = torch.empty(rows, dtype=torch.int64, device=device)
-        cond, uncond = (torch.empty(rows, 126_464, dtype=x, device=device) for x in (c, u))
-        yield partial(cfg_uniform_step, cond, uncond, z, row, exclude, key)
-        yield partial(cfg_uniform_step, cond, uncond, z, row.expand(rows, -1), exclude, key.expand(rows, 2))
+        cond, uncond = (torch.empty(rows, vocab, dtype=x, device=device) for x in (c, u))
+        yield partial(cfg_uniform_step, cond, uncond, z, row, None, key)
+        yield partial(cfg_uniform_step, cond, uncond, z, row.expand(rows, -1), 5, key.expand(rows, 2))

@@ -76,6 +76,12 @@ DLCORE_API dlcore_status dlcore_cuda_categorical_kl_backward(const dlcore_logits
                                                              const dlcore_logits_grad* p_grad,
                                                              const dlcore_logits_grad* q_grad, void* stream);
 
+/* How many bytes of workspace dlcore_cuda_guidance_cfg_uniform_step takes for streams like cond. */
+DLCORE_API dlcore_status dlcore_cuda_guidance_workspace(const dlcore_matrix* cond, int64_t* bytes);
+DLCORE_API dlcore_status dlcore_cuda_guidance_cfg_uniform_step(const dlcore_guided_step* step,
+                                                               int64_t* tokens, void* workspace,
+                                                               void* stream);
+
 /* How many bytes of workspace the functions of such bits take. */
 DLCORE_API dlcore_status dlcore_cuda_bits_workspace(const dlcore_matrix* x, int64_t* bytes);
 DLCORE_API dlcore_status dlcore_cuda_bits_encode(const dlcore_bit_code* code, const int64_t* tokens,
