@@ -500,7 +500,9 @@ def expectation(
 ) -> Tensor:
     """Σ_k softmax_k · table[k]: the soft embedding, (..., E), without the softmax ever existing.
 
-    Differentiable, once, in logits (or hidden, weight and bias) and in table.
+    Differentiable, once, in logits (or hidden, weight and bias) and in table. Sums are float32. On a GPU a
+    table of half precision is multiplied by probabilities, and by gradients, rounded to its dtype, as
+    attention does it: the matrix units take no others.
 
     Args:
         logits: (..., V).

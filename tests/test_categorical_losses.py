@@ -89,7 +89,10 @@ def test_parity(vocab, dtype, case, poisoned):
     loss, shapes = cases(vocab)[case]
     inputs = [normal(*shape, dtype=dtype, seed=i) for i, shape in enumerate(shapes)]
     mine = with_gradients(loss, *inputs)
-    assert dlcore.last_backend(f"categorical.{OPS[case[0]]}") != "reference"
+    backend = dlcore.last_backend(f"categorical.{OPS[case[0]]}")
+    assert backend != "reference"
+    # A GPU's matrix units take factors of a table's dtype.
+    rounded = backend == "triton" and "expectation" in case and dtype != torch.float32
     with dlcore.use_backend("reference"):
         torch_own = with_gradients(loss, *inputs)
         truth = with_gradients(loss, *(x.double() for x in inputs))
@@ -99,6 +102,8 @@ def test_parity(vocab, dtype, case, poisoned):
         error, allowed = ((x.double() - exact).abs().max().item() for x in (got, own))
         # Rounded to its dtype once, after float32 sums of terms up to 8 that may cancel.
         ulp = torch.finfo(got.dtype).eps * scale + 8 * torch.finfo(torch.float32).eps
+        if rounded:
+            ulp += torch.finfo(dtype).eps
         assert error <= max(2 * allowed, 2 * ulp), (i, error, allowed)
 
 

@@ -171,7 +171,7 @@ def _table(op):
 
 def test_what_goes_first_on_a_device_is_said_and_can_be_turned_round(on_cuda, monkeypatch):
     report = dlcore.explain("bits.step", on_cuda)
-    assert "\n  triton before cuda: cuda has not been measured faster on a device\n" in report
+    assert "\n  triton before cuda: 1.2 times as fast on an H200\n" in report
     assert report.endswith("chosen: triton")
     turned = Preference("cuda", "triton", "1.2 times as fast")
     monkeypatch.setitem(_dispatch._preferences, "bits.step", turned)

@@ -89,7 +89,8 @@ def write_kernel(
     if WINDOW:
         block = tl.where(committed, 0, num_commit)
         if BY_ROW:
-            start, stop = position - (window - 1), tl.minimum(stop, row + window)
+            # The largest window and a row would pass 32 bits.
+            start, stop = position - (window - 1), row + tl.minimum(stop - row, window)
         else:
             start = length + block - (window - 1)
     if head == 0:

@@ -290,8 +290,9 @@ def merge_kernel(
     tl.store(lse_ptr + lse_at, tl.where(nothing, float("-inf"), top + tl.log(total)))
 
 
-#: Programs that keep every multiprocessor busy, per multiprocessor, and key tiles that are worth a program.
-_PROGRAMS, _TILES_EACH = 2, 4
+#: Programs per multiprocessor that keys are split for (with two, merging costs an H200 more than they gain),
+#: and key tiles that are worth a program.
+_PROGRAMS, _TILES_EACH = 1, 4
 _MOST_PARTS = 128
 
 
