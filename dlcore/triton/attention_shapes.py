@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
 Shapes = dict[int, Tiles]
 
-#: By the larger head dimension, rounded up to a power of two. Of 64 and 128: the fastest of several on an H200.
+#: By the larger head dimension, rounded up to a power of two. Of 64 and 128: the fastest tried on an H200.
 FORWARD: Shapes = {
     64: Tiles(128, 64, 4, 3),
     128: Tiles(128, 64, 8, 3),
