@@ -78,7 +78,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 #: Families whose tests of Triton's kernels take the interpreter more than half a minute.
 SLOW_IN_THE_INTERPRETER = (
-    *("attention", "bits", "categorical", "categorical_losses"),
+    *("attention", "bits", "categorical", "categorical_losses", "guidance"),
     *("sphere", "sphere_dynamics", "sphere_velocity"),
 )
 

@@ -155,8 +155,10 @@ class Stream {
 
   __device__ GroupMasses masses(int64_t group) const {
     const GroupSum s = sums_[group];
-    const float largest = below_top(s.top) * odds_;
-    return {log_near(largest + 1.0f), log_near(fmaf(largest, s.sum, static_cast<float>(kGroup)))};
+    const float largest = below_top(s.top);
+    // The first as an entry's is reckoned, to the bit.
+    return {log_near(fmaf(largest, odds_, 1.0f)),
+            log_near(fmaf(largest * odds_, s.sum, static_cast<float>(kGroup)))};
   }
 
   // A lane's entries from token `first` on, -inf past the end.

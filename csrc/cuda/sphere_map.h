@@ -128,7 +128,7 @@ __device__ void map_row(const MapRows& a, Team& team, int64_t r) {
   }
 }
 
-// So few registers that 24, 18, 12 or 10 warps are under way: each keeps 2 KB of every vector, so that memory
+// So few registers that 24, 16, 12 or 10 warps are under way: each keeps 3 KB of every vector, so that memory
 // has enough to do while rows are solved.
 constexpr int most_registers(int vectors) {
   return vectors == 1 ? 80 : vectors == 2 ? 128 : vectors == 3 ? 168 : 200;

@@ -101,7 +101,9 @@ def _in_order(op: str, t: Number, s: Number) -> None:
         return
     wrong = torch.as_tensor(s < t)
     if bool(wrong.any()):
-        got_s, got_t = (checks.first(torch.as_tensor(x, dtype=torch.float64), wrong) for x in (s, t))
+        got_s, got_t = (
+            checks.first(torch.as_tensor(x, dtype=torch.float64, device=wrong.device), wrong) for x in (s, t)
+        )
         raise ValueError(
             f"{op}: alpha_s must be at least alpha_t, got alpha_s {got_s!r} below alpha_t {got_t!r}"
         )

@@ -138,7 +138,10 @@ def _remask(op: str, sigma: rows.Number, alpha_t: rows.Number, alpha_s: rows.Num
     if all(checks.reads_data(x) for x in (sigma, bound) if isinstance(x, Tensor)):
         wrong = torch.as_tensor(sigma > bound + _SLACK)
         if bool(wrong.any()):
-            got, most = (checks.first(torch.as_tensor(x), wrong) for x in (sigma, bound))
+            got, most = (
+                checks.first(torch.as_tensor(x, dtype=torch.float64, device=wrong.device), wrong)
+                for x in (sigma, bound)
+            )
             raise ValueError(
                 f"{op}: remask must be at most min(1, (1 - alpha_s)/alpha_t), got {got:g} above {most:g}"
             )

@@ -82,6 +82,7 @@ def follow_kernel(
         now = tl.where((top > NONE) & (top < float("inf")), top, before)
         # Nothing was summed before the first finite logit, so that a factor of 0 is as good as any.
         factor = tl.minimum(tl.exp(before - now), 1.0).to(tl.float32)
+        tl.debug_barrier()  # every warp has read what one of them writes now
         tl.store(reference + row, now)
     if factor != 1.0:
         for start in range(0, width, BLOCK):

@@ -139,8 +139,9 @@ def _group_masses(tops, sums, group, inside, top, scale, odds):
     """Over the noise: the logarithms of the mass of groups' largest entries, and of all."""
     m = tl.load(tops + group, inside, NONE)
     s = tl.load(sums + group, inside, 0.0)
-    largest = tl.exp2(tl.maximum((m - top) * scale, FLOOR)) * odds
-    return noise.log(largest + 1.0), noise.log(tl.fma(largest, s, 256.0))
+    largest = tl.exp2(tl.maximum((m - top) * scale, FLOOR))
+    # The first as an entry's is reckoned, to the bit.
+    return noise.log(tl.fma(largest, odds, 1.0)), noise.log(tl.fma(largest * odds, s, 256.0))
 
 
 @triton.jit

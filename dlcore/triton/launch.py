@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
-from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -139,7 +138,8 @@ def _run(
 @cache
 def _triton() -> Any:
     """Triton, if it is one of those whose way of a launch `_run` follows."""
-    return importlib.import_module("triton") if version("triton").startswith(("3.6.", "3.7.")) else None
+    triton = importlib.import_module("triton")
+    return triton if triton.__version__.startswith(("3.6.", "3.7.")) else None
 
 
 @contextmanager

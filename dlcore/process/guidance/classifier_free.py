@@ -218,7 +218,7 @@ def cfg_uniform_step(
         return _draw(cond, uncond, z, k, exclude, key)
     rows.whole(op, cond, "cond")
     rows.whole(op, uncond, "uncond")
-    lead, z, keys = z.shape, z.flatten(), rng.row_keys(key, z.shape).view(-1, 2)
+    lead, z, keys = z.shape, z.flatten(), rng.row_keys(key, z.shape).reshape(-1, 2)
     k = k if k.dim() == 1 else k.flatten(0, -2)
     parts = list(rows.chunks(z.numel(), cond.shape[-1], _LINEAR_CHUNK))
     c, u = (_dense_rows(rows.flat(x), parts[0].stop) for x in (cond, uncond))
@@ -236,7 +236,11 @@ def _dense_rows(logits: Logits, most: int) -> Callable[[slice], Tensor]:
     hidden, weight, bias = logits.hidden, logits.weight, logits.bias
     plain = {type(hidden), type(weight)} <= {Tensor, torch.nn.Parameter}
     compiling = torch.compiler.is_compiling()
-    if compiling or not plain or _dispatch.choose("categorical.stats", (hidden, weight, bias)) != "cpu":
+    if (
+        compiling
+        or not plain
+        or _dispatch.choose("guidance.cfg_uniform_step", (hidden, weight, bias)) != "cpu"
+    ):
         return torch.no_grad()(lambda at: replace(logits, hidden=hidden[at]).materialize())
     from dlcore.cpu.linear_logits import multiply_out
 
