@@ -182,7 +182,7 @@ def scan_head(
     state, groups = new_state(head), ceil_div(vocab, GROUP)
     summaries = torch.empty((5, rows, groups), dtype=torch.float32, device=hidden.device)
     places = torch.empty((2, rows, groups), dtype=torch.uint8, device=hidden.device)
-    block = power_of_two(rows, 16, 32)
+    block = 16 if single else power_of_two(rows, 16, 32)
     bias = None if bias is None else bias.detach().contiguous()
     operands = (*rows_of(hidden), weight.detach(), *weight.stride(), bias, depth, vocab)
     results = (summaries, rows, groups, key, state.numbers[INDEX_LOGIT.value], places)
@@ -195,10 +195,10 @@ def scan_head(
         ROWS=block,
         DEPTH=32 if single else 64,
         SLICES=2,
-        num_warps=16 if single and block == 32 else 8,
+        num_warps=16 if single else 8,
         num_stages=4 if block == 32 and not single else 3,
         # Of up to 16 rows two programs a unit: one waits, the other draws.
-        maxnreg=None if single or block == 32 else 128,
+        maxnreg=None if block == 32 else 128,
     )
     nothing = (None, 1, 0, 0)
     read = (*nothing, 0, vocab, *softmax.args, skip, None, None, None, summaries, rows)
