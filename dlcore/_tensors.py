@@ -7,6 +7,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+#: Columns of a row that kernels for GPUs take: they count in 32 bits, and tiles may reach past the end.
+MOST_COLUMNS = 2**31 - 2**20
+
+
+def too_wide(x: Tensor) -> str | None:
+    """Why kernels for GPUs can't take a tensor's rows, if they are too long."""
+    if x.dim() == 0 or x.shape[-1] <= MOST_COLUMNS:
+        return None
+    return f"takes at most {MOST_COLUMNS} columns, got {x.shape[-1]}"
+
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
     """torch.empty: it parses numbers faster than a tuple of them."""

@@ -184,6 +184,17 @@ def test_what_goes_first_on_a_device_is_said_and_can_be_turned_round(on_cuda, mo
     assert "before" not in dlcore.explain("categorical.stats", X)
 
 
+def test_rows_longer_than_gpus_count_are_refused():
+    """Read past 32 bits they would be read out of bounds."""
+    from dlcore.cuda import tensors
+    from dlcore.triton import launch
+
+    longest, longer = (torch.empty(1, 2**31 - 2**20 + n, device="meta") for n in (0, 1))
+    for reasons in (launch.reasons, tensors.reasons):
+        assert not any("columns" in r for r in reasons(longest))
+        assert any(r == "takes at most 2146435072 columns, got 2146435073" for r in reasons(longer))
+
+
 def test_every_op_with_both_kinds_of_kernels_has_a_preference():
     assert {op for ops in CUDA.values() for op in ops} == PREFERRED.keys() <= REFERENCE.keys()
     assert all({p.first, p.then} == {"triton", "cuda"} for p in PREFERRED.values())

@@ -264,6 +264,7 @@ def test_float64_runs_on_the_reference() -> None:
 
 LOGITS, Z, ROW = torch.zeros(2, 5), torch.zeros(2, dtype=torch.int64), coefficients()
 BAD = [
+    ((LOGITS[:, :1], LOGITS[:, :1], 0 * Z, ROW, 0, KEY), ValueError, "exclude leaves no token"),
     ((LOGITS.long(), LOGITS, Z, ROW, None, KEY), TypeError, "cond must be float32, bfloat16, float16"),
     ((LOGITS, LOGITS[:1], Z, ROW, None, KEY), ValueError, "uncond must have cond's shape (2, 5), got"),
     (

@@ -76,7 +76,7 @@ def test_the_command():
     out = run_python(
         "from dlcore.triton import check; print('code', check.main(['rng']))", TRITON_INTERPRET=""
     )
-    assert "rng.fill_kernel [fp64 KIND=1 ROWS=" in out
+    assert "rng.fill_kernel [fp64 KIND=1 ROWS=1 BLOCK=2048]" in out
     assert out.endswith("code 0\n"), out
     out = run_python(
         "from dlcore.triton import check; print('code', check.main(['rng']))", TRITON_INTERPRET="1"

@@ -216,7 +216,8 @@ class GuidedDraw {
     blend(g);
     const int64_t count = rounded_up(tokens_of(g), kStep);
     const float top = largest(guided_, count);
-    if (top == kNone || top + kLogGroup + kSlack + noise_[g] < best) return kNone;
+    // In double: a large γ makes the slack less than a rounding of float.
+    if (top == kNone || static_cast<double>(top) + kLogGroup + kSlack + noise_[g] < best) return kNone;
     return top + std::log(static_cast<double>(sum_below(top, guided_, count, kLog2E))) + noise_[g];
   }
 

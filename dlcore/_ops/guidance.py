@@ -30,6 +30,8 @@ def _check_cfg_uniform_step(
         wanted = f"float64 ({count},) or {(*lead, count)}"
         raise ValueError(f"{op}: coefficients must be {wanted}, got {checks.describe(coefficients)}")
     checks.token_id(op, "exclude", exclude, cond.shape[-1])
+    if exclude is not None and cond.shape[-1] == 1:
+        raise ValueError(f"{op}: exclude leaves no token in a vocabulary of 1")
     checks.key(op, key, None, lead)
 
 

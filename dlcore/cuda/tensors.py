@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dlcore import _cuda
+from dlcore._tensors import too_wide
 from dlcore.cpu.tensors import DTYPES
 
 
@@ -23,6 +24,9 @@ def reasons(*args: Any) -> list[str]:
     if args and args[0].dtype not in DTYPES and args[0].dtype != torch.int64:
         accepted = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
         found.append(f"takes {accepted}, got {str(args[0].dtype).removeprefix('torch.')}")
+    wide = too_wide(args[0]) if args else None
+    if wide is not None:
+        found.append(wide)
     return found
 
 

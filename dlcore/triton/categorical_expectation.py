@@ -22,12 +22,10 @@ from dlcore.triton.categorical_scan import (
     scan,
     scan_tile,
 )
-from dlcore.triton.launch import ceil_div, launch, power_of_two
+from dlcore.triton.launch import launch, power_of_two
 from dlcore.triton.linear_logits import Head, HeadGradient, matmul, tile_width, tiles, vocab_size
 from dlcore.triton.rows import Rows, row_offset
 from dlcore.triton.softmax import NONE, Softmax, entries, inverse_temperature, row_shift
-
-_ROWS = 128
 
 
 @triton.jit(do_not_specialize=["first", "exclude", "parts"])
@@ -91,17 +89,6 @@ def follow_kernel(
             tl.store(at, tl.load(at, column < width, 0.0) * factor, column < width)
 
 
-@triton.jit(do_not_specialize=["rows"])
-def logsumexp_kernel(numbers, rows, logsumexp, BLOCK: tl.constexpr):
-    """Of every row's state; -inf where there are only such logits."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = row < rows
-    rows = rows.to(tl.int64)
-    lse = -log_prob(numbers, tl.full(row.shape, 0.0, tl.float64), row, rows, inside)
-    lse = tl.where(load_state(numbers, row, rows, inside, SUM) == 0.0, NONE, lse)
-    tl.store(logsumexp + row, lse, inside)
-
-
 @triton.jit(do_not_specialize=["first", "exclude", "parts", "rows"])
 def expectation_backward_kernel(
     logits,
@@ -148,28 +135,24 @@ def _weigh(
 ) -> tuple[State, Tensor, Tensor]:
     """State, Σ_k softmax_k table[k] (rows, E) and the logsumexp (...).
 
-    Dense logits are read twice. A head's are computed once: what is summed refers to the largest logit so
-    far, and is scaled down when a larger one appears.
+    What is summed refers to the largest logit, as half precision holds no 1/V of a large V. Dense logits are
+    read twice; a head's are computed once, and sums are scaled down when a larger one appears.
     """
     lead, device = head[0].shape[:-1], head[0].device
     rows, width, dense = lead.numel(), tile_width(head), head[1] is None
     mean = torch.zeros((rows, table.shape[1]), dtype=torch.float32, device=device)
     lse = torch.empty(lead, dtype=torch.float64, device=device)
     room = torch.empty(rows * min(width, len(table)), dtype=table.dtype, device=device)
-    if dense:
-        state, reference = scan(head, softmax, key=key), lse
-        launch(logsumexp_kernel, ceil_div(rows, _ROWS), mean, state.numbers, rows, lse, BLOCK=_ROWS)
-    else:
-        state, reference = new_state(head), torch.empty_like(lse)
+    state, reference = scan(head, softmax, key=key) if dense else new_state(head), torch.empty_like(lse)
     for tile in tiles(head, width):
         first, columns, _ = tile
         if not dense:
             scan_tile(tile, rows, softmax, state, first == 0, key=key)
+        if first == 0 or not dense:
             _follow(state, first, reference, mean, lse, False)
         p = _probabilities(tile, softmax, reference, room)
         matmul(p, table[first : first + columns], mean, add=True)
-    if not dense:
-        _follow(state, 0, reference, mean, lse, True)
+    _follow(state, 0, reference, mean, lse, True)
     return state, mean.view(*lead, table.shape[1]), lse
 
 
