@@ -101,6 +101,7 @@ ON_GPU = (
     "categorical_summary",
     *("categorical_losses", "d3pm", "distill", "end_to_end", "flow", "guidance", "hybrid", "linear_logits"),
     *("masked", "metrics", "score", "sphere", "sphere_dynamics", "sphere_laws", "sphere_velocity", "uniform"),
+    "guidance_classifier",
     *("uniform_losses", "uniform_nelbo", "unmask", "vmf", "vmf_sample"),
 )
 #: The kernels that run there: Triton's, or with DLCORE_BACKEND=cuda the CUDA ones, where an op has them.
