@@ -165,3 +165,27 @@ def attention_of(c: Library, q: Tensor, k: Tensor, v: Tensor, **given: Any) -> A
         v=_heads(c, v),
         **given,
     )
+
+
+#: Rows of coefficients of a guided step: one without noise, one that keeps z, one that guides away.
+GUIDED = torch.tensor([[2.0, 0.7, -1, 0.4, 3, 0]], dtype=torch.float64).repeat(ROWS, 1)
+GUIDED[0, 3], GUIDED[1, 5], GUIDED[2, 0] = 1, 1, -0.5
+
+
+def guided_step_of(
+    c: Library,
+    cond: Tensor,
+    uncond: Tensor,
+    z: Tensor,
+    coefficients: Tensor,
+    exclude: int | None,
+    key: Tensor,
+) -> Any:
+    return c.guided_step(
+        cond=c.matrix_of(cond),
+        uncond=c.matrix_of(uncond),
+        z=z,
+        coefficients=c.doubles(data=coefficients, stride=6 if coefficients.dim() > 1 else 0),
+        exclude=None if exclude is None else torch.tensor(exclude),
+        keys=c.keys_of(key),
+    )

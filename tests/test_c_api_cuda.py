@@ -9,12 +9,14 @@ import pytest
 import torch
 from c_arguments import (
     DTYPES,
+    GUIDED,
     KEY,
     MAPS,
     ROWS,
     between_margins,
     bits_of,
     empty,
+    guided_step_of,
     index_of,
     levels,
     logits_of,
@@ -268,21 +270,12 @@ def test_nelbo(cuda_c: Library, parameterization: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_guided_draws(cuda_c: Library, dtype: torch.dtype) -> None:
     c, cond, uncond = cuda_c, _logits(dtype), _logits(seed=2)
-    table = torch.tensor([[2.0, 0.7, -1, 0.4, 3, 0]], dtype=torch.float64).repeat(ROWS, 1)
-    table[0, 3], table[1, 5], table[2, 0] = 1, 1, -0.5
     workspace = _workspace(c.cuda_guidance_workspace, c.matrix_of(cond))
-    for key, k, exclude in ((KEY, table[3], None), (_per_row_keys(), table, 3)):
-        step = c.guided_step(
-            cond=c.matrix_of(cond),
-            uncond=c.matrix_of(uncond),
-            z=INDEX,
-            coefficients=c.doubles(data=k, stride=6 if k.dim() > 1 else 0),
-            exclude=None if exclude is None else torch.tensor(exclude),
-            keys=c.keys_of(key),
-        )
+    for key, k, exclude in ((KEY, GUIDED[3], None), (_per_row_keys(), GUIDED, 3)):
+        args = (cond, uncond, INDEX, k, exclude, key)
         tokens = empty(ROWS, dtype=torch.int64)
-        c.cuda_guidance_cfg_uniform_step(step, tokens, workspace, None)
-        same(tokens, run("guidance.cfg_uniform_step", cond, uncond, INDEX, k, exclude, key))
+        c.cuda_guidance_cfg_uniform_step(guided_step_of(c, *args), tokens, workspace, None)
+        same(tokens, run("guidance.cfg_uniform_step", *args))
 
 
 # --- bits ---

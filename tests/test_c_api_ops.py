@@ -9,6 +9,7 @@ import pytest
 import torch
 from c_arguments import (
     DTYPES,
+    GUIDED,
     KEY,
     MAPS,
     ROWS,
@@ -17,6 +18,7 @@ from c_arguments import (
     bits_of,
     dense,
     empty,
+    guided_step_of,
     heads,
     index_of,
     levels,
@@ -486,21 +488,12 @@ def test_decode(c: Library, page_size: int | None, given: dict[str, Any]) -> Non
 def test_guided_step(c: Library, vocab: int, each: bool) -> None:
     cond = strided(normal(5, ROWS, vocab, dtype=torch.bfloat16))
     uncond, z = strided(normal(6, ROWS, vocab)), torch.arange(ROWS) % vocab
-    table = torch.tensor([[2.0, 0.7, -1, 0.4, 3, 0]], dtype=torch.float64).repeat(ROWS, 1)
-    table[0, 3], table[1, 5], table[2, 0] = 1, 1, -0.5
     key, exclude = rng.split(KEY, ROWS) if each else KEY, None if vocab == 1 else 3
-    for coefficients in (table, table[3]):
-        step = c.guided_step(
-            cond=c.matrix_of(cond),
-            uncond=c.matrix_of(uncond),
-            z=z,
-            coefficients=c.doubles(data=coefficients, stride=6 if coefficients.dim() > 1 else 0),
-            exclude=None if exclude is None else torch.tensor(exclude),
-            keys=c.keys_of(key),
-        )
+    for coefficients in (GUIDED, GUIDED[3]):
+        args = (cond, uncond, z, coefficients, exclude, key)
         tokens = empty(ROWS, dtype=torch.int64)
-        c.guidance_cfg_uniform_step(step, tokens)
-        same(tokens, torch.ops.dlcore.guidance_cfg_uniform_step(cond, uncond, z, coefficients, exclude, key))
+        c.guidance_cfg_uniform_step(guided_step_of(c, *args), tokens)
+        same(tokens, torch.ops.dlcore.guidance_cfg_uniform_step(*args))
 
 
 # --- similarity ---
