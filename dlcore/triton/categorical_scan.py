@@ -41,7 +41,7 @@ _ENOUGH = 131072
 _FEW_GROUPS, _MANY_ROWS = 32, 1024
 #: Groups that a warp, or four, take at a time then, and registers for it.
 _WARP_BLOCK, _BLOCK = 256, 1024
-_WARP_REGISTERS, _BLOCK_REGISTERS = 96, 128
+_WARP_REGISTERS, _BLOCK_REGISTERS = 104, 128
 
 _SIZE = tl.constexpr(GROUP)
 
