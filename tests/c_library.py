@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from alone import alone
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
@@ -54,8 +55,9 @@ def install(prefix: Path) -> Path:
 
     The CUDA functions run on the host, as csrc/cuda's other tests do.
     """
-    configure(ROOT, BUILD, DLCORE_PYTHON="OFF", DLCORE_ISA_LEVELS="baseline", DLCORE_CUDA="HOST")
-    cmake("--install", BUILD, "--prefix", prefix)
+    with alone(BUILD):
+        configure(ROOT, BUILD, DLCORE_PYTHON="OFF", DLCORE_ISA_LEVELS="baseline", DLCORE_CUDA="HOST")
+        cmake("--install", BUILD, "--prefix", prefix)
     return prefix
 
 

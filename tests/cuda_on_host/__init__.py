@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pybind11
+from alone import alone
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILDS = ROOT / "build" / "cuda_on_host"
@@ -59,7 +60,11 @@ def run_program(
 
 def build(edits: Iterable[Edit] = (), *, sanitize: bool = False) -> Path:
     """The compiled module; it is built anew only where a source has changed."""
-    texts = _sources(edits)
+    with alone(BUILDS):
+        return _build(_sources(edits), sanitize)
+
+
+def _build(texts: dict[str, str], sanitize: bool) -> Path:
     flags = [*FLAGS, "-fPIC", "-fvisibility=hidden", *(SANITIZE if sanitize else ())]
     said = repr((sorted(texts.items()), flags, COMPILER, sys.version))
     place = BUILDS / hashlib.sha256(said.encode()).hexdigest()[:16]
