@@ -25,11 +25,28 @@ def test_complaints():
 def test_a_kernel_that_no_example_launches_is_found():
     code = (
         "from dlcore.triton import check, rng\n"
-        "found = [x for family in check.modules() for x in check.launches(family)]\n"
+        "found = [x for family in check.modules() for x in check.launches(family, 90)]\n"
         "without = [x for x in found if x.kernel is not rng.fold_in_kernel]\n"
         "print(check.missed(found), check.missed(without))\n"
     )
     assert run_python(code, TRITON_INTERPRET="").strip() == "[] ['fold_in_kernel']"
+
+
+@pytest.mark.slow
+def test_each_target_gets_what_it_would_run():
+    """16-bit attention is described where the hardware reads descriptors, and there alone."""
+    code = (
+        "from dlcore.triton import check\n"
+        "for target in check.TARGETS:\n"
+        "    for x in check.launches('attention_backward', target):\n"
+        "        if x.kernel.__name__ == 'grad_q_kernel':\n"
+        "            print(target, 'fp32' in str(check._source(x)[1]['q_ptr']), x.meta['DESCRIBED'])\n"
+    )
+    said = set(run_python(code, TRITON_INTERPRET="").splitlines())
+    assert said == {
+        *("80 False False", "90 False True", "100 False True"),
+        *("80 True False", "90 True False", "100 True False"),
+    }
 
 
 def test_examples_wait_for_no_number():

@@ -7,14 +7,13 @@ memory there, and to 227 KiB from 9.0 on.
 from __future__ import annotations
 
 import logging
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dlcore.triton.launch import power_of_two
+from dlcore.triton.launch import capability, power_of_two
 
 logger = logging.getLogger("dlcore")
 
@@ -116,13 +115,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 
 
 #: The compute capability from which on a tile is copied by the hardware that reads descriptors.
-_DESCRIBED_FROM = 9
-
-
-@lru_cache(maxsize=16)
-def _has_descriptors(device: torch.device) -> bool:
-    """Also where there is no GPU: the interpreter reads them, and compilers replace them."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= _DESCRIBED_FROM
+_DESCRIBED_FROM = 90
 
 
 def described(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
@@ -131,7 +124,7 @@ def described(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor, ...] | Non
     for x in tensors:
         strided = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:3])
         aligned = strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
-        if x.element_size() != 2 or x.numel() == 0 or not aligned or not _has_descriptors(x.device):
+        if x.element_size() != 2 or x.numel() == 0 or not aligned or capability(x.device) < _DESCRIBED_FROM:
             return None
     of_heads = [x.transpose(1, 2) for x in tensors]
     return tuple(

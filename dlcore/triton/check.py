@@ -72,15 +72,17 @@ def modules() -> list[str]:
 
 
 @lru_cache
-def launches(family: str) -> list[Launch]:
-    """Every variant that the family's examples launch."""
-    found = {(x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in made(family)}
+def launches(family: str, target: int) -> list[Launch]:
+    """Every variant that the family's examples launch on a GPU of that compute capability."""
+    found = {
+        (x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in made(family, target)
+    }
     return list(found.values())
 
 
-def made(family: str) -> list[Launch]:
+def made(family: str, target: int = 90) -> list[Launch]:
     """The launches of the family's examples."""
-    with recording() as found:
+    with recording(target) as found:
         examples = getattr(import_module(f"dlcore.triton.{family}"), "examples", lambda _: ())
         for call in examples("meta"):
             call()
@@ -123,7 +125,7 @@ def _integer(value: int) -> str:
 def _usage(job: tuple[str, int, int]) -> Usage:
     """Of a family's variant of that number; such a job goes to another process."""
     family, variant, target = job
-    return usage(family, launches(family)[variant], target)
+    return usage(family, launches(family, target)[variant], target)
 
 
 def usage(family: str, x: Launch, target: int) -> Usage:
@@ -165,8 +167,9 @@ def main(names: list[str]) -> int:
     if interpreting():
         print("dlcore.triton.check: TRITON_INTERPRET is set, nothing would be compiled", file=sys.stderr)
         return 2
-    found = {family: launches(family) for family in names or modules()}
-    forgotten = [] if names else missed(x for group in found.values() for x in group)
+    families = names or modules()
+    found = {family: list(zip(*(launches(family, t) for t in TARGETS), strict=True)) for family in families}
+    forgotten = [] if names else missed(x for group in found.values() for variant in group for x in variant)
     complaints = [f"{name}: no example launches it" for name in forgotten]
 
     jobs = [(family, i, t) for family, group in found.items() for i in range(len(group)) for t in TARGETS]

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
 
@@ -48,6 +48,8 @@ class Variant(NamedTuple):
 #: Told of every launch that is made, if set.
 watch: Callable[[Launch], None] | None = None
 _recorded: list[Launch] | None = None
+#: The compute capability that is told of tensors on no GPU: the interpreter can what a new one can.
+_assumed = 90
 
 
 def variant(x: Launch) -> Variant:
@@ -148,15 +150,27 @@ def _triton() -> Any:
 
 
 @contextmanager
-def recording() -> Iterator[list[Launch]]:
-    """Collect the launches inside the block instead of making them, say of calls with meta tensors."""
-    global _recorded
+def recording(target: int = 90) -> Iterator[list[Launch]]:
+    """Collect the launches inside the block instead of making them, say of calls with meta tensors; those are
+    made as for a GPU of that compute capability."""
+    global _assumed, _recorded
     found: list[Launch] = []
-    _recorded = found
+    before, _assumed, _recorded = _assumed, target, found
     try:
         yield found
     finally:
-        _recorded = None
+        _assumed, _recorded = before, None
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability, 90 for 9.0, of a GPU or of the one that is assumed."""
+    return _capability_of_gpu(device) if device.type == "cuda" else _assumed
+
+
+@lru_cache(maxsize=16)
+def _capability_of_gpu(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def kernels(module: str) -> dict[str, Any]:
