@@ -23,11 +23,12 @@ from dlcore.triton import (
     attention_grad_kv,
     attention_grad_q,
     attention_shapes,
+    launch,
 )
 from dlcore.triton.attention import decode
 from dlcore.triton.attention_shapes import Tiles
 
-TABLES = ("FORWARD", "DECODE", "GRAD_Q", "GRAD_KV", "SINGLE", "SINGLE_GRAD")
+TABLES = ("FORWARD", "DECODE", "GRAD_Q", "GRAD_KV")
 SMALL = 16
 
 
@@ -41,16 +42,29 @@ def own_tiles(monkeypatch, poisoned):
 def small_tiles(monkeypatch, own_tiles):
     """Tiles of 16 rows and 16 keys, so that a few rows have many of them."""
     for table in TABLES:
-        small = dict.fromkeys(attention_shapes.FORWARD, Tiles(SMALL, SMALL, 4, 2))
+        small = dict.fromkeys(attention_shapes.FORWARD.half, Tiles(SMALL, SMALL, 4, 2))
+        shapes = attention_shapes.Shapes(small, small, small)
         for module in (attention_shapes, attention_backward):
             if hasattr(module, table):
-                monkeypatch.setattr(module, table, small)
+                monkeypatch.setattr(module, table, shapes)
 
 
 @pytest.fixture
 def splits(monkeypatch, small_tiles):
     """Few rows over many keys have several programs."""
     monkeypatch.setattr(attention_forward, "_multiprocessors", lambda device: 132)
+
+
+def test_devices_without_descriptors_have_tiles_of_their_own():
+    half, single = (
+        torch.empty(1, 4, 2, 128, dtype=dtype, device="meta") for dtype in (torch.half, torch.float)
+    )
+    for target, table in ((80, "other"), (89, "other"), (90, "half"), (100, "half"), (120, "other")):
+        with launch.recording(target):
+            assert (attention_shapes.described(16, half) is None) == (table == "other")
+            for shapes in (attention_shapes.FORWARD, attention_shapes.GRAD_KV):
+                assert attention_shapes.tiles(shapes, half, half) == getattr(shapes, table)[128]
+                assert attention_shapes.tiles(shapes, single, single) == shapes.single[128]
 
 
 def on_device(call):

@@ -16,8 +16,12 @@ def test_complaints():
     assert GOOD._replace(spilled=8).complaint() == "spills 8 bytes a thread"
     assert GOOD._replace(family="attention", spilled=8).complaint() is None
     assert GOOD._replace(family="sphere_velocity", spilled=8).complaint() == "spills 8 bytes a thread"
-    too_much = GOOD._replace(family="attention", shared=(163 << 10) + 1)
-    assert "wants 166913 bytes of shared memory of 166912" in str(too_much.complaint())
+    too_much = GOOD._replace(family="attention", shared=(99 << 10) + 1)
+    assert "wants 101377 bytes of shared memory of 101376" in str(too_much.complaint())
+    large = too_much._replace(family="attention_backward", constants="fp32 HEADS=2 DIM=512 VALUE_DIM=512")
+    assert large.complaint() is None
+    assert "of 166912" in str(large._replace(shared=(163 << 10) + 1).complaint())
+    assert large._replace(constants=f"bf16 {large.constants}").complaint() is not None
     assert too_much._replace(target=90).complaint() is None
 
 
@@ -25,7 +29,7 @@ def test_complaints():
 def test_a_kernel_that_no_example_launches_is_found():
     code = (
         "from dlcore.triton import check, rng\n"
-        "found = [x for family in check.modules() for x in check.launches(family, 90)]\n"
+        "found = [x for family in check.modules() for group in check.launches(family) for x in group]\n"
         "without = [x for x in found if x.kernel is not rng.fold_in_kernel]\n"
         "print(check.missed(found), check.missed(without))\n"
     )
@@ -37,9 +41,9 @@ def test_each_target_gets_what_it_would_run():
     """16-bit attention is described where the hardware reads descriptors, and there alone."""
     code = (
         "from dlcore.triton import check\n"
-        "for target in check.TARGETS:\n"
-        "    for x in check.launches('attention_backward', target):\n"
-        "        if x.kernel.__name__ == 'grad_q_kernel':\n"
+        "for variant in check.launches('attention_backward'):\n"
+        "    if variant[0].kernel.__name__ == 'grad_q_kernel':\n"
+        "        for x, target in zip(variant, check.TARGETS):\n"
         "            print(target, 'fp32' in str(check._source(x)[1]['q_ptr']), x.meta['DESCRIBED'])\n"
     )
     said = set(run_python(code, TRITON_INTERPRET="").splitlines())

@@ -19,7 +19,6 @@ from dlcore.triton.attention_shapes import (
     EXAMPLES,
     GRAD_KV,
     GRAD_Q,
-    SINGLE_GRAD,
     bounds_stride,
     described,
     dims,
@@ -118,7 +117,7 @@ def intervals_backward(
     shared = dims(q, k, v) | {"SOFTCAP": softcap > 0}
     rows = queries * heads // kv_heads
 
-    shape = tiles(GRAD_Q, SINGLE_GRAD, q, v)
+    shape = tiles(GRAD_Q, q, v)
     by_tiles = described(shape.keys, k, v)
     launch(
         grad_q_kernel,
@@ -131,7 +130,7 @@ def intervals_backward(
         **shape.meta(),
     )
 
-    shape = tiles(GRAD_KV, SINGLE_GRAD, q, v)
+    shape = tiles(GRAD_KV, q, v)
     by_tiles = described(shape.rows, q, grad)
     q_rows, grad_rows = by_tiles or (q, grad)
     row_tiles, key_tiles = ceil_div(queries, shape.rows), ceil_div(keys, shape.keys)

@@ -1,7 +1,6 @@
-"""What attention's kernels are called with: tile shapes by head dimension and dtype, views, strides.
+"""What attention's kernels are called with: tile shapes by head dimension, dtype and device, views, strides.
 
-One shape serves every GPU from compute capability 8.0 on: `make gpu-check` holds each to 163 KiB of shared
-memory there, and to 227 KiB from 9.0 on.
+`make gpu-check` holds each shape to the shared memory that a program may have.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dlcore.triton.launch import capability, power_of_two
+from dlcore.triton.launch import of_data_centres, power_of_two
 
 logger = logging.getLogger("dlcore")
 
@@ -37,47 +36,92 @@ class Tiles(NamedTuple):
         }
 
 
-Shapes = dict[int, Tiles]
+class Shapes(NamedTuple):
+    """Tile shapes by the larger head dimension, rounded up to a power of two.
 
-#: By the larger head dimension, rounded up to a power of two. Of 64 and 128: the fastest tried on an H200.
-FORWARD: Shapes = {
-    64: Tiles(128, 64, 4, 3),
-    128: Tiles(128, 64, 8, 3),
-    256: Tiles(128, 64, 8, 2),
-    512: Tiles(64, 32, 8, 2),
-}
-#: The same for few rows, where keys are read as fast as memory gives them.
-DECODE: Shapes = {
-    64: Tiles(64, 128, 4, 3),
-    128: Tiles(64, 64, 4, 3),
-    256: Tiles(64, 32, 4, 3),
-    512: Tiles(64, 32, 8, 2),
-}
-GRAD_Q: Shapes = {
-    64: Tiles(128, 64, 8, 3),
-    128: Tiles(128, 64, 8, 3),
-    256: Tiles(64, 32, 8, 2),
-    512: Tiles(32, 32, 8, 1),
-}
-GRAD_KV: Shapes = {
-    64: Tiles(64, 128, 8, 3),
-    128: Tiles(64, 64, 4, 2),
-    256: Tiles(32, 64, 8, 2),
-    512: Tiles(32, 32, 8, 1),
-}
-#: float32 products run on the ordinary units, from registers.
-SINGLE: Shapes = {
+    Of 16-bit numbers on GPUs of data centres from 9.0 on: for 64 and 128 the fastest tried on an H200. Of the
+    same on other GPUs, where operands pass through registers: never run, the ones that spill least of those
+    compiled, in 99 KiB. Of float32, whose products run on the ordinary units.
+    """
+
+    half: dict[int, Tiles]
+    other: dict[int, Tiles]
+    single: dict[int, Tiles]
+
+
+_SINGLE = {
     64: Tiles(64, 32, 8, 2),
     128: Tiles(32, 32, 8, 2),
     256: Tiles(32, 32, 8, 1),
     512: Tiles(16, 16, 8, 1),
 }
-SINGLE_GRAD: Shapes = {
+_SINGLE_GRAD = {
     64: Tiles(32, 32, 8, 1),
     128: Tiles(32, 32, 8, 1),
     256: Tiles(16, 16, 8, 1),
     512: Tiles(16, 16, 8, 1),
 }
+FORWARD = Shapes(
+    {
+        64: Tiles(128, 64, 4, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(128, 64, 8, 2),
+        512: Tiles(64, 32, 8, 2),
+    },
+    {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 3),
+        256: Tiles(32, 32, 4, 2),
+        512: Tiles(16, 32, 8, 2),
+    },
+    _SINGLE,
+)
+#: The same for few rows, where keys are read as fast as memory gives them.
+DECODE = Shapes(
+    {
+        64: Tiles(64, 128, 4, 3),
+        128: Tiles(64, 64, 4, 3),
+        256: Tiles(64, 32, 4, 3),
+        512: Tiles(64, 32, 8, 2),
+    },
+    {
+        64: Tiles(64, 64, 4, 3),
+        128: Tiles(32, 64, 4, 3),
+        256: Tiles(32, 64, 8, 2),
+        512: Tiles(16, 32, 8, 2),
+    },
+    _SINGLE,
+)
+GRAD_Q = Shapes(
+    {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 64, 8, 3),
+        256: Tiles(64, 32, 8, 2),
+        512: Tiles(32, 32, 8, 1),
+    },
+    {
+        64: Tiles(128, 64, 8, 3),
+        128: Tiles(128, 32, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+        512: Tiles(16, 16, 8, 1),
+    },
+    _SINGLE_GRAD,
+)
+GRAD_KV = Shapes(
+    {
+        64: Tiles(64, 128, 8, 3),
+        128: Tiles(64, 64, 4, 2),
+        256: Tiles(32, 64, 8, 2),
+        512: Tiles(32, 32, 8, 1),
+    },
+    {
+        64: Tiles(32, 128, 8, 2),
+        128: Tiles(16, 128, 8, 2),
+        256: Tiles(32, 32, 8, 2),
+        512: Tiles(16, 16, 8, 1),
+    },
+    _SINGLE_GRAD,
+)
 #: Up to so many rows a tile is a tile of decoding.
 FEW_ROWS = 64
 #: Head dimensions that `make gpu-check` compiles for: every tile shape, and one that does not fill its tile.
@@ -93,16 +137,18 @@ def width(size: int) -> int:
     return power_of_two(size, 16, 512)
 
 
-def tiles(shapes: Shapes, single: Shapes, q: Tensor, v: Tensor) -> Tiles:
+def tiles(shapes: Shapes, q: Tensor, v: Tensor) -> Tiles:
     """The tile shape for these tensors."""
-    table = single if q.dtype == torch.float32 else shapes
+    table = shapes.half if of_data_centres(q.device) else shapes.other
+    if q.dtype == torch.float32:
+        table = shapes.single
     return table[max(64, width(max(q.shape[3], v.shape[3])))]
 
 
 def forward_tiles(q: Tensor, v: Tensor, rows: int) -> Tiles:
     """The forward kernel's, no higher than so many packed rows need."""
     few = rows <= FEW_ROWS
-    chosen = tiles(DECODE if few else FORWARD, SINGLE, q, v)
+    chosen = tiles(DECODE if few else FORWARD, q, v)
     return chosen._replace(rows=power_of_two(rows, 16, chosen.rows))
 
 
@@ -114,17 +160,13 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x.contiguous()
 
 
-#: The compute capability from which on a tile is copied by the hardware that reads descriptors.
-_DESCRIBED_FROM = 90
-
-
 def described(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor, ...] | None:
     """Descriptors of tensors (B, S, H, D) as (B, H, S, D), in tiles of so many rows of a head; None where the
     device, the dtype or the layout of one does not allow for it."""
     for x in tensors:
         strided = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:3])
         aligned = strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
-        if x.element_size() != 2 or x.numel() == 0 or not aligned or capability(x.device) < _DESCRIBED_FROM:
+        if x.element_size() != 2 or x.numel() == 0 or not aligned or not of_data_centres(x.device):
             return None
     of_heads = [x.transpose(1, 2) for x in tensors]
     return tuple(

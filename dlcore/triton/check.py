@@ -29,8 +29,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from dlcore import triton as package
 from dlcore.triton.launch import Launch, interpreting, kernels, recording
 
-#: Compute capabilities, and the shared memory a program may have there.
-TARGETS = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
+#: Compute capabilities, and the shared memory a program may have there; 8.0's is that of 8.6, 8.9 and 12.0,
+#: which take the same shapes: it has 163 KiB itself.
+TARGETS = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+#: What 8.0 itself has: float32 gradients of heads beyond 256 need it, whose smallest tiles fill 130 KiB.
+LARGE = 163 << 10
 #: Families whose kernels hold a few numbers a thread: none may be spilled.
 NO_SPILLS = ("bits", "categorical", "guidance", "linear_logits", "rng", "similarity", "sphere", "uniform")
 
@@ -62,7 +65,8 @@ class Usage(NamedTuple):
         """Why this may not be, or None."""
         if self.spilled and self.family.startswith(NO_SPILLS):
             return f"spills {self.spilled} bytes a thread"
-        limit = TARGETS[self.target]
+        large = self.family == "attention_backward" and re.match("fp32 .* DIM=512 ", self.constants)
+        limit = max(TARGETS[self.target], LARGE if large else 0)
         return f"wants {self.shared} bytes of shared memory of {limit}" if self.shared > limit else None
 
 
@@ -72,10 +76,11 @@ def modules() -> list[str]:
 
 
 @lru_cache
-def launches(family: str, target: int) -> list[Launch]:
-    """Every variant that the family's examples launch on a GPU of that compute capability."""
+def launches(family: str) -> list[tuple[Launch, ...]]:
+    """Every variant that the family's examples launch: what runs on each target."""
+    variants = zip(*(made(family, target) for target in TARGETS), strict=True)
     found = {
-        (x.kernel.__name__, str(_source(x)[1:]), str(sorted(x.meta.items()))): x for x in made(family, target)
+        str([(x.kernel.__name__, _source(x)[1:], x.meta) for x in variant]): variant for variant in variants
     }
     return list(found.values())
 
@@ -124,8 +129,8 @@ def _integer(value: int) -> str:
 
 def _usage(job: tuple[str, int, int]) -> Usage:
     """Of a family's variant of that number; such a job goes to another process."""
-    family, variant, target = job
-    return usage(family, launches(family, target)[variant], target)
+    family, variant, number = job
+    return usage(family, launches(family)[variant][number], list(TARGETS)[number])
 
 
 def usage(family: str, x: Launch, target: int) -> Usage:
@@ -159,6 +164,9 @@ def table(rows: Iterable[Usage]) -> Iterator[str]:
         if len(variants) == len(TARGETS):
             cells = " ".join(f"{u.registers:>4}/{u.spilled}/{u.shared}" for u in variants)
             yield f"{cells:<42} {row.family}.{row.kernel} [{row.constants}]"
+            for other in variants:
+                if other.constants != row.constants:
+                    yield f"{'':<42} of sm_{other.target} [{other.constants}]"
             variants.clear()
 
 
@@ -167,12 +175,12 @@ def main(names: list[str]) -> int:
     if interpreting():
         print("dlcore.triton.check: TRITON_INTERPRET is set, nothing would be compiled", file=sys.stderr)
         return 2
-    families = names or modules()
-    found = {family: list(zip(*(launches(family, t) for t in TARGETS), strict=True)) for family in families}
+    found = {family: launches(family) for family in names or modules()}
     forgotten = [] if names else missed(x for group in found.values() for variant in group for x in variant)
     complaints = [f"{name}: no example launches it" for name in forgotten]
 
-    jobs = [(family, i, t) for family, group in found.items() for i in range(len(group)) for t in TARGETS]
+    numbers = range(len(TARGETS))
+    jobs = [(family, i, n) for family, group in found.items() for i in range(len(group)) for n in numbers]
 
     def checked(rows: Iterable[Usage]) -> Iterator[Usage]:
         for row in rows:

@@ -167,6 +167,14 @@ def capability(device: torch.device) -> int:
     return _capability_of_gpu(device) if device.type == "cuda" else _assumed
 
 
+def of_data_centres(device: torch.device) -> bool:
+    """Whether the device is a Hopper or a data centre's Blackwell (from 9.0, before 12.0).
+
+    They multiply from shared memory, of which a program may have 227 KiB, and copy tiles by descriptors.
+    """
+    return 90 <= capability(device) < 120
+
+
 @lru_cache(maxsize=16)
 def _capability_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
