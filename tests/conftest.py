@@ -29,6 +29,13 @@ if DEVICE == "cpu":
 
 launch.watch = triton_variants.note
 
+
+@pytest.fixture(autouse=True, scope="module")
+def variants_of_a_file() -> None:
+    """What a file says of the variants it launched does not depend on the files before it."""
+    triton_variants.launched.clear()
+
+
 POISON = {True: float("nan"), False: -(2**31)}
 
 

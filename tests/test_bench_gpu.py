@@ -121,7 +121,7 @@ def test_a_run(tmp_path, monkeypatch, capsys):
     providers = [(r["case"], r["provider"]) for r in found["results"]]
     assert providers[:2] == [("sphere.step", "dlcore"), ("sphere.step", "dlcore, graph")]
     assert ("vmf.sample", "eager") in providers
-    timed = ("dlcore", "dlcore, cuda")  # the latter where a test before built the CUDA kernels for the host
+    timed = ("dlcore", "dlcore, cuda")
     assert all(("host_us" in r) == (r["provider"] in timed) for r in found["results"])
     assert states
     assert "vmf.sample" in capsys.readouterr().out

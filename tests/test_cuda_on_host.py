@@ -93,7 +93,7 @@ def sanitizer(*options: str) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_no_kernel_leaves_its_buffers():
-    """The CUDA tests once more, under AddressSanitizer, but for those of faulty kernels."""
+    """The CUDA tests once more, under AddressSanitizer; faulty kernels have modules without it."""
     module = cuda_on_host.build(sanitize=True)
     files = sorted(str(p) for p in (ROOT / "tests").glob("test_cuda_*.py") if p != Path(__file__))
     options = ("-q", "-x", "-p", "no:cacheprovider", "-k", "not faults_show")

@@ -55,7 +55,7 @@ def splits(monkeypatch, small_tiles):
     monkeypatch.setattr(attention_forward, "_multiprocessors", lambda device: 132)
 
 
-def test_devices_without_descriptors_have_tiles_of_their_own():
+def test_devices_that_multiply_from_registers_have_tiles_of_their_own():
     half, single = (
         torch.empty(1, 4, 2, 128, dtype=dtype, device="meta") for dtype in (torch.half, torch.float)
     )
@@ -142,6 +142,19 @@ def test_chunked_prefill(window, dtype, small_tiles):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_head_dims_on_their_own_tiles(dims, dtype, own_tiles):
     agrees(training(16), qkv(1, 66, 66, (2, 1), dims, dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256, 512])
+def test_head_dims_on_the_tiles_of_other_devices(dim, own_tiles, monkeypatch):
+    """Of devices that multiply from registers, with rows enough for the tiles of many rows and of few."""
+    monkeypatch.setattr(attention_shapes, "multiplies_from_shared", lambda device: False)
+    with watched() as launched:
+        agrees(training(16), qkv(1, 66, 66, (2, 1), (dim, dim), torch.bfloat16))
+        agrees(training(4), qkv(1, 16, 16, (2, 1), (dim, dim), torch.bfloat16))
+        constants = [(v.kernel, dict(v.constants)) for v in launched]
+    shapes = (attention_shapes.FORWARD.other[dim], attention_shapes.DECODE.other[dim])
+    assert {c["BLOCK_N"] for kernel, c in constants if kernel == "forward_kernel"} == {x.keys for x in shapes}
+    assert not any(c.get("DESCRIBED") for _, c in constants)
 
 
 def test_no_rows_and_no_keys(small_tiles):

@@ -38,7 +38,7 @@ def test_a_kernel_that_no_example_launches_is_found():
 
 @pytest.mark.slow
 def test_each_target_gets_what_it_would_run():
-    """16-bit attention is described where the hardware reads descriptors, and there alone."""
+    """16-bit attention is described from 9.0 on."""
     code = (
         "from dlcore.triton import check\n"
         "for variant in check.launches('attention_backward'):\n"
@@ -63,7 +63,7 @@ def test_examples_wait_for_no_number():
 
 
 def test_spills_and_shared_memory_are_read_off_the_compiler(tmp_path):
-    """A kernel that must spill, and one that wants more shared memory than there is on the oldest target."""
+    """A kernel that must spill, and one that wants more shared memory than a program may have."""
     (tmp_path / "greedy.py").write_text(
         "import torch, triton, triton.language as tl\n"
         "from dlcore.triton import check\n"

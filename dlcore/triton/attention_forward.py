@@ -330,8 +330,8 @@ def intervals(
     rows = queries * heads // k.shape[2]
     tiles = forward_tiles(q, v, rows)
     if page_table is not None:
-        # A load by way of another one runs two stages later.
-        tiles = tiles._replace(stages=tiles.stages + 2)
+        # A load by way of another one runs two stages later, where there is more than one.
+        tiles = tiles._replace(stages=tiles.stages + 2 if tiles.stages > 1 else 1)
     programs = ceil_div(rows, tiles.rows) * k.shape[2] * batch
     if programs == 0:
         return out, lse
@@ -388,4 +388,6 @@ def examples(device: str) -> Iterator[Callable[[], object]]:
     yield partial(call, 8192, 8192, 192, 128, torch.bfloat16, 1, 30.0)
     for rows in (1, 8):
         yield partial(call, rows, 8192, 128, 128, torch.bfloat16, 4, 0.0, 16)
-    yield partial(call, 32, 8192, 512, 512, torch.bfloat16, 8, 0.0, 64)
+    # So few rows that every target splits the keys.
+    for dim, dtype in ((512, torch.bfloat16), (256, torch.float32), (512, torch.float32)):
+        yield partial(call, 32, 8192, dim, dim, dtype, 8, 0.0, 64)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from dlcore.triton.launch import of_data_centres, power_of_two
+from dlcore.triton.launch import multiplies_from_shared, power_of_two
 
 logger = logging.getLogger("dlcore")
 
@@ -39,9 +39,9 @@ class Tiles(NamedTuple):
 class Shapes(NamedTuple):
     """Tile shapes by the larger head dimension, rounded up to a power of two.
 
-    Of 16-bit numbers on GPUs of data centres from 9.0 on: for 64 and 128 the fastest tried on an H200. Of the
-    same on other GPUs, where operands pass through registers: never run, the ones that spill least of those
-    compiled, in 99 KiB. Of float32, whose products run on the ordinary units.
+    half: of 16-bit numbers where products take operands from shared memory; of 64 and 128 the fastest tried
+    on an H200. other: of the same elsewhere, where operands pass through registers; never timed, the ones
+    that spill least of those compiled for 8.0, in 99 KiB. single: of float32.
     """
 
     half: dict[int, Tiles]
@@ -62,65 +62,65 @@ _SINGLE_GRAD = {
     512: Tiles(16, 16, 8, 1),
 }
 FORWARD = Shapes(
-    {
+    half={
         64: Tiles(128, 64, 4, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(128, 64, 8, 2),
         512: Tiles(64, 32, 8, 2),
     },
-    {
+    other={
         64: Tiles(128, 64, 8, 3),
         128: Tiles(128, 32, 8, 3),
         256: Tiles(32, 32, 4, 2),
         512: Tiles(16, 32, 8, 2),
     },
-    _SINGLE,
+    single=_SINGLE,
 )
 #: The same for few rows, where keys are read as fast as memory gives them.
 DECODE = Shapes(
-    {
+    half={
         64: Tiles(64, 128, 4, 3),
         128: Tiles(64, 64, 4, 3),
         256: Tiles(64, 32, 4, 3),
         512: Tiles(64, 32, 8, 2),
     },
-    {
+    other={
         64: Tiles(64, 64, 4, 3),
         128: Tiles(32, 64, 4, 3),
         256: Tiles(32, 64, 8, 2),
         512: Tiles(16, 32, 8, 2),
     },
-    _SINGLE,
+    single=_SINGLE,
 )
 GRAD_Q = Shapes(
-    {
+    half={
         64: Tiles(128, 64, 8, 3),
         128: Tiles(128, 64, 8, 3),
         256: Tiles(64, 32, 8, 2),
         512: Tiles(32, 32, 8, 1),
     },
-    {
+    other={
         64: Tiles(128, 64, 8, 3),
         128: Tiles(128, 32, 8, 2),
         256: Tiles(32, 32, 8, 2),
         512: Tiles(16, 16, 8, 1),
     },
-    _SINGLE_GRAD,
+    single=_SINGLE_GRAD,
 )
 GRAD_KV = Shapes(
-    {
+    half={
         64: Tiles(64, 128, 8, 3),
         128: Tiles(64, 64, 4, 2),
         256: Tiles(32, 64, 8, 2),
         512: Tiles(32, 32, 8, 1),
     },
-    {
+    other={
         64: Tiles(32, 128, 8, 2),
         128: Tiles(16, 128, 8, 2),
         256: Tiles(32, 32, 8, 2),
         512: Tiles(16, 16, 8, 1),
     },
-    _SINGLE_GRAD,
+    single=_SINGLE_GRAD,
 )
 #: Up to so many rows a tile is a tile of decoding.
 FEW_ROWS = 64
@@ -139,9 +139,8 @@ def width(size: int) -> int:
 
 def tiles(shapes: Shapes, q: Tensor, v: Tensor) -> Tiles:
     """The tile shape for these tensors."""
-    table = shapes.half if of_data_centres(q.device) else shapes.other
-    if q.dtype == torch.float32:
-        table = shapes.single
+    half = shapes.half if multiplies_from_shared(q.device) else shapes.other
+    table = shapes.single if q.dtype == torch.float32 else half
     return table[max(64, width(max(q.shape[3], v.shape[3])))]
 
 
@@ -166,7 +165,7 @@ def described(rows: int, *tensors: Tensor) -> tuple[TensorDescriptor, ...] | Non
     for x in tensors:
         strided = all(n > 0 and n * x.element_size() % 16 == 0 for n in x.stride()[:3])
         aligned = strided and x.stride(3) == 1 and x.data_ptr() % 16 == 0
-        if x.element_size() != 2 or x.numel() == 0 or not aligned or not of_data_centres(x.device):
+        if x.element_size() != 2 or x.numel() == 0 or not aligned or not multiplies_from_shared(x.device):
             return None
     of_heads = [x.transpose(1, 2) for x in tensors]
     return tuple(

@@ -77,15 +77,19 @@ def modules() -> list[str]:
 
 @lru_cache
 def launches(family: str) -> list[tuple[Launch, ...]]:
-    """Every variant that the family's examples launch: what runs on each target."""
-    variants = zip(*(made(family, target) for target in TARGETS), strict=True)
+    """Every variant that the family's examples launch: what runs on each target.
+
+    Examples have sizes for which every target launches the same kernels, in the same order.
+    """
+    variants = list(zip(*(made(family, target) for target in TARGETS), strict=True))
+    assert all(len({x.kernel for x in variant}) == 1 for variant in variants), family
     found = {
         str([(x.kernel.__name__, _source(x)[1:], x.meta) for x in variant]): variant for variant in variants
     }
     return list(found.values())
 
 
-def made(family: str, target: int = 90) -> list[Launch]:
+def made(family: str, target: int | None = None) -> list[Launch]:
     """The launches of the family's examples."""
     with recording(target) as found:
         examples = getattr(import_module(f"dlcore.triton.{family}"), "examples", lambda _: ())
@@ -156,7 +160,8 @@ def usage(family: str, x: Launch, target: int) -> Usage:
 
 
 def table(rows: Iterable[Usage]) -> Iterator[str]:
-    """A line per kernel, with registers, spilled bytes and shared memory for every target."""
+    """A line per kernel, with registers, spilled bytes and shared memory for every target, and the constants
+    of the last one; a line more for each whose constants are others."""
     yield "registers/spilled bytes/shared bytes for " + ", ".join(f"sm_{t}" for t in TARGETS)
     variants: list[Usage] = []
     for row in rows:

@@ -150,29 +150,24 @@ def _triton() -> Any:
 
 
 @contextmanager
-def recording(target: int = 90) -> Iterator[list[Launch]]:
+def recording(target: int | None = None) -> Iterator[list[Launch]]:
     """Collect the launches inside the block instead of making them, say of calls with meta tensors; those are
     made as for a GPU of that compute capability."""
     global _assumed, _recorded
     found: list[Launch] = []
-    before, _assumed, _recorded = _assumed, target, found
+    before = _assumed, _recorded
+    _assumed, _recorded = target or _assumed, found
     try:
         yield found
     finally:
-        _assumed, _recorded = before, None
+        _assumed, _recorded = before
 
 
-def capability(device: torch.device) -> int:
-    """The compute capability, 90 for 9.0, of a GPU or of the one that is assumed."""
-    return _capability_of_gpu(device) if device.type == "cuda" else _assumed
-
-
-def of_data_centres(device: torch.device) -> bool:
-    """Whether the device is a Hopper or a data centre's Blackwell (from 9.0, before 12.0).
-
-    They multiply from shared memory, of which a program may have 227 KiB, and copy tiles by descriptors.
-    """
-    return 90 <= capability(device) < 120
+def multiplies_from_shared(device: torch.device) -> bool:
+    """Whether products take their operands from shared memory, of which a program may have 227 KiB then, and
+    tiles are copied by descriptors: compute capabilities 9.0 to 11.x."""
+    capability = _capability_of_gpu(device) if device.type == "cuda" else _assumed
+    return 90 <= capability < 120
 
 
 @lru_cache(maxsize=16)

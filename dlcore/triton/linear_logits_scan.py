@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dlcore.triton import noise
 from dlcore.triton.categorical_scan import INDEX_LOGIT, State, new_state, reduce, scan
-from dlcore.triton.launch import ceil_div, launch, of_data_centres, power_of_two
+from dlcore.triton.launch import ceil_div, launch, multiplies_from_shared, power_of_two
 from dlcore.triton.linear_logits import GROUP, Head, vocab_size
 from dlcore.triton.products import product
 from dlcore.triton.rows import row_offset, rows_of
@@ -196,7 +196,8 @@ def scan_head(
         DEPTH=32 if single else 64,
         SLICES=2,
         num_warps=16 if single else 8,
-        num_stages=4 if block == 32 and not single and of_data_centres(hidden.device) else 3,
+        # Of 32 rows four take 108 KiB.
+        num_stages=4 if block == 32 and not single and multiplies_from_shared(hidden.device) else 3,
         # Of up to 16 rows two programs a unit: one waits, the other draws.
         maxnreg=None if block == 32 else 128,
     )

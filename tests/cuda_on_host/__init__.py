@@ -82,7 +82,7 @@ def _build(texts: dict[str, str], sanitize: bool) -> Path:
         to = BUILDS / "objects" / f"{named}.o"
         if not to.exists():  # what an edit leaves alone is shared
             to.parent.mkdir(parents=True, exist_ok=True)
-            partial = to.with_suffix(f".{os.getpid()}")
+            partial = to.with_suffix(".partial")
             subprocess.run([COMPILER, *found, "-x", "c++", "-c", place / unit, "-o", partial], check=True)
             partial.rename(to)
         return str(to)
