@@ -38,8 +38,8 @@ class Watch(TorchDispatchMode):
         if space == "dlcore":
             with self:
                 found = run(name.replace("_", ".", 1), *args)
-            # No kernel has written the ids.
-            return tree_map_only(Tensor, lambda x: x if x.is_floating_point() else x.zero_(), found)
+            # No kernel has written them, and tokens are made of numbers, too.
+            return tree_map_only(Tensor, lambda x: x.zero_(), found)
         masks = args[1] if name in ("index", "index_put", "index_put_") else ()
         masked = any(x is not None and x.dtype in (torch.bool, torch.uint8) for x in masks)
         if masked or name in WAITING:
