@@ -48,7 +48,7 @@ class Variant(NamedTuple):
 #: Told of every launch that is made, if set.
 watch: Callable[[Launch], None] | None = None
 _recorded: list[Launch] | None = None
-#: The compute capability that is told of tensors on no GPU: the interpreter can what a new one can.
+#: The compute capability that is told of tensors on no GPU: the interpreter can do what a new one can.
 _assumed = 90
 
 
